@@ -1,0 +1,28 @@
+"""The project's one logger and console. Nothing happens at import; entry points call `configure_logging` once."""
+
+import logging
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+console = Console()
+log = logging.getLogger("rlt")
+
+# bitsandbytes logs one line per int8 matmul on a CPU; the others repeat what our own messages say.
+_NOISY_LOGGERS = {
+    "bitsandbytes": logging.ERROR,
+    "bitsandbytes.autograd._functions": logging.ERROR,
+    "httpx": logging.WARNING,
+    "vllm": logging.WARNING,
+    "transformers": logging.WARNING,
+    "datasets": logging.WARNING,
+}
+
+
+def configure_logging(level: str = "INFO") -> None:
+    """Send our log lines to the console and quieten the libraries'. Safe to call twice."""
+    log.setLevel(level)
+    log.propagate = False
+    log.handlers[:] = [RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S", markup=False)]
+    for name, noisy_level in _NOISY_LOGGERS.items():
+        logging.getLogger(name).setLevel(noisy_level)

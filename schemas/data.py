@@ -1,0 +1,30 @@
+"""Knobs of the data: where the questions come from and how they are written into prompts."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from schemas.model import PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    dataset_id_or_path: str
+    """Hub id, local file (.jsonl, .json, .parquet, .csv), local folder, or `arithmetic` (the embedded task)."""
+    dataset_config_name: str | None = None
+    """Subset of a hub dataset."""
+    dataset_split: str = "train"
+    """Split to train on."""
+    eval_dataset_id_or_path: str | None = None
+    """Held-out questions; null takes `num_eval_prompts` rows off the training split before training."""
+    num_eval_prompts: Annotated[int, Field(ge=0)] = 64
+    """Held-out questions that each evaluation uses; 0 turns evaluation off."""
+    tag_format: Literal["bespoke", "r1"] = "bespoke"
+    """Tags around thought, explanation and solution: `<|begin_of_thought|>` or `<think>` style."""
+    prompt_style: Literal["stratos", "short"] = "stratos"
+    """System prompts: those of the published run, or the one-line ones of the embedded task."""
+    max_prompt_length: PositiveInt = 16384
+    """Rows with a longer teacher prompt (in tokens) are dropped, counted and reported; never cut."""
+    max_bad_rows_frac: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of unusable rows (missing or empty fields, tags inside a field) above which the run stops."""

@@ -1,0 +1,30 @@
+"""Knobs of the generator. Sampling itself (temperature, top_p, max_completion_length, ...) is declared by TRL."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from schemas.model import PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    generator: Literal["auto", "vllm", "transformers"] = "auto"
+    """`auto`: vLLM in this process where it is installed and runs on this machine, else transformers."""
+    generator_weights: Literal["auto", "int8", "bf16", "fp8", "nf4"] = "auto"
+    """Base weights of vLLM: `auto` are the trainer's own values; others differ from the policy that is trained."""
+    generation_aggregation_steps: PositiveInt = 4
+    """Prompt groups handed to the generator at once; the last call of a step may be smaller."""
+    kv_cache_gb: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """vLLM's KV cache in decimal GB; `auto`: what the batch needs, capped by `vllm_gpu_memory_utilization`."""
+    importance_sampling_correction: bool | Literal["auto"] = "auto"
+    """Weight tokens by p_trainer / p_generator; `auto`: only where the generator's weights differ from the trainer's."""
+    vllm_enforce_eager: bool = False
+    """Run vLLM without CUDA graphs (about 1 GB less, slower decoding). Always so on a CPU."""
+    canary_tolerance: Annotated[float, Field(gt=0)] = 0.15
+    """Largest mean |log p(generator) - log p(trainer)| over the canary's tokens before the run stops."""
+    use_vllm_server: bool = False
+    """Generate on a running `trl vllm-serve` (bf16 bases only) instead of in this process."""
+    use_ray: bool = False
+    """Refused: one process owns the card. Kept so that configurations of the published code get a clear answer."""

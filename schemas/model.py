@@ -1,0 +1,63 @@
+"""Knobs of the models on the card: which ones, in what precision, with what adapter."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """Section `model_args`: how every model of the run is loaded, and the teacher's LoRA adapter."""
+
+    load_in_8bit: bool = False
+    """Base weights as bitsandbytes LLM.int8 (one byte a weight, outlier columns in 16 bits)."""
+    load_in_4bit: bool = False
+    """Base weights as bitsandbytes NF4 with double quantisation (QLoRA)."""
+    llm_int8_threshold: Annotated[float, Field(ge=0)] = 6.0
+    """LLM.int8: activation columns with a magnitude above this are multiplied in 16 bits; 0 multiplies all in int8."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit data type."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantise the 4-bit scales too (0.37 bit a weight less)."""
+    torch_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Dtype of the weights that are not quantised, and of the activations."""
+    device_map: str | None = "auto"
+    """`auto` puts every model on the one GPU, or on the CPU where there is none; `cpu` and `cuda:0` force it."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """Attention kernel of the trained and scored models."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model repository. Off unless you set it."""
+    lora_r: PositiveInt = 32
+    """Rank of the LoRA adapter."""
+    lora_alpha: PositiveInt = 64
+    """LoRA scale numerator: the update is `lora_alpha / lora_r * B @ A`."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input while training; above 0 the policy that trains is not the one that sampled."""
+    lora_target_modules: str | list[str] = "all-linear"
+    """Linear layers that get an adapter: `all-linear` (all but the head) or names such as `[q_proj, v_proj]`."""
+    adapter_path: str | None = None
+    """Start from this saved adapter (its rank and targets win) instead of a zero one."""
+
+    def __post_init__(self) -> None:
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError(
+                "`model_args.load_in_8bit` and `model_args.load_in_4bit` are both true; a base has one precision. "
+                "Set one of them to false."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The models by name."""
+
+    model_name_or_path: str
+    """Teacher: hub id or local folder. `tiny` is the embedded model, made locally on first use."""
+    student_model: str | None = None
+    """Student whose likelihood of the solution is the reward; null: the teacher's own base without its adapter."""
+    reference_model: Literal["shared", "separate"] = "shared"
+    """`shared`: the teacher's own base with the adapter off (0 GB); `separate`: one more copy of the base."""
+    model_args: ModelArgs = field(default_factory=ModelArgs)
+    """How they are loaded."""

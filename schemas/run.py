@@ -1,0 +1,165 @@
+"""The whole configuration of a run: our knobs (this package) and TRL's (`RunConfig.grpo`), both flat for the user."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from schemas.data import DataConfig
+from schemas.generation import GenerationConfig
+from schemas.model import ModelArgs, ModelConfig
+from schemas.reward import RewardConfig
+from schemas.trainer import TrainerConfig
+from schemas.trl_fields import grpo_args_model, trl_fields
+
+# TRL's knobs that follow from ours. Setting one directly would contradict the knob named here.
+_DERIVED_TRL_FIELDS = {
+    "use_vllm": "generator=vllm|transformers",
+    "vllm_mode": "use_vllm_server=true|false",
+    "vllm_importance_sampling_correction": "importance_sampling_correction=auto|true|false",
+    "gradient_accumulation_steps": "train_batch_size and per_device_train_batch_size",
+    "steps_per_generation": "train_batch_size (one generation phase per optimizer step)",
+    "generation_batch_size": "train_batch_size (one generation phase per optimizer step)",
+    "resume_from_checkpoint": "resume=auto|never|FOLDER",
+    "model_init_kwargs": "model_args.*",
+    "trust_remote_code": "model_args.trust_remote_code",
+    "num_generations_eval": "nothing: evaluation samples one explanation per held-out question",
+    "per_device_eval_batch_size": "per_device_train_batch_size",
+    "auto_find_batch_size": "per_device_train_batch_size (halving it would break prompt groups)",
+}
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message lists every problem with its remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(ModelConfig, DataConfig, GenerationConfig, RewardConfig, TrainerConfig):
+    """One run. Components take the base class that they need, e.g. `RLTReward(config: RewardConfig)`."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    run_name: str
+    """Name of the run configuration; names the output folder."""
+    grpo: Any
+    """TRL's own knobs (GRPOConfig field -> value), with TRL's defaults where the configuration says nothing."""
+
+    def __post_init__(self) -> None:
+        ModelArgs.__post_init__(self.model_args)
+        RewardConfig.__post_init__(self)
+        _check_batch_arithmetic(self)
+        _check_combinations(self)
+
+    @property
+    def num_prompts_per_step(self) -> int:
+        return self.train_batch_size // self.grpo.num_generations
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        return self.train_batch_size // self.grpo.per_device_train_batch_size
+
+
+def _check_batch_arithmetic(config: RunConfig) -> None:
+    batch, micro, group = (
+        config.train_batch_size,
+        config.grpo.per_device_train_batch_size,
+        config.grpo.num_generations,
+    )
+    if group < 2:
+        raise ValueError(f"`num_generations` is {group}; advantages compare completions of one prompt: use 2 or more.")
+    if micro < 1:
+        raise ValueError(f"`per_device_train_batch_size` is {micro}; use 1 or more.")
+    if batch % group:
+        raise ValueError(
+            f"`train_batch_size` {batch} is not a multiple of `num_generations` {group}: a step holds whole prompt "
+            f"groups. Use train_batch_size={max(group, batch // group * group)} or {(batch // group + 1) * group}."
+        )
+    if batch % micro:
+        divisors = [d for d in range(1, batch + 1) if batch % d == 0]
+        nearest = min(divisors, key=lambda d: abs(d - micro))
+        raise ValueError(
+            f"`train_batch_size` {batch} is not a multiple of `per_device_train_batch_size` {micro}: gradient "
+            f"accumulation must be whole. Use per_device_train_batch_size={nearest}."
+        )
+
+
+def _check_combinations(config: RunConfig) -> None:
+    if config.use_ray:
+        raise ValueError(
+            "`use_ray` is true; this framework runs teacher, student, reference and generator in one process on one "
+            "card and starts no Ray cluster. Set use_ray=false."
+        )
+    quantised = config.model_args.load_in_8bit or config.model_args.load_in_4bit
+    if config.use_vllm_server and quantised:
+        raise ValueError(
+            "`use_vllm_server` is true with a quantised teacher; the server client pushes merged bf16 weights and "
+            "merging into a quantised base re-rounds it. Set use_vllm_server=false (the generator then runs in this "
+            "process on the same quantised values), or load_in_8bit=false and load_in_4bit=false."
+        )
+    if config.grpo.sync_ref_model and config.reference_model == "separate":
+        raise ValueError(
+            "`sync_ref_model` is true with `reference_model` separate; a separate quantised copy cannot follow the "
+            "policy. Use reference_model=shared (a frozen second adapter follows it)."
+        )
+    if config.grpo.sync_ref_model and config.grpo.beta == 0:
+        raise ValueError("`sync_ref_model` is true with `beta` 0: no reference is used. Set sync_ref_model=false.")
+    sampler_is_plain = config.grpo.top_p == 1 and config.grpo.top_k == 0 and not config.grpo.min_p
+    if config.teacher_logprobs == "sampler" and not (sampler_is_plain and config.grpo.repetition_penalty == 1):
+        raise ValueError(
+            "`teacher_logprobs` is sampler, but top_p, top_k, min_p or repetition_penalty reshape the sampler's "
+            "distribution. Use teacher_logprobs=forward, or top_p=1 top_k=0 min_p=null repetition_penalty=1."
+        )
+
+
+def own_field_names() -> set[str]:
+    return {field.name for field in fields(RunConfig)} - {"grpo"}
+
+
+def load_run_config(values: Mapping[str, Any]) -> RunConfig:
+    """Validate a composed, resolved configuration (plain containers, flat keys) into a `RunConfig`.
+
+    Raises:
+        ConfigError: unknown key, wrong type, value out of range or impossible combination; every problem is listed.
+    """
+    own, theirs = own_field_names(), set(trl_fields())
+    problems = []
+    for key in values:
+        if key in _DERIVED_TRL_FIELDS:
+            problems.append(f"`{key}` follows from other settings. Use {_DERIVED_TRL_FIELDS[key]}.")
+        elif key not in own and key not in theirs:
+            near = difflib.get_close_matches(key, own | theirs, n=2)
+            hint = f"Did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else "Remove it."
+            problems.append(f"`{key}` is not a setting. {hint}")
+    grpo = None
+    try:
+        grpo = grpo_args_model()(**{key: value for key, value in values.items() if key in theirs})
+    except ValidationError as error:
+        problems += _describe(error)
+    own_values = {key: value for key, value in values.items() if key in own}
+    if grpo is not None:
+        try:
+            config = TypeAdapter(RunConfig).validate_python(own_values | {"grpo": grpo})
+        except ValidationError as error:
+            problems += _describe(error)
+    if problems:
+        raise ConfigError("\n".join(f"- {problem}" for problem in problems))
+    return config
+
+
+def _describe(error: ValidationError) -> list[str]:
+    """One line per problem: where, what was given, what is expected."""
+    lines = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("literal", "constrained")))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "value_error":
+            lines.append(message)
+        elif item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            lines.append(f"`{where}` is not a setting. Remove it or check its spelling.")
+        elif item["type"] == "missing":
+            lines.append(f"`{where}` is missing. Set it in the run configuration or as {where}=VALUE.")
+        else:
+            lines.append(f"`{where}` is {item['input']!r}. {message}.")
+    return lines

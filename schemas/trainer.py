@@ -1,0 +1,25 @@
+"""Knobs of the run that TRL's GRPOConfig does not declare."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from schemas.model import PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    train_batch_size: PositiveInt
+    """Completions per optimizer step = prompts x `num_generations`; gradient accumulation follows from it."""
+    resume: str = "auto"
+    """`auto` continues an unfinished run of the same configuration in `output_dir`, `never` starts anew (the old folder
+    is kept beside it), anything else is the checkpoint folder to continue from."""
+    eval_at_start: bool = True
+    """Evaluate before the first step, so that the final table can show before and after."""
+    gpu_gb: Annotated[float, Field(gt=0)] | None = None
+    """Plan for a card of this many decimal GB instead of the one that is found."""
+    allow_oversubscription: bool = False
+    """Start although the memory plan exceeds the card."""
+    max_growth_warnings: Annotated[int, Field(ge=0)] = 3
+    """How often the watchdog may warn that memory grows from step to step."""

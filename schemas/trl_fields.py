@@ -1,0 +1,76 @@
+"""Names, types and defaults of TRL's GRPOConfig, read from its source without importing it.
+
+TRL declares its own knobs; we do not declare them again. Importing GRPOConfig takes seconds (torch, transformers), while
+composing a configuration or planning memory should take a fraction of one: so the dataclass bodies are parsed instead.
+Fields with a type other than plain builtins accept anything here and are checked by GRPOConfig itself when it is built.
+"""
+
+import ast
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, create_model
+
+# From the most basic class to the most derived one: a later declaration of the same name wins, as in Python.
+_SOURCES = (
+    ("transformers", "training_args.py", "TrainingArguments"),
+    ("trl", "trainer/base_config.py", "_BaseConfig"),
+    ("trl", "trainer/grpo_config.py", "GRPOConfig"),
+)
+_PLAIN_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "dict": dict, "list": list, "None": None}
+
+
+def _plain_type(node: ast.expr) -> Any:
+    """The type that an annotation names, or Any where it names more than builtins."""
+    match node:
+        case ast.Name(id=name) if name in _PLAIN_TYPES:
+            return _PLAIN_TYPES[name]
+        case ast.Constant(value=None):
+            return None
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            sides = _plain_type(left), _plain_type(right)
+            return Any if Any in sides else sides[0] | sides[1] if sides != (None, None) else None
+        case ast.Subscript(value=ast.Name(id="list" | "dict" as name)):
+            return _PLAIN_TYPES[name]
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=options):
+            return Literal[ast.literal_eval(options)]
+        case _:
+            return Any
+
+
+def _default(value: ast.expr | None) -> Any:
+    """The default of `name: type = field(default=...)` where it is a literal; None otherwise."""
+    if isinstance(value, ast.Call):
+        value = next((kw.value for kw in value.keywords if kw.arg == "default"), None)
+    try:
+        return ast.literal_eval(value) if value is not None else None
+    except ValueError:
+        return None
+
+
+@functools.cache
+def trl_fields() -> dict[str, tuple[Any, Any]]:
+    """Field name -> (type, default) of the installed TRL's GRPOConfig."""
+    fields: dict[str, tuple[Any, Any]] = {}
+    for package, path, class_name in _SOURCES:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"{package} is not installed; run ./launch_mono.sh or `make install` once")
+        tree = ast.parse((Path(spec.origin).parent / path).read_text())
+        body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+        for node in body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                fields[node.target.id] = (_plain_type(node.annotation), _default(node.value))
+    return {name: field for name, field in fields.items() if not name.startswith("_")}
+
+
+@functools.cache
+def grpo_args_model() -> Any:
+    """A pydantic model with GRPOConfig's plain fields; unknown names and wrong types are errors."""
+    definitions: dict[str, Any] = {
+        name: (kind if default is not None or kind is Any else kind | None, Field(default=default))
+        for name, (kind, default) in trl_fields().items()
+    }
+    return create_model("GRPOArgs", __config__=ConfigDict(extra="forbid", frozen=True), **definitions)
