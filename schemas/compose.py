@@ -1,0 +1,75 @@
+"""From names and `key=value` words to a validated `RunConfig`, with Hydra.
+
+Run configs are primary configs. A search-path plugin adds `cfgs` and `cfgs/run_cfg` to Hydra's search path, so that
+`--config-name=NAME`, `--config-path=cfgs/run_cfg --config-name=NAME` and `compose` find both from any directory.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+
+CONFIG_ROOT = Path(__file__).resolve().parent.parent / "cfgs"
+_KEY_VALUE = re.compile(r"^([A-Za-z_][\w.]*)=")
+
+
+class RunConfigSearchPath(SearchPathPlugin):
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in (CONFIG_ROOT, CONFIG_ROOT / "run_cfg"):
+            search_path.append(provider="rlt", path=f"file://{folder}")
+
+
+def register_search_path() -> None:
+    """Make our configuration folders known to Hydra. Call before `hydra.main` or `compose`."""
+    if RunConfigSearchPath not in Plugins.instance().discover(SearchPathPlugin):
+        Plugins.instance().register(RunConfigSearchPath)
+
+
+def run_config_names() -> list[str]:
+    """Names of the shipped run configurations."""
+    return sorted(path.stem for path in (CONFIG_ROOT / "run_cfg").glob("*.yaml"))
+
+
+def config_groups() -> list[str]:
+    return sorted(path.name for path in CONFIG_ROOT.iterdir() if path.is_dir() and path.name != "run_cfg")
+
+
+def to_hydra_overrides(words: Sequence[str]) -> list[str]:
+    """Command-line words as Hydra wants them.
+
+    `model_cfg=x` names a group, which is mounted at the root: `model_cfg@_global_=x`. Any other `key=value` becomes
+    `++key=value`, so that TRL's settings need no declaration of ours; unknown keys are found by `load_run_config`.
+    """
+    groups, overrides = set(config_groups()), []
+    for word in words:
+        match = _KEY_VALUE.match(word)
+        if match is None or match[1].startswith("hydra."):
+            overrides.append(word)
+        elif match[1] in groups:
+            overrides.append(word.replace("=", "@_global_=", 1))
+        else:
+            overrides.append(f"++{word}")
+    return overrides
+
+
+def to_values(config: DictConfig) -> dict[str, Any]:
+    """A composed configuration as plain containers with every interpolation resolved."""
+    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict), "a run configuration is a mapping"
+    return {str(key): value for key, value in values.items()}
+
+
+def compose_run_config(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Compose a run configuration by name, outside `hydra.main` (tools and tests); plain containers, not validated."""
+    register_search_path()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=str(CONFIG_ROOT), version_base="1.3"):
+        name = name.removesuffix(".yaml")
+        return to_values(compose(config_name=name, overrides=to_hydra_overrides([f"run_name={name}", *overrides])))
