@@ -15,8 +15,6 @@ class TrainerConfig:
     resume: str = "auto"
     """`auto` continues an unfinished run of the same configuration in `output_dir`, `never` starts anew (the old folder
     is kept beside it), anything else is the checkpoint folder to continue from."""
-    eval_at_start: bool = True
-    """Evaluate before the first step, so that the final table can show before and after."""
     gpu_gb: Annotated[float, Field(gt=0)] | None = None
     """Plan for a card of this many decimal GB instead of the one that is found."""
     allow_oversubscription: bool = False

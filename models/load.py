@@ -1,0 +1,126 @@
+"""Loading a base model in the run's precision, and putting a LoRA adapter on the teacher's."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from core.errors import UserError
+from models.int8_checkpointing import release_int8_activations
+from models.tiny import ensure_tiny_model
+from schemas.model import ModelArgs
+
+EMBEDDED_MODEL = "tiny"
+
+
+def pick_device(device_map: str | None) -> torch.device:
+    """`auto` (or null): the first GPU where there is one, else the CPU."""
+    if device_map in (None, "auto"):
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    return torch.device(device_map)
+
+
+def resolve_model_path(name_or_path: str) -> str:
+    """A hub id or an existing folder; `tiny` is the embedded model, which is made now if it is not there yet.
+
+    Raises:
+        UserError: the name looks like a local folder and there is none.
+    """
+    if name_or_path == EMBEDDED_MODEL:
+        return str(ensure_tiny_model())
+    is_hub_id = name_or_path.count("/") <= 1 and not name_or_path.startswith((".", "/", "~"))
+    if not is_hub_id and not (Path(name_or_path).expanduser() / "config.json").is_file():
+        raise UserError(
+            f"model path {name_or_path!r} holds no model",
+            expected="a folder with config.json and safetensors weights, or a hub id such as Qwen/Qwen2.5-7B-Instruct",
+            remedy="check the path, or set model_name_or_path / student_model to a hub id",
+        )
+    return str(Path(name_or_path).expanduser()) if not is_hub_id else name_or_path
+
+
+def load_tokenizer(name_or_path: str, args: ModelArgs) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the left, with a pad token that is not the end-of-turn token."""
+    path = resolve_model_path(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _unloadable(name_or_path, error) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(name_or_path: str, args: ModelArgs, device: torch.device) -> PreTrainedModel:
+    """A frozen causal language model in the precision that `args` names, on `device`, in eval mode.
+
+    Raises:
+        UserError: the model cannot be found or read.
+    """
+    path = resolve_model_path(name_or_path)
+    dtype = getattr(torch, args.torch_dtype)
+    if args.load_in_8bit:
+        release_int8_activations()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=_quantization_config(args, dtype),
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=args.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise _unloadable(name_or_path, error) from error
+    return model.requires_grad_(False).eval()
+
+
+def add_adapter(base: PreTrainedModel, args: ModelArgs) -> PeftModel:
+    """The teacher: `base` with a trainable LoRA adapter in float32, new (a zero update) or from `args.adapter_path`.
+
+    float32, because an update of a learning rate of 1e-6 is below bfloat16's resolution of a weight.
+    """
+    if args.adapter_path is not None:
+        if not (Path(args.adapter_path) / "adapter_config.json").is_file():
+            raise UserError(
+                f"`model_args.adapter_path` {args.adapter_path!r} holds no adapter",
+                expected="a folder with adapter_config.json and adapter_model.safetensors",
+                remedy="point it at the output folder or a checkpoint of an earlier run, or leave it out",
+            )
+        model = PeftModel.from_pretrained(base, args.adapter_path, is_trainable=True)
+    else:
+        lora = LoraConfig(
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=args.lora_target_modules,
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(base, lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _quantization_config(args: ModelArgs, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if args.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=args.llm_int8_threshold)
+    if args.load_in_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return None
+
+
+def _unloadable(name_or_path: str, error: Exception) -> UserError:
+    return UserError(
+        f"{name_or_path!r} cannot be loaded: {str(error).strip().splitlines()[0]}",
+        expected="a model folder, or a hub id that is cached or reachable from this machine",
+        remedy="check the name and the network (HF_TOKEN for gated models), or download it first: hf download "
+        + name_or_path,
+    )

@@ -1,0 +1,118 @@
+"""What happens beside the training loop: the metrics file, progress on the console, the reference that follows."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from core.log import console, log
+from core.units import format_duration
+from models.host import REFERENCE_ADAPTER
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every logged dictionary to `metrics.jsonl`, one JSON object with its `step` a line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class SyncReferenceAdapter(TrainerCallback):
+    """Every `every_steps` optimizer steps: reference <- alpha * policy + (1 - alpha) * reference.
+
+    The mean is taken of the LoRA factors A and B, not of their product: with the published alpha of 0.9 the reference is
+    almost a copy, and with alpha 1 it is one exactly (TR-DPO, arXiv 2404.09656, applied to an adapter).
+    """
+
+    def __init__(self, *, alpha: float, every_steps: int) -> None:
+        self.alpha, self.every_steps = alpha, every_steps
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PeftModel, **_: Any
+    ) -> None:
+        if state.global_step % self.every_steps == 0:
+            mix_into_reference(model, self.alpha)
+
+
+def mix_into_reference(model: PeftModel, alpha: float) -> None:
+    parameters = dict(model.named_parameters())
+    for name, reference in parameters.items():
+        if f".{REFERENCE_ADAPTER}." in name:
+            policy = parameters[name.replace(f".{REFERENCE_ADAPTER}.", ".default.")]
+            reference.data.lerp_(policy.data, alpha)
+
+
+class ConsoleProgress(TrainerCallback):
+    """A bar for the run, one for the phase at work, and one line for each logged step, with the time that is left."""
+
+    _SHOWN = (
+        ("reward", "reward"),
+        ("rlt/answer_log_prob_mean", "solution"),
+        ("rlt/reasoning_kl_mean", "kl"),
+        ("rlt/format_rate", "format"),
+        ("completions/mean_length", "tokens"),
+    )
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+        )
+        self._run: TaskID | None = None
+        self._phase: TaskID | None = None
+        self._first_step, self._start_s = 0, 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._first_step, self._start_s = state.global_step, time.perf_counter()
+        self._run = self._progress.add_task("steps", total=state.max_steps, completed=state.global_step, note="")
+        self._phase = self._progress.add_task("", total=None, visible=False, note="")
+        self._progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._run is not None:
+            self._progress.update(self._run, completed=state.global_step, note=f"{self._time_left(state)} left")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        if "reward" in logs:
+            shown = "  ".join(f"{label} {logs[key]:.2f}" for key, label in self._SHOWN if logs.get(key) is not None)
+            log.info("step %d/%d  %s  %s left", state.global_step, state.max_steps, shown, self._time_left(state))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.close()
+
+    def phase(self, description: str, done: int, total: int) -> None:
+        """Show how far the phase at work is; hidden once it is done."""
+        if self._phase is not None:
+            self._progress.update(
+                self._phase, description=description, completed=done, total=total, visible=done < total
+            )
+
+    def close(self) -> None:
+        self._progress.stop()
+
+    def _time_left(self, state: TrainerState) -> str:
+        steps_done = state.global_step - self._first_step
+        if steps_done == 0:
+            return "?"
+        seconds_per_step = (time.perf_counter() - self._start_s) / steps_done
+        return format_duration(seconds_per_step * (state.max_steps - state.global_step))

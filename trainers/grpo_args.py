@@ -1,0 +1,41 @@
+"""TRL's GRPOConfig from our configuration."""
+
+from typing import Any
+
+from trl import GRPOConfig
+
+from schemas.run import ConfigError, RunConfig
+
+
+def build_grpo_args(config: RunConfig, *, use_cpu: bool, resuming: bool = False) -> GRPOConfig:
+    """TRL's arguments: what the configuration sets, and what follows from our own settings.
+
+    `sync_ref_model` is ours (TRL refuses it with an adapter), so TRL is told that it is off. One generation phase feeds
+    one optimizer step: `steps_per_generation` equals the gradient accumulation.
+
+    Raises:
+        ConfigError: TRL or transformers refuse a value.
+    """
+    values: dict[str, Any] = config.grpo.model_dump(exclude_unset=True)
+    has_eval = config.num_eval_prompts > 0 and values.get("eval_strategy", "no") != "no"
+    values |= {
+        "use_cpu": use_cpu,
+        "use_vllm": config.use_vllm_server,
+        "vllm_mode": "server",
+        "vllm_importance_sampling_correction": config.importance_sampling_correction is not False,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "steps_per_generation": config.gradient_accumulation_steps,
+        "per_device_eval_batch_size": config.grpo.per_device_train_batch_size,
+        "num_generations_eval": 1,
+        "sync_ref_model": False,
+        "eval_strategy": values.get("eval_strategy", "no") if has_eval else "no",
+        "eval_on_start": has_eval and bool(values.get("eval_on_start")) and not resuming,
+        "log_completions": True,
+        "num_completions_to_print": 0,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+    try:
+        return GRPOConfig(**values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"- refused by the trainer: {error}") from error

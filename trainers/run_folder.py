@@ -1,0 +1,139 @@
+"""The folder of a run: what it holds, how an unfinished run in it is found again, and how a finished one is kept.
+
+    config.yaml        the resolved configuration
+    metrics.jsonl      one line for each logged step
+    completions/       sampled explanations and their reward terms, parquet
+    checkpoint-N/      written whole or not at all
+    adapter_model.safetensors, adapter_config.json, tokenizer files, README.md (model card)    the result
+    summary.json       before and after; its presence says that the run is finished
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+
+from core.errors import UserError
+from core.log import log
+
+CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, STAGING_FOLDER = "config.yaml", "metrics.jsonl", "summary.json", ".saving"
+_KEYS_THAT_MAY_DIFFER = {"resume", "gpu_gb", "allow_oversubscription"}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+    checkpoint: Path | None
+    """Whole checkpoint to continue from; None for a new run."""
+    lock: IO[str]
+    """Held open for the life of the process: two runs never share a folder."""
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / METRICS_FILE
+
+
+def open_run_folder(values: Mapping[str, Any], output_dir: str, resume: str) -> RunFolder:
+    """Create or re-open the folder of a run (`resume` as in `schemas.TrainerConfig`).
+
+    With `auto`, an unfinished run of the same configuration is continued from its last checkpoint; anything else that
+    lies in the folder is moved to `output_dir.1`, `.2`, ... and nothing is deleted.
+
+    Raises:
+        UserError: the folder is in use by another process, or the named checkpoint does not exist.
+    """
+    path = Path(output_dir)
+    explicit = Path(resume) if resume not in ("auto", "never") else None
+    if explicit is not None and not (explicit / "trainer_state.json").is_file():
+        raise UserError(
+            f"`resume` {resume!r} holds no checkpoint",
+            expected="auto, never, or a checkpoint-N folder with trainer_state.json",
+            remedy="resume=auto continues the last unfinished run of this configuration",
+        )
+    if path.exists() and any(path.iterdir()):
+        _lock(path).close()
+        if resume != "never" and (explicit is not None or _is_unfinished_run_of(path, values)):
+            checkpoint = explicit or _last_checkpoint(path)
+            return _reopen(path, values, checkpoint)
+        kept = next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}.{i}")).exists())
+        path.rename(kept)
+        log.info("the earlier run in %s is kept as %s", path, kept)
+    path.mkdir(parents=True, exist_ok=True)
+    return _reopen(path, values, None)
+
+
+def _reopen(path: Path, values: Mapping[str, Any], checkpoint: Path | None) -> RunFolder:
+    lock = _lock(path)
+    shutil.rmtree(path / STAGING_FOLDER, ignore_errors=True)
+    _write_whole(path / CONFIG_FILE, yaml.safe_dump(dict(values), sort_keys=True))
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+    _drop_metrics_after(path / METRICS_FILE, step)
+    if checkpoint is not None:
+        log.info("continuing %s after step %d", path, step)
+    return RunFolder(path, checkpoint, lock)
+
+
+def _lock(path: Path) -> IO[str]:
+    handle = open(path / ".lock", "w")  # noqa: SIM115 - held for the life of the run
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise UserError(
+            f"another process is training in {path}",
+            expected="one run for each output folder",
+            remedy="wait for it, or set output_dir=ANOTHER_FOLDER",
+        ) from None
+    return handle
+
+
+def _is_unfinished_run_of(path: Path, values: Mapping[str, Any]) -> bool:
+    if not (path / CONFIG_FILE).is_file() or (path / SUMMARY_FILE).exists():
+        return False
+    saved = yaml.safe_load((path / CONFIG_FILE).read_text())
+    changed = {k for k in saved.keys() | values.keys() if saved.get(k) != values.get(k)} - _KEYS_THAT_MAY_DIFFER
+    if changed:
+        log.info("an unfinished run with other settings (%s) lies in %s", ", ".join(sorted(changed)), path)
+    return not changed
+
+
+def _last_checkpoint(path: Path) -> Path | None:
+    last = get_last_checkpoint(str(path))
+    return Path(last) if last is not None else None
+
+
+def _drop_metrics_after(metrics_file: Path, step: int) -> None:
+    """Lines of steps that the resumed run will make again."""
+    if metrics_file.exists():
+        lines = [line for line in metrics_file.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if step and json.loads(line)["step"] <= step]
+        _write_whole(metrics_file, "".join(f"{line}\n" for line in kept))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace a file's content so that a reader sees the old or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    _write_whole(path / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+
+
+def publish_checkpoint(staged: Path, target: Path) -> None:
+    """Make a checkpoint that was written to a staging folder appear under its final name in one step."""
+    for file in staged.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(staged, target)

@@ -1,0 +1,320 @@
+"""TeacherGRPOTrainer: TRL's GRPOTrainer with our generator, our reward and one card to share.
+
+Only hooks are overridden. A step is TRL's: `_prepare_inputs` -> `_generate_single_turn` (here: GENERATE) ->
+`_calculate_rewards` (here: SCORE) -> advantages and loss (TRAIN) -> optimizer. What TRL 1.16 cannot do with an 8-bit
+adapter model is put right in `__init__`, each in one commented place.
+
+Letters: P prompts, G generations per prompt, B = P*G rows, T tokens.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+from trl import GRPOConfig, GRPOTrainer
+from trl.models.utils import add_fused_lm_head
+from trl.trainer.utils import RepeatSampler
+
+from core.types import Completion, Phase
+from generation.base import Generator
+from generation.canary import Canary
+from models.host import REFERENCE_ADAPTER, ModelHost
+from rewards.rollout import RolloutScorer
+from schemas.run import RunConfig
+from trainers.callbacks import SyncReferenceAdapter
+from trainers.run_folder import STAGING_FOLDER, publish_checkpoint
+
+_TRAIN_STREAM, _EVAL_STREAM = 0, 1
+
+
+def sampling_seeds(seed: int, *, stream: int, step: int, num_rows: int) -> list[int]:
+    """[B] one 32-bit seed a row, a function of (seed, stream, step, row) alone: a resumed run samples what it would have."""
+    return [int(np.random.SeedSequence([seed, stream, step, row]).generate_state(1)[0]) for row in range(num_rows)]
+
+
+class EpochRepeatSampler(RepeatSampler):
+    """TRL's sampler with a permutation that depends on the epoch, so that a run resumed in a later epoch finds its place."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
+
+
+class TeacherGRPOTrainer(GRPOTrainer):
+    """Trains the teacher's adapter with GRPO on the RLT reward.
+
+    Args:
+        config: the run.
+        args: TRL's arguments (`build_grpo_args(config)`).
+        host: owns teacher, student, reference and the engine's sleep.
+        generator: samples explanations; None with `use_vllm_server` (TRL's client then does).
+        canary: compares generator and trainer after every swap and wake-up; None without a generator.
+        scorer: the RLT reward over sampled token ids.
+        classify_explanation: names what kind of explanation a text is, for tasks that can tell; reported, not rewarded.
+        on_progress: called with (what, done, total) while a phase works.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        args: GRPOConfig,
+        host: ModelHost,
+        generator: Generator | None,
+        canary: Canary | None,
+        scorer: RolloutScorer,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None,
+        tokenizer: PreTrainedTokenizerBase,
+        callbacks: Sequence[TrainerCallback] = (),
+        classify_explanation: Callable[[str, str, str], str] | None = None,
+        on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    ) -> None:
+        self.config, self.host, self.generator, self.canary, self.scorer = config, host, generator, canary, scorer
+        self._classify_explanation, self._on_progress = classify_explanation, on_progress
+        self._synced_step = -1
+        self._sampled: list[Completion] = []
+        self._policy_logps_BT: torch.Tensor | None = None
+        self._staging_dir: str | None = None
+        self._reported_use = host.checkpoint_use()
+        trained = {name: p.data for name, p in host.teacher.named_parameters() if p.requires_grad}
+        super().__init__(
+            model=host.teacher,
+            reward_funcs=[self.rlt],
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )
+        self._restore_float32_adapter(trained)
+        self._arrange_reference()
+        if generator is not None:
+            wanted = config.importance_sampling_correction
+            self.vllm_importance_sampling_correction = (
+                not generator.shares_trainer_weights if wanted == "auto" else wanted
+            )
+            # In TRL 1.16 `use_vllm` gates the correction; generation itself goes through `_generate_single_turn`.
+            self.use_vllm = self.vllm_importance_sampling_correction
+
+    def _restore_float32_adapter(self, trained: dict[str, torch.Tensor]) -> None:
+        """TRL casts the adapter of a quantised base to bfloat16, where small updates vanish: put the float32 values back."""
+        for name, parameter in self.host.teacher.named_parameters():
+            if name in trained:
+                parameter.data = trained[name]
+            elif f".{REFERENCE_ADAPTER}." in name:
+                parameter.data = trained[name.replace(f".{REFERENCE_ADAPTER}.", ".default.")].clone()
+
+    def _arrange_reference(self) -> None:
+        """Give TRL the reference that the configuration asks for, at the lowest cost.
+
+        TRL always adds a frozen copy of the adapter. It is needed only where the reference differs from the bare base:
+        when training starts from an adapter, or when the reference follows the policy.
+        """
+        teacher, wants_sync = self.host.teacher, self.config.grpo.sync_ref_model
+        needs_adapter = self.config.model_args.adapter_path is not None or wants_sync
+        if REFERENCE_ADAPTER in teacher.peft_config and (self.host.reference is not None or not needs_adapter):
+            teacher.delete_adapter(REFERENCE_ADAPTER)
+        if self.host.reference is not None and self.beta != 0:
+            add_fused_lm_head(self.host.reference, temperature=self.temperature)
+            self.ref_model = self.host.reference
+        if wants_sync:
+            self.add_callback(
+                SyncReferenceAdapter(
+                    alpha=self.args.ref_model_mixup_alpha, every_steps=self.args.ref_model_sync_steps
+                )
+            )
+
+    # Generation
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, *_: Any, **__: Any
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        if self.generator is None:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations)
+        prompts_P_T = prompt_ids[::num_generations]
+        seeds = sampling_seeds(
+            self.args.seed, stream=_TRAIN_STREAM, step=self.state.global_step, num_rows=len(prompt_ids)
+        )
+        self._sampled = self._sample(prompts_P_T, num_generations, seeds)
+        return [c.token_ids for c in self._sampled], [c.logprobs for c in self._sampled]
+
+    def _sample(self, prompts_P_T: list[list[int]], num_generations: int, seeds: list[int]) -> list[Completion]:
+        """[B] completions of the current policy, after the canary has seen that the generator holds it."""
+        assert self.generator is not None and self.canary is not None
+        with self.host.phase(Phase.GENERATE):
+            with self.host.phase(Phase.SYNC):
+                if self._synced_step != self.state.global_step:
+                    self.generator.sync_adapter(self.host.teacher)
+                    self._synced_step = self.state.global_step
+                self.canary.check()
+            return self.generator.generate(
+                prompts_P_T,
+                num_generations,
+                seeds,
+                on_progress=lambda done, total: self._on_progress("generating", done, total),
+            )
+
+    # Reward
+
+    def rlt(
+        self,
+        completion_ids: list[list[int]],
+        question: list[str],
+        solution: list[str],
+        sampler_logprobs: list[list[float]] | None = None,
+        *,
+        log_metric: Callable[[str, float], None],
+        log_extra: Callable[[str, list[Any]], None],
+        **_: Any,
+    ) -> list[float]:
+        """TRL reward function: the RLT reward of B sampled completions, every term logged."""
+        breakdown = self.scorer.score(question, solution, completion_ids, sampler_logprobs)
+        for name, values in breakdown.terms.items():
+            log_metric(f"rlt/{name}", values.float().mean().item())
+            log_extra(name, values.tolist())
+        return breakdown.total.tolist()
+
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> torch.Tensor:
+        if self._sampled and len(self._sampled) == len(inputs):
+            inputs = [
+                {**row, "sampler_logprobs": c.logprobs} for row, c in zip(inputs, self._sampled, strict=True)
+            ]
+        with self.host.phase(Phase.SCORE):
+            return super()._calculate_rewards(inputs, *args)
+
+    # Loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            self._policy_logps_BT = result[0].detach()
+            return result
+        with self.host.phase(Phase.SCORE):
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = super()._compute_loss(model, inputs)
+        sampler_logps_BT = inputs.get("sampling_per_token_logps")
+        if sampler_logps_BT is not None and self._policy_logps_BT is not None:
+            mask_BT = inputs["completion_mask"].bool()
+            difference = (self._policy_logps_BT - sampler_logps_BT).abs()[mask_BT]
+            self._metrics["train"]["sampling/logp_difference"].append(difference.mean().item())
+        return loss
+
+    # Evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Sample one explanation for each held-out question, always from the same seeds, and score it.
+
+        `eval_solution_log_prob` is the student's mean log-prob a solution token given the explanation (nats, at the
+        reward's student temperature).
+        """
+        rows = (eval_dataset or self.eval_dataset)[:]
+        prompts = self.processing_class(rows["prompt"], add_special_tokens=False)["input_ids"]
+        seeds = sampling_seeds(self.args.seed, stream=_EVAL_STREAM, step=0, num_rows=len(prompts))
+        completions = self._sample(prompts, 1, seeds)
+        with self.host.phase(Phase.SCORE):
+            breakdown = self.scorer.score(
+                rows["question"],
+                rows["solution"],
+                [c.token_ids for c in completions],
+                [c.logprobs for c in completions],
+            )
+        metrics = {
+            f"{metric_key_prefix}_{name}": value
+            for name, value in {
+                "solution_log_prob": breakdown.terms["answer_log_prob_mean"].mean().item(),
+                "reward": breakdown.total.mean().item(),
+                "format_rate": breakdown.terms["format_rate"].mean().item(),
+                "explanation_tokens": breakdown.terms["explanation_tokens"].float().mean().item(),
+                **self._explanation_shares(rows, breakdown.explanations),
+            }.items()
+        }
+        Trainer.log(self, dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _explanation_shares(self, rows: dict[str, list[str]], explanations: Sequence[str]) -> dict[str, float]:
+        if self._classify_explanation is None:
+            return {}
+        kinds = [
+            self._classify_explanation(q, s, e)
+            for q, s, e in zip(rows["question"], rows["solution"], explanations, strict=True)
+        ]
+        return {f"share/{kind}": kinds.count(kind) / len(kinds) for kind in sorted(set(kinds))}
+
+    # Phases and metrics
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self.host.phase(Phase.TRAIN):
+            return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.model.training:
+            logs |= self._phase_metrics()
+        super().log(logs, start_time)
+
+    def _phase_metrics(self) -> dict[str, float]:
+        """Seconds of each phase since the last log, peak memory so far, and tokens/s of generation and training."""
+        use, before = self.host.checkpoint_use(), self._reported_use
+        self._reported_use = use
+        seconds = {phase: use[phase].seconds - before[phase].seconds for phase in use}
+        metrics = {f"time/{phase}_s": seconds[phase] for phase in use if seconds[phase] > 0}
+        kind = "reserved" if self.host.device.type == "cuda" else "rss"
+        metrics |= {f"memory/{p}_{kind}_gb": u.peak_reserved_bytes / 1e9 for p, u in use.items() if u.peak_reserved_bytes}
+        sampled_tokens = sum(len(c.token_ids) for c in self._sampled)
+        if sampled_tokens and self.args.logging_steps == 1:
+            for phase in (Phase.GENERATE, Phase.SCORE, Phase.TRAIN):
+                if seconds[phase] > 0:
+                    metrics[f"tokens_per_s/{phase}"] = sampled_tokens / seconds[phase]
+        return metrics
+
+    # Data order and checkpoints
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        plain = super()._get_train_sampler(dataset)
+        if not plain.shuffle:
+            return plain
+        return EpochRepeatSampler(
+            plain.data_source, plain.mini_repeat_count, plain.batch_size, plain.repeat_count, seed=plain.seed
+        )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging_dir or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write to a staging folder, then publish under the final name: a folder `checkpoint-N` is always whole."""
+        output_dir = Path(self.args.output_dir)
+        staging = output_dir / STAGING_FOLDER
+        shutil.rmtree(staging, ignore_errors=True)
+        self._staging_dir = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging_dir = None
+        name = f"checkpoint-{self.state.global_step}"
+        publish_checkpoint(staging / name, output_dir / name)
+        staging.rmdir()
+        rotate_checkpoints(output_dir=str(output_dir), save_total_limit=self.args.save_total_limit)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the adapters in place. The inherited method skips the trained one when a second one lies beside it."""
+        for adapter in self.host.teacher.peft_config:
+            folder = Path(resume_from_checkpoint) / ("" if adapter == "default" else adapter)
+            set_peft_model_state_dict(
+                self.host.teacher, load_file(folder / "adapter_model.safetensors"), adapter_name=adapter
+            )
+        self._synced_step = -1
+
