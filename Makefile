@@ -1,0 +1,25 @@
+# make test       install what is missing, then linters and every test that needs no GPU
+# make test-fast  the same without the slow tests
+# make test-gpu   the tests that need a GPU
+PYTHON ?= python3
+VENV := .venv/bin
+
+.PHONY: install lint test test-fast test-gpu
+
+install:
+	$(PYTHON) scripts/setup_env.py --dev
+
+lint: install
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .
+	$(VENV)/mypy
+	$(VENV)/lint-imports
+
+test: lint
+	$(VENV)/python -m pytest -m "not gpu"
+
+test-fast: lint
+	$(VENV)/python -m pytest
+
+test-gpu: install
+	$(VENV)/python -m pytest -m gpu

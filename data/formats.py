@@ -1,0 +1,197 @@
+"""How a question, a solution and an explanation are written for the teacher and for the student.
+
+Every text is put together from its pieces; nothing is ever searched for in a finished text. Adding a tag style or a
+prompt style is one entry in `TAG_STYLES` or `PROMPT_STYLES` (and its name in `schemas.data.DataConfig`).
+"""
+
+from dataclasses import dataclass
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from core.errors import UserError
+from data.arithmetic import STUDENT_SYSTEM_SHORT, TEACHER_SYSTEM_SHORT
+from schemas.data import DataConfig
+
+
+@dataclass(frozen=True, slots=True)
+class TagPair:
+    opening: str
+    closing: str
+
+    def wrap(self, content: str) -> str:
+        return f"{self.opening}{content}{self.closing}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TagStyle:
+    """Tags are plain text for the tokenizer; they must not be special tokens."""
+
+    thought: TagPair
+    """Around the student's reasoning."""
+    explanation: TagPair
+    """Around the teacher's explanation."""
+    solution: TagPair
+
+    @property
+    def all_tags(self) -> tuple[str, ...]:
+        pairs = (self.thought, self.explanation, self.solution)
+        return tuple(tag for pair in pairs for tag in (pair.opening, pair.closing))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptStyle:
+    """System prompts; `{thought.opening}` and the like stand for the tags of the tag style."""
+
+    teacher_system: str
+    student_system: str
+
+
+def _bespoke(name: str) -> TagPair:
+    return TagPair(f"<|begin_of_{name}|>", f"<|end_of_{name}|>")
+
+
+def _angle(name: str) -> TagPair:
+    return TagPair(f"<{name}>", f"</{name}>")
+
+
+TAG_STYLES: dict[str, TagStyle] = {
+    "bespoke": TagStyle(
+        thought=_bespoke("thought"), explanation=_bespoke("explanation"), solution=_bespoke("solution")
+    ),
+    "r1": TagStyle(thought=_angle("think"), explanation=_angle("explanation"), solution=_angle("solution")),
+}
+
+PROMPT_STYLES: dict[str, PromptStyle] = {
+    "stratos": PromptStyle(
+        teacher_system=(
+            "You are a teacher who is given a question and writes two sections: first its solution, then an "
+            "explanation that leads to it. The solution section holds the final, precise answer in the form "
+            "{solution.opening} {{formatted final solution}} {solution.closing}. The explanation section shows the "
+            "whole reasoning from which a student reaches that solution: analyse the question, recall what is known, "
+            "try ideas, check each step, correct mistakes and revisit earlier steps where needed. Write it in the form "
+            "{explanation.opening} {{steps separated by blank lines}} {explanation.closing}, in detail, one thought "
+            "after the other."
+        ),
+        student_system=(
+            "You are an assistant who works through a question systematically before answering it. Write two "
+            "sections: a thought and a solution. In the thought section reason at length: analyse the question, "
+            "summarise what matters, explore ideas, verify each step, fix errors and go back to earlier steps where "
+            "needed. Write it in the form {thought.opening} {{steps separated by blank lines}} {thought.closing}. In "
+            "the solution section give the final, precise answer that the thought arrived at, with the steps needed "
+            "to follow it, in the form {solution.opening} {{formatted final solution}} {solution.closing}. Now answer "
+            "the following question in this way."
+        ),
+    ),
+    "short": PromptStyle(teacher_system=TEACHER_SYSTEM_SHORT, student_system=STUDENT_SYSTEM_SHORT),
+}
+
+_ASSISTANT_CONTENT = "[[content of the assistant]]"
+
+
+@dataclass(frozen=True, slots=True)
+class StudentTail:
+    """What follows the explanation in the student's chat, and where the solution lies in it (characters, half-open)."""
+
+    text: str
+    solution_start: int
+    solution_end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFormat:
+    """Tags, system prompts and delimiters of a run (Sakana RLT: `delimiters_padding`, `think_solution_delimiter`).
+
+    Chats are rendered with the tokenizer's template; encode them with `add_special_tokens=False`.
+    """
+
+    tags: TagStyle
+    teacher_system_prompt: str
+    student_system_prompt: str
+    opening_padding: str = "\n\n"
+    """Follows an opening tag that is forced on a model."""
+    section_delimiter: str = "\n\n"
+    """Between the two sections of an answer."""
+
+    @classmethod
+    def from_config(cls, config: DataConfig) -> "PromptFormat":
+        return cls.from_styles(config.tag_format, config.prompt_style)
+
+    @classmethod
+    def from_styles(cls, tag_format: str, prompt_style: str) -> "PromptFormat":
+        tags, prompts = TAG_STYLES[tag_format], PROMPT_STYLES[prompt_style]
+        names = {"thought": tags.thought, "explanation": tags.explanation, "solution": tags.solution}
+        return cls(
+            tags=tags,
+            teacher_system_prompt=prompts.teacher_system.format(**names),
+            student_system_prompt=prompts.student_system.format(**names),
+        )
+
+    def teacher_prompt_text(self, tokenizer: PreTrainedTokenizerBase, question: str, solution: str) -> str:
+        """The policy's prompt: system, question, the whole solution, and the opened explanation with its padding."""
+        head, _ = render_chat(tokenizer, self.teacher_system_prompt, question)
+        opened = self.tags.explanation.opening + self.opening_padding
+        return head + self.tags.solution.wrap(solution) + self.section_delimiter + opened
+
+    def teacher_completion_text(self, tokenizer: PreTrainedTokenizerBase, question: str, explanation: str) -> str:
+        """What a well-formed teacher writes after `teacher_prompt_text`, to the end of its turn (for supervised training).
+
+        A trace that brings its own leading padding, as those of Bespoke-Stratos do, does not get it twice.
+        """
+        _, end_of_turn = render_chat(tokenizer, self.teacher_system_prompt, question)
+        return explanation.removeprefix(self.opening_padding) + self.tags.explanation.closing + end_of_turn
+
+    def student_head_text(self, tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+        """The student's chat up to where the explanation begins: system, question, opened thought with its padding."""
+        head, _ = render_chat(tokenizer, self.student_system_prompt, question)
+        return head + self.tags.thought.opening + self.opening_padding
+
+    def student_tail(
+        self, tokenizer: PreTrainedTokenizerBase, question: str, solution: str, leftover: str = ""
+    ) -> StudentTail:
+        """The student's chat from the closing tag of the thought on.
+
+        `leftover` is text of the explanation that comes before it because its token could not be taken over whole.
+        """
+        _, end_of_turn = render_chat(tokenizer, self.student_system_prompt, question)
+        before = leftover + self.tags.thought.closing + self.section_delimiter + self.tags.solution.opening
+        text = before + solution + self.tags.solution.closing + end_of_turn
+        return StudentTail(text=text, solution_start=len(before), solution_end=len(before) + len(solution))
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, system: str, question: str) -> tuple[str, str]:
+    """The chat template's text before and after the assistant's content.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or one that cannot hold a system, a user and an assistant turn.
+    """
+    messages = [
+        {"role": "system", "content": system},
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": _ASSISTANT_CONTENT},
+    ]
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    remedy = "use an instruct model whose template knows the roles system, user and assistant"
+    if not tokenizer.chat_template:
+        raise UserError(f"tokenizer `{name}` has no chat template", expected="a chat template", remedy=remedy)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:
+        raise UserError(
+            f"the chat template of `{name}` refuses a system, user, assistant conversation: {error}",
+            expected="a template that renders the three roles",
+            remedy=remedy,
+        ) from error
+    head, found, tail = text.rpartition(_ASSISTANT_CONTENT)
+    if not found:
+        raise UserError(
+            f"the chat template of `{name}` leaves the assistant's content out",
+            expected="a template that renders the assistant's content unchanged",
+            remedy=remedy,
+        )
+    return head, tail
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text that already contains every special token it needs; never cut."""
+    return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]

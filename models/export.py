@@ -1,0 +1,197 @@
+"""Write the trainer's quantised base, value for value, as a checkpoint that vLLM loads.
+
+Forms of a linear layer with int8 values q [N out, K in] and LLM.int8 scales SCB [N] (weight = q * SCB / 127):
+
+* `packed_int8` (CUDA): compressed-tensors `pack-quantized`, weight-only with 16-bit activations (W8A16): four int8 in an
+  int32 along K, scales SCB / 127. NF4 bases are written the same way in groups of 64, the NF4 block: each of the 16 NF4
+  levels (-1 .. 1) becomes round(127 * level), so a value is off by at most 0.4 % of its block's maximum.
+* `dequantized` (CPU, whose vLLM has no 8-bit weight-only kernel): the products, in the model's 16-bit dtype.
+
+Embeddings, head, norms and biases are copied. Adapters of a peft model are left out.
+"""
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import bitsandbytes as bnb
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from core.errors import UserError
+
+ExportForm = Literal["packed_int8", "dequantized"]
+
+_SHARD_BYTES = 2 * 1024**3
+
+
+def export_for_vllm(model: Any, tokenizer: Any, folder: Path, form: ExportForm) -> Path:
+    """Write the base of `model` (a causal LM, possibly wrapped by peft) and its tokenizer to `folder`.
+
+    An existing `folder` is replaced. The checkpoint appears whole or not at all: it is written beside `folder` and
+    renamed. Host memory beyond the model: one shard (2 GiB) plus one layer.
+
+    Raises:
+        UserError: `packed_int8` of a base that is not quantised.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    quantisation = _quantisation_config(base) if form == "packed_int8" else None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        unfinished = Path(scratch) / folder.name
+        unfinished.mkdir()
+        _write_shards(exported_tensors(base, form), unfinished)
+        _write_config(base, quantisation, unfinished)
+        tokenizer.save_pretrained(unfinished)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(unfinished, folder)
+    return folder
+
+
+def exported_tensors(base: nn.Module, form: ExportForm) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, tensor on the CPU) of every weight of `base`; tied weights appear once."""
+    dtype = base.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    written: set[int] = set()
+    for module_name, module in base.named_modules():
+        parts = module_name.split(".")
+        if any(part.startswith("lora_") for part in parts):
+            continue
+        prefix = ".".join(part for part in parts if part != "base_layer")
+        for name, tensor in _own_tensors(module):
+            if id(tensor) in written:
+                continue
+            written.add(id(tensor))
+            if name == "weight" and isinstance(module, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit):
+                for suffix, part in _quantised_weight(module, form, dtype):
+                    yield f"{prefix}.{suffix}", part.cpu()
+            else:
+                yield f"{prefix}.{name}", tensor.detach().cpu()
+
+
+def int8_values_and_scales(linear: bnb.nn.Linear8bitLt) -> tuple[Tensor, Tensor]:
+    """int8 values [N, K] of an LLM.int8 linear and their float32 scales [N]: weight = values * scales[:, None]."""
+    # bitsandbytes moves the scales from the weight to the state on the first forward.
+    scb = linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB
+    return linear.weight.data, scb * (1.0 / 127.0)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in module.named_parameters(recurse=False):
+        yield name, parameter
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield name, buffer
+
+
+def _quantised_weight(linear: nn.Module, form: ExportForm, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Checkpoint tensors (suffix, tensor) that stand for the weight of one quantised linear."""
+    if form == "dequantized":
+        yield "weight", _dequantised(linear, dtype)
+        return
+    if isinstance(linear, bnb.nn.Linear8bitLt):
+        values, scales = int8_values_and_scales(linear)
+        scales = scales[:, None]
+    else:
+        values, scales = _nf4_as_int8(linear)
+    yield "weight_packed", pack_to_int32(values.cpu(), num_bits=8)
+    yield "weight_scale", scales.contiguous()
+    yield "weight_shape", torch.tensor(values.shape)
+
+
+def _dequantised(linear: nn.Module, dtype: torch.dtype) -> Tensor:
+    if isinstance(linear, bnb.nn.Linear8bitLt):
+        values, scales = int8_values_and_scales(linear)
+        return (values.float() * scales[:, None]).to(dtype)
+    linear.state_dict()  # undoes the layout that bitsandbytes' CPU kernel gives 4-bit weights on their first forward
+    return bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(dtype)
+
+
+def _nf4_as_int8(linear: bnb.nn.Linear4bit) -> tuple[Tensor, Tensor]:
+    """int8 values [N, K] and float32 scales [N, K / block] of an NF4 (or FP4) linear."""
+    weight = _dequantised(linear, torch.float32)
+    blocks = weight.view(weight.shape[0], -1, linear.weight.quant_state.blocksize)
+    scales = blocks.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127.0
+    values = (blocks / scales).round_().to(torch.int8).view(weight.shape)
+    return values, scales.squeeze(-1)
+
+
+def _quantisation_config(base: nn.Module) -> dict[str, Any]:
+    """compressed-tensors' description of a weight-only 8-bit checkpoint with the linears of `base`."""
+    linears = {name.removesuffix(".base_layer"): m for name, m in base.named_modules() if isinstance(m, nn.Linear)}
+    linears = {name: m for name, m in linears.items() if ".lora_" not in name}
+    int8 = {name for name, m in linears.items() if isinstance(m, bnb.nn.Linear8bitLt)}
+    nf4 = {name: m for name, m in linears.items() if isinstance(m, bnb.nn.Linear4bit)}
+    if not int8 and not nf4:
+        raise UserError(
+            "an 8-bit export of a base whose linears are not quantised",
+            expected="a base loaded with load_in_8bit or load_in_4bit",
+            remedy="set model_args.load_in_8bit=true, or generator_weights=bf16",
+        )
+    weights: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+    if nf4:
+        block_sizes = {m.weight.quant_state.blocksize for m in nf4.values()}
+        uneven = [name for name, m in nf4.items() if m.in_features % max(block_sizes)]
+        if len(block_sizes) > 1 or uneven:
+            raise UserError(
+                f"a 4-bit base with blocks of {sorted(block_sizes)} across rows (first: {(uneven or sorted(nf4))[0]})",
+                expected="input widths that are a multiple of one block size",
+                remedy="set generator_weights=bf16 or generator=transformers",
+            )
+        weights |= {"strategy": "group", "group_size": block_sizes.pop()}
+    else:
+        weights |= {"strategy": "channel"}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": weights,
+                "input_activations": None,
+                "format": "pack-quantized",
+            }
+        },
+        "ignore": sorted(set(linears) - int8 - set(nf4)),
+    }
+
+
+def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    shard: dict[str, Tensor] = {}
+    weight_map: dict[str, str] = {}
+    shard_bytes = total_bytes = 0
+
+    def flush() -> None:
+        nonlocal shard, shard_bytes
+        file_name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        save_file(shard, folder / file_name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file_name))
+        shard, shard_bytes = {}, 0
+
+    for name, tensor in tensors:
+        if shard and shard_bytes + tensor.nbytes > _SHARD_BYTES:
+            flush()
+        shard[name] = tensor.contiguous()
+        shard_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    flush()
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _write_config(base: Any, quantisation: dict[str, Any] | None, folder: Path) -> None:
+    config = copy.deepcopy(base.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = base.get_input_embeddings().weight.dtype
+    if quantisation is not None:
+        config.quantization_config = quantisation
+    config.save_pretrained(folder)

@@ -1,0 +1,75 @@
+"""A tiny random Qwen2 with outlier activation channels, as every real model has, quantised by bitsandbytes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+VOCABULARY_SIZE = 128
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"w{index}": index for index in range(VOCABULARY_SIZE)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), eos_token="w1")
+
+
+def write_planted_model(folder: Path, outlier_scale: float, hidden_size: int = 128) -> Path:
+    """A bf16 checkpoint in which three channels of every norm's output are `outlier_scale` times the others.
+
+    The columns that read those channels are divided by the square root of the scale, so the channels matter.
+    """
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        initializer_range=0.08,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    model = Qwen2ForCausalLM(config)
+    outlier_channels = [5, 33, 61]
+    with torch.no_grad():
+        for layer in model.model.layers:
+            readers = {
+                layer.input_layernorm: (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                layer.post_attention_layernorm: (layer.mlp.gate_proj, layer.mlp.up_proj),
+            }
+            for norm, linears in readers.items():
+                norm.weight[outlier_channels] *= outlier_scale
+                for linear in linears:
+                    linear.weight[:, outlier_channels] /= outlier_scale
+    model.to(torch.bfloat16).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load_quantised(folder: Path, bits: int, **knobs: Any) -> Any:
+    """The checkpoint through bitsandbytes: 8 (LLM.int8, threshold 6) or 4 (NF4, double quantisation) or 16 bits."""
+    quantisation = {
+        8: BitsAndBytesConfig(load_in_8bit=True, **knobs),
+        4: BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ),
+        16: None,
+    }[bits]
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map={"": "cpu"}, quantization_config=quantisation
+    ).eval()

@@ -1,0 +1,135 @@
+"""The export of the teacher's quantised base: what vLLM will load equals what the trainer multiplies with."""
+
+import json
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+import models.export as export
+from core.errors import UserError
+from tests.helpers.planted_outliers import load_quantised, word_tokenizer, write_planted_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_planted_model(tmp_path_factory.mktemp("model"), outlier_scale=60.0)
+
+
+@pytest.fixture(scope="module")
+def int8_teacher(checkpoint):
+    """An LLM.int8 base under a LoRA adapter, after a forward (which moves bitsandbytes' scales elsewhere)."""
+    teacher = get_peft_model(load_quantised(checkpoint, bits=8), LoraConfig(r=4, target_modules="all-linear"))
+    teacher(torch.arange(8)[None])
+    return teacher
+
+
+def exported(folder):
+    return {name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+
+
+def quantised_linears(teacher, kind):
+    base = teacher.get_base_model() if hasattr(teacher, "get_base_model") else teacher
+    found = {name.replace(".base_layer", ""): m for name, m in base.named_modules() if isinstance(m, kind)}
+    assert len(found) == 3 * 7  # layers x linears
+    return found
+
+
+def unpacked(tensors, name):
+    shape = torch.Size(tensors[f"{name}.weight_shape"].tolist())
+    return unpack_from_int32(tensors[f"{name}.weight_packed"], 8, shape)
+
+
+def test_packed_int8_values_and_scales_are_bit_equal_to_the_trainers(int8_teacher, tmp_path):
+    tensors = exported(export.export_for_vllm(int8_teacher, word_tokenizer(), tmp_path / "out", "packed_int8"))
+    for name, linear in quantised_linears(int8_teacher, bnb.nn.Linear8bitLt).items():
+        assert torch.equal(unpacked(tensors, name), linear.weight.data)
+        assert torch.equal(tensors[f"{name}.weight_scale"], (linear.state.SCB * (1 / 127))[:, None])
+
+
+def test_dequantized_values_are_bit_equal_to_the_weight_of_the_trainers_backward(int8_teacher, tmp_path):
+    tensors = exported(export.export_for_vllm(int8_teacher, word_tokenizer(), tmp_path / "out", "dequantized"))
+    for name, linear in quantised_linears(int8_teacher, bnb.nn.Linear8bitLt).items():
+        identity = torch.eye(linear.out_features, dtype=torch.bfloat16)
+        hidden = torch.zeros(linear.out_features, linear.in_features, dtype=torch.bfloat16, requires_grad=True)
+        linear(hidden).backward(identity)
+        assert tensors[f"{name}.weight"].dtype == torch.bfloat16
+        assert torch.equal(tensors[f"{name}.weight"], hidden.grad)
+
+
+@pytest.mark.parametrize("form", ["packed_int8", "dequantized"])
+def test_what_is_not_quantised_is_copied_and_the_adapter_left_out(checkpoint, int8_teacher, tmp_path, form):
+    original = exported(checkpoint)
+    tensors = exported(export.export_for_vllm(int8_teacher, word_tokenizer(), tmp_path / "out", form))
+    quantised = {f"{name}.weight" for name in quantised_linears(int8_teacher, bnb.nn.Linear8bitLt)}
+    copied = set(original) - quantised
+    assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.bias"} <= copied
+    assert all(torch.equal(tensors[name], original[name]) for name in copied)
+    suffixes = ("weight_packed", "weight_scale", "weight_shape") if form == "packed_int8" else ("weight",)
+    expected = copied | {f"{name.removesuffix('weight')}{suffix}" for name in quantised for suffix in suffixes}
+    assert set(tensors) == expected
+
+
+def test_an_independent_reader_of_the_packed_form_computes_with_the_same_weights(int8_teacher, tmp_path):
+    packed = export.export_for_vllm(int8_teacher, word_tokenizer(), tmp_path / "packed", "packed_int8")
+    plain = export.export_for_vllm(int8_teacher, word_tokenizer(), tmp_path / "plain", "dequantized")
+    read = AutoModelForCausalLM.from_pretrained(
+        packed, dtype=torch.float32, quantization_config=CompressedTensorsConfig(run_compressed=False)
+    )
+    expected = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    token_ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(read(token_ids).logits, expected(token_ids).logits, atol=0.05, rtol=0.05)
+
+
+def test_a_4_bit_base_is_exported_exactly_dequantised_and_within_half_a_step_as_packed_int8(checkpoint, tmp_path):
+    teacher = load_quantised(checkpoint, bits=4)
+    linears = quantised_linears(teacher, bnb.nn.Linear4bit)
+    before = {name: bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state) for name, m in linears.items()}
+    with torch.no_grad():
+        teacher(torch.arange(8)[None])  # bitsandbytes may change the layout of 4-bit weights on a CPU
+    plain = exported(export.export_for_vllm(teacher, word_tokenizer(), tmp_path / "plain", "dequantized"))
+    folder = export.export_for_vllm(teacher, word_tokenizer(), tmp_path / "packed", "packed_int8")
+    packed = exported(folder)
+    group = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert (group["weights"]["strategy"], group["weights"]["group_size"]) == ("group", 64)
+    for name, weight in before.items():
+        assert torch.equal(plain[f"{name}.weight"], weight)
+        scales = packed[f"{name}.weight_scale"].repeat_interleave(64, dim=1)
+        error = (unpacked(packed, name) * scales - weight.float()).abs()
+        assert (error <= 0.5001 * scales).all()
+
+
+def test_several_shards_hold_the_same_tensors_as_one(int8_teacher, tmp_path, monkeypatch):
+    whole = exported(export.export_for_vllm(int8_teacher, word_tokenizer(), tmp_path / "whole", "dequantized"))
+    monkeypatch.setattr(export, "_SHARD_BYTES", 100_000)
+    folder = export.export_for_vllm(int8_teacher, word_tokenizer(), tmp_path / "sharded", "dequantized")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    sharded = exported(folder)
+    assert set(sharded) == set(whole)
+    assert all(torch.equal(sharded[name], whole[name]) for name in whole)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert torch.equal(loaded.lm_head.weight, whole["lm_head.weight"])
+
+
+def test_an_interrupted_export_leaves_nothing_and_keeps_the_previous_one(int8_teacher, tmp_path, monkeypatch):
+    folder = export.export_for_vllm(int8_teacher, word_tokenizer(), tmp_path / "out", "dequantized")
+    before = exported(folder)
+
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "_write_config", fail)
+    with pytest.raises(KeyboardInterrupt):
+        export.export_for_vllm(int8_teacher, word_tokenizer(), folder, "packed_int8")
+    assert list(tmp_path.iterdir()) == [folder]
+    assert set(exported(folder)) == set(before)
+
+
+def test_packing_a_base_that_is_not_quantised_is_refused(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="load_in_8bit"):
+        export.export_for_vllm(load_quantised(checkpoint, bits=16), word_tokenizer(), tmp_path / "out", "packed_int8")
