@@ -2,9 +2,9 @@
 
 Forms of a linear layer with int8 values q [N out, K in] and LLM.int8 scales SCB [N] (weight = q * SCB / 127):
 
-* `packed_int8` (CUDA): compressed-tensors `pack-quantized`, weight-only with 16-bit activations (W8A16): four int8 in an
-  int32 along K, scales SCB / 127. NF4 bases are written the same way in groups of 64, the NF4 block: each of the 16 NF4
-  levels (-1 .. 1) becomes round(127 * level), so a value is off by at most 0.4 % of its block's maximum.
+* `packed_int8` (CUDA): compressed-tensors `pack-quantized`, weight-only with 16-bit activations (W8A16): four int8 to
+  an int32 along K, scales SCB / 127. NF4 bases are written the same way in groups of 64, the NF4 block: each of the 16
+  NF4 levels (-1 .. 1) becomes round(127 * level), so a value is off by at most 0.4 % of its block's maximum.
 * `dequantized` (CPU, whose vLLM has no 8-bit weight-only kernel): the products, in the model's 16-bit dtype.
 
 Embeddings, head, norms and biases are copied. Adapters of a peft model are left out.
@@ -58,7 +58,7 @@ def export_for_vllm(model: Any, tokenizer: Any, folder: Path, form: ExportForm) 
 
 def exported_tensors(base: nn.Module, form: ExportForm) -> Iterator[tuple[str, Tensor]]:
     """(checkpoint name, tensor on the CPU) of every weight of `base`; tied weights appear once."""
-    dtype = base.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    dtype = base.get_input_embeddings().weight.dtype
     written: set[int] = set()
     for module_name, module in base.named_modules():
         parts = module_name.split(".")

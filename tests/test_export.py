@@ -88,16 +88,15 @@ def test_an_independent_reader_of_the_packed_form_computes_with_the_same_weights
 
 def test_a_4_bit_base_is_exported_exactly_dequantised_and_within_half_a_step_as_packed_int8(checkpoint, tmp_path):
     teacher = load_quantised(checkpoint, bits=4)
-    linears = quantised_linears(teacher, bnb.nn.Linear4bit)
-    before = {name: bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state) for name, m in linears.items()}
     with torch.no_grad():
-        teacher(torch.arange(8)[None])  # bitsandbytes may change the layout of 4-bit weights on a CPU
+        teacher(torch.arange(8)[None])  # bitsandbytes changes the layout of 4-bit weights on some CPUs
     plain = exported(export.export_for_vllm(teacher, word_tokenizer(), tmp_path / "plain", "dequantized"))
     folder = export.export_for_vllm(teacher, word_tokenizer(), tmp_path / "packed", "packed_int8")
     packed = exported(folder)
     group = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
     assert (group["weights"]["strategy"], group["weights"]["group_size"]) == ("group", 64)
-    for name, weight in before.items():
+    for name, linear in quantised_linears(teacher, bnb.nn.Linear4bit).items():
+        weight = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
         assert torch.equal(plain[f"{name}.weight"], weight)
         scales = packed[f"{name}.weight_scale"].repeat_interleave(64, dim=1)
         error = (unpacked(packed, name) * scales - weight.float()).abs()
