@@ -1,0 +1,79 @@
+"""Every number of the memory model that is not arithmetic, in one table: value, how it is known, card and date.
+
+`assumed` figures are to be replaced by measured ones: `tests/test_planner_gpu.py` (marker gpu) prints them.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    value: float
+    label: Literal["measured", "simulated", "assumed", "from source"]
+    card: str
+    """Card or library that the figure was taken from."""
+    date: str
+    note: str
+
+
+USABLE_FRAC = Constant(
+    value=0.97,
+    label="assumed",
+    card="any",
+    date="2026-11",
+    note="share of the bytes that the driver reports which a run may plan for",
+)
+CUDA_CONTEXT_BYTES = Constant(
+    value=0.5e9,
+    label="assumed",
+    card="any",
+    date="2026-11",
+    note="CUDA context, cuBLAS handles and workspaces of the one process",
+)
+VLLM_ASLEEP_BYTES = Constant(
+    value=0.4e9,
+    label="assumed",
+    card="any",
+    date="2026-11",
+    note="kept by a sleeping vLLM outside its pools (774 MiB with graphs, 1B model: NeMo-RL#223)",
+)
+CUDA_GRAPH_BYTES = Constant(
+    value=0.6e9,
+    label="assumed",
+    card="any",
+    date="2026-11",
+    note="captured graphs and their pool; kept while asleep, absent with vllm_enforce_eager",
+)
+VLLM_BATCHED_TOKENS = Constant(
+    value=8192,
+    label="from source",
+    card="vLLM 0.32",
+    date="2026-11",
+    note="max_num_batched_tokens, the size of its profiling run",
+)
+VLLM_SEQUENCES = Constant(
+    value=256, label="from source", card="vLLM 0.32", date="2026-11", note="max_num_seqs, rows of the sampler's logits"
+)
+FRAGMENTATION_FRAC = Constant(
+    value=0.20,
+    label="simulated",
+    card="allocator model",
+    date="2026-11",
+    note="reserved over allocated bytes of what comes and goes, default allocator, varying lengths",
+)
+EXPANDABLE_FRAGMENTATION_FRAC = Constant(
+    value=0.06,
+    label="simulated",
+    card="allocator model",
+    date="2026-11",
+    note="the same with PYTORCH_ALLOC_CONF=expandable_segments:True",
+)
+HEAD_TILE_TOKENS = Constant(
+    value=4096, label="from source", card="TRL 1.16", date="2026-11", note="ChunkedLogProbFunction: tokens a tile"
+)
+HEAD_TILE_VOCAB = Constant(
+    value=32768, label="from source", card="TRL 1.16", date="2026-11", note="ChunkedLogProbFunction: columns a tile"
+)
+
+ALL_CONSTANTS = {name.lower(): value for name, value in list(globals().items()) if isinstance(value, Constant)}

@@ -1,0 +1,192 @@
+"""The memory plan of a run: bytes per phase and component, the phase that binds, the KV cache that is left."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from core.types import Phase
+from core.units import gb
+from planner.components import (
+    kv_minimum_bytes,
+    kv_needed_bytes,
+    mask_bytes,
+    num_lora_params,
+    optimizer_bytes_per_param,
+    score_activation_bytes,
+    train_activation_bytes,
+    vllm_work_bytes,
+    weight_bytes,
+)
+from planner.constants import (
+    CUDA_CONTEXT_BYTES,
+    CUDA_GRAPH_BYTES,
+    EXPANDABLE_FRAGMENTATION_FRAC,
+    FRAGMENTATION_FRAC,
+    USABLE_FRAC,
+    VLLM_ASLEEP_BYTES,
+)
+from planner.settings import PlanSettings, settings_from_config
+from schemas.run import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Predicted bytes of every component in every phase. Nothing here was measured."""
+
+    settings: PlanSettings
+    components: Mapping[Phase, Mapping[str, int]]
+    """Phase -> component -> bytes on the card, allocator overhead included."""
+    kv_cache_bytes: int
+    """KV cache of vLLM: what the batch needs, capped by the card and by `vllm_gpu_memory_utilization`."""
+    kv_needed_bytes: int
+    """KV that keeps every completion of one generation call resident."""
+    host_bytes: int
+    """Host RAM for the generator's sleeping weights (pinned)."""
+    gpu_bytes: int | None
+    """The card that the KV cache was capped by; None: no card, no cap."""
+
+    def peak_bytes(self, phase: Phase) -> int:
+        return sum(self.components[phase].values())
+
+    @property
+    def binding_phase(self) -> Phase:
+        """The phase with the highest peak."""
+        return max(Phase, key=self.peak_bytes)
+
+    @property
+    def max_bytes(self) -> int:
+        return self.peak_bytes(self.binding_phase)
+
+    def fits(self, gpu_bytes: int | None = None) -> bool:
+        """Every phase stays within the usable share (97 %) of the card; the plan's own card unless one is given."""
+        card = gpu_bytes if gpu_bytes is not None else self.gpu_bytes
+        if card is None:
+            raise ValueError("fits() needs a card: this plan was made without one")
+        return self.max_bytes <= usable_bytes(card) and self.kv_cache_bytes >= kv_minimum(self.settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For json: decimal GB, every figure labelled as predicted."""
+        return {
+            "label": "predicted",
+            "teacher": self.settings.teacher.name,
+            "student": self.settings.student.name if self.settings.student else None,
+            "precision": self.settings.precision,
+            "phases_gb": {
+                phase.value: {name: round(gb(size), 3) for name, size in parts.items()}
+                for phase, parts in self.components.items()
+            },
+            "peaks_gb": {phase.value: round(gb(self.peak_bytes(phase)), 3) for phase in Phase},
+            "binding_phase": self.binding_phase.value,
+            "kv_cache_gb": round(gb(self.kv_cache_bytes), 3),
+            "kv_needed_gb": round(gb(self.kv_needed_bytes), 3),
+            "host_ram_gb": round(gb(self.host_bytes), 3),
+            "gpu_gb": None if self.gpu_bytes is None else round(gb(self.gpu_bytes), 3),
+            "usable_gb": None if self.gpu_bytes is None else round(gb(usable_bytes(self.gpu_bytes)), 3),
+            "fits": None if self.gpu_bytes is None else self.fits(),
+        }
+
+
+def usable_bytes(gpu_bytes: int) -> int:
+    """What a run may plan for: 97 % of what the driver reports."""
+    return int(gpu_bytes * USABLE_FRAC.value)
+
+
+def kv_minimum(settings: PlanSettings) -> int:
+    return kv_minimum_bytes(settings) if settings.generator == "vllm" else 0
+
+
+def plan_run(config: RunConfig, gpu_bytes: int | None, *, allow_download: bool = False) -> MemoryPlan:
+    """The plan of a run configuration for a card of `gpu_bytes` (as the driver reports them), or for no card.
+
+    Raises:
+        UserError: a model's shape is not known here.
+    """
+    return plan(settings_from_config(config, allow_download=allow_download), gpu_bytes)
+
+
+def plan(settings: PlanSettings, gpu_bytes: int | None = None) -> MemoryPlan:
+    """Bytes per phase and component; pure arithmetic."""
+    bases = _base_components(settings)
+    adapter = _adapter_components(settings)
+    resident = bases | {"adapter": adapter["adapter"], "optimizer states": adapter["optimizer states"]}
+    resident["CUDA context"] = CUDA_CONTEXT_BYTES.value
+    asleep = _vllm_asleep(settings)
+    awake = _vllm_awake(settings)
+    factor = 1 + (EXPANDABLE_FRAGMENTATION_FRAC if settings.expandable_segments else FRAGMENTATION_FRAC).value
+
+    train_dynamic = train_activation_bytes(settings) + mask_bytes(settings)
+    scorers = [settings.teacher, settings.student or settings.teacher]
+    score_dynamic = max(score_activation_bytes(settings, shape) for shape in scorers) + mask_bytes(settings)
+    needed = kv_needed_bytes(settings)
+    kv = needed if settings.kv_cache_bytes is None else settings.kv_cache_bytes
+    if gpu_bytes is not None and settings.kv_cache_bytes is None and settings.generator == "vllm":
+        # GENERATE may take what the card leaves; vLLM's own share is limited by its utilization besides.
+        left = usable_bytes(gpu_bytes) - sum((resident | asleep | awake).values())
+        own = gpu_bytes * settings.vllm_utilization_frac - sum(awake.values())
+        kv = max(min(needed, int(left), int(own)), kv_minimum(settings))
+    if settings.generator == "server":
+        kv = 0
+    phases: dict[Phase, dict[str, float]] = {
+        Phase.LOAD: resident | asleep | awake,
+        Phase.GENERATE: resident | asleep | awake | {"KV cache": kv},
+        Phase.SYNC: resident | asleep | awake | {"KV cache": kv, "adapter on its way": adapter["adapter"] / 2},
+        Phase.SCORE: resident | asleep | {"activations": score_dynamic, "allocator": score_dynamic * (factor - 1)},
+        Phase.TRAIN: resident
+        | asleep
+        | {
+            "gradients": adapter["gradients"],
+            "activations": train_dynamic,
+            "allocator": train_dynamic * (factor - 1),
+        },
+    }
+    return MemoryPlan(
+        settings=settings,
+        components={
+            phase: {name: round(size) for name, size in parts.items() if size} for phase, parts in phases.items()
+        },
+        kv_cache_bytes=round(kv),
+        kv_needed_bytes=needed,
+        host_bytes=round(awake.get("vLLM weights", 0.0)),
+        gpu_bytes=gpu_bytes,
+    )
+
+
+def _base_components(settings: PlanSettings) -> dict[str, float]:
+    teacher = weight_bytes(settings.teacher, settings.precision, double_quant=settings.double_quant)
+    bases = {"teacher": teacher}
+    if settings.student is not None:
+        bases["student"] = weight_bytes(settings.student, settings.precision, double_quant=settings.double_quant)
+    if settings.reference == "separate":
+        bases["reference"] = teacher
+    return bases
+
+
+def _adapter_components(settings: PlanSettings) -> dict[str, float]:
+    num_params = num_lora_params(settings.teacher, settings.lora_r, settings.lora_targets)
+    width = settings.adapter_bytes_per_param
+    return {
+        "adapter": settings.num_adapters * num_params * width,
+        "gradients": num_params * width,
+        "optimizer states": num_params * optimizer_bytes_per_param(settings.optimizer),
+    }
+
+
+def _vllm_asleep(settings: PlanSettings) -> dict[str, float]:
+    """What a vLLM in this process holds in every phase."""
+    if settings.generator != "vllm":
+        return {}
+    graphs = 0.0 if settings.enforce_eager else CUDA_GRAPH_BYTES.value
+    return {"vLLM residue": VLLM_ASLEEP_BYTES.value + graphs}
+
+
+def _vllm_awake(settings: PlanSettings) -> dict[str, float]:
+    """Weights, 16-bit adapter slots and working memory, on the card while vLLM is awake."""
+    if settings.generator != "vllm":
+        return {}
+    return {
+        "vLLM weights": weight_bytes(
+            settings.teacher, settings.generator_precision, double_quant=settings.double_quant
+        ),
+        "vLLM adapter": 2 * num_lora_params(settings.teacher, settings.lora_r, settings.lora_targets),
+        "vLLM activations": vllm_work_bytes(settings.teacher),
+    }
