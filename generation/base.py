@@ -1,0 +1,74 @@
+"""What every generator offers.
+
+Letters: P prompts, G generations per prompt, B = P * G rows (prompt-major), T tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from core.types import Completion
+
+ProgressCallback = Callable[[int, int], None]
+"""Called with (finished rows, all rows) while a batch is sampled."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSettings:
+    """How tokens are drawn, e.g. `SamplingSettings(temperature=0.7, max_new_tokens=6144, stop_token_ids=(151645,))`."""
+
+    temperature: float
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+    """A row ends with the first of these; it is kept in the completion. The model's own end tokens are not implied."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps every token."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+class Generator(Protocol):
+    """A sampler of the policy: a base model and the adapter that was given to it last."""
+
+    name: str
+    weights: str
+    """Whose values the base has, in words for the log."""
+    shares_trainer_weights: bool
+    """Whether the base's values are the trainer's; if not, importance sampling should correct for the difference."""
+
+    def generate(
+        self,
+        prompt_token_ids: Sequence[Sequence[int]],
+        num_generations: int,
+        seeds: Sequence[int],
+        on_progress: ProgressCallback | None = None,
+    ) -> list[Completion]:
+        """[B] completions, row p * G + g for generation g of prompt p, each drawn with its own seed `seeds[row]`."""
+
+    def sync_adapter(self, model: Any) -> None:
+        """Sample from the active adapter of this peft model, as it is now, from the next call on."""
+
+    def logprobs(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-prob of every token of each row given those before it, [len(row) - 1] in nats, at temperature 1."""
+
+    def sleep(self) -> None:
+        """Give the device memory back (weights to host memory, KV cache dropped) where the engine holds any."""
+
+    def wake(self) -> None:
+        """Undo `sleep`; the adapter of the last `sync_adapter` serves again."""
+
+    def close(self) -> None:
+        """Free everything. The generator cannot be used afterwards."""
+
+
+def check_rows(prompt_token_ids: Sequence[Sequence[int]], num_generations: int, seeds: Sequence[int]) -> None:
+    """Every row has its seed and every prompt a token."""
+    num_rows = len(prompt_token_ids) * num_generations
+    if len(seeds) != num_rows:
+        raise ValueError(
+            f"{len(seeds)} seeds for {len(prompt_token_ids)} prompts x {num_generations} = {num_rows} rows"
+        )
+    empty = [index for index, token_ids in enumerate(prompt_token_ids) if not token_ids]
+    if empty:
+        raise ValueError(f"prompts {empty} have no tokens")

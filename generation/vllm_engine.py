@@ -1,0 +1,278 @@
+"""vLLM in the training process: the trainer's base once, its LoRA adapter swapped in before each generation phase.
+
+Works with vLLM 0.26 to 0.32, CUDA and CPU builds. Letters: see `generation.base`.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from core.errors import UserError
+from core.log import log
+from core.types import Completion
+from generation.base import ProgressCallback, SamplingSettings, check_rows
+
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VLLMEngineConfig:
+    """What the engine is built from."""
+
+    checkpoint: str
+    """Folder or hub id that vLLM loads."""
+    weights: str
+    """What those weights are, in words for the log."""
+    shares_trainer_weights: bool
+    quantization: Literal["fp8"] | None = None
+    """Quantise on the fly while loading; None loads the checkpoint as it is."""
+    dtype: str
+    """Dtype of activations and unquantised weights."""
+    on_gpu: bool
+    """Whether this is vLLM's CUDA build and runs on the GPU."""
+    max_model_len: int
+    """Prompt and completion together, in tokens."""
+    max_num_seqs: int
+    """Rows that are decoded at the same time."""
+    prompts_per_call: int
+    """Prompt groups handed to the engine at once."""
+    max_lora_rank: int
+    kv_cache_bytes: int
+    gpu_memory_utilization: float
+    """Share of the card that the engine may take in all; `kv_cache_bytes` is to fit in it. Unused on a CPU."""
+    enforce_eager: bool = False
+    """No CUDA graphs. Always so on a CPU."""
+    trust_remote_code: bool = False
+
+
+class VLLMGenerator:
+    """A `Generator` on in-process vLLM. It owns the engine's weights, its KV cache and a folder with the adapter."""
+
+    name = "vllm"
+
+    def __init__(self, config: VLLMEngineConfig, sampling: SamplingSettings) -> None:
+        self.weights, self.shares_trainer_weights = config.weights, config.shares_trainer_weights
+        self._sampling = sampling
+        self._prompts_per_call = config.prompts_per_call
+        self._on_gpu = config.on_gpu
+        shared_memory = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
+        self._adapter_folder = Path(tempfile.mkdtemp(prefix="rlt-adapter-", dir=shared_memory))
+        self._adapter_request: Any = None
+        self._num_swaps = self._num_requests = 0
+        self._asleep = False
+        with _process_state_preserved():
+            self._llm = _start_engine(config)
+
+    def generate(
+        self,
+        prompt_token_ids: Sequence[Sequence[int]],
+        num_generations: int,
+        seeds: Sequence[int],
+        on_progress: ProgressCallback | None = None,
+    ) -> list[Completion]:
+        """See `Generator.generate`. A row's tokens depend on its prompt, its seed and the adapter."""
+        check_rows(prompt_token_ids, num_generations, seeds)
+        num_rows, rows_per_call = len(seeds), self._prompts_per_call * num_generations
+        completions: list[Completion] = []
+        for start in range(0, num_rows, rows_per_call):
+            rows = range(start, min(start + rows_per_call, num_rows))
+            prompts = [prompt_token_ids[row // num_generations] for row in rows]
+            params = [self._sampling_params(seeds[row]) for row in rows]
+
+            def report(num_finished: int, start: int = start) -> None:
+                if on_progress is not None:
+                    on_progress(start + num_finished, num_rows)
+
+            completions += [_completion(output) for output in self._run(prompts, params, report)]
+        return completions
+
+    def sync_adapter(self, model: Any) -> None:
+        """See `Generator.sync_adapter`. Costs one save to shared memory and one load by vLLM."""
+        adapter_name = model.active_adapter
+        state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        save_file(state, self._adapter_folder / "adapter_model.safetensors")
+        model.peft_config[adapter_name].save_pretrained(self._adapter_folder)
+        self._load_adapter()
+
+    def logprobs(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """See `Generator.logprobs`."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        outputs = self._run(rows, [params] * len(rows))
+        return [
+            [position[token_id].logprob for token_id, position in zip(row[1:], output.prompt_logprobs[1:], strict=True)]
+            for row, output in zip(rows, outputs, strict=True)
+        ]
+
+    def sleep(self) -> None:
+        """See `Generator.sleep`; on a CPU there is nothing to give back. Cached prefixes are dropped with the cache."""
+        if self._on_gpu and not self._asleep:
+            self._llm.sleep(level=1)
+            self._asleep = True
+
+    def wake(self) -> None:
+        """See `Generator.wake`. The adapter is loaded anew: its slot does not reliably survive a sleep."""
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+            if self._adapter_request is not None:
+                self._load_adapter()
+
+    def close(self) -> None:
+        """See `Generator.close`."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        cleanup_dist_env_and_memory()
+        shutil.rmtree(self._adapter_folder)
+
+    def _load_adapter(self) -> None:
+        """Put the saved adapter in the engine's one slot.
+
+        Under a new id and name each time: vLLM keys both loaded adapters and cached prefixes by them, and would go on
+        serving the old ones.
+        """
+        from vllm.lora.request import LoRARequest
+
+        engine = self._llm.llm_engine
+        if self._adapter_request is not None:
+            engine.remove_lora(self._adapter_request.lora_int_id)
+        self._num_swaps += 1
+        self._adapter_request = LoRARequest(f"step-{self._num_swaps}", self._num_swaps, str(self._adapter_folder))
+        if not engine.add_lora(self._adapter_request):
+            raise RuntimeError(f"vLLM did not load adapter {self._num_swaps} from {self._adapter_folder}")
+
+    def _sampling_params(self, seed: int) -> Any:
+        from vllm import SamplingParams
+
+        settings = self._sampling
+        return SamplingParams(
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            min_p=settings.min_p,
+            repetition_penalty=settings.repetition_penalty,
+            max_tokens=settings.max_new_tokens,
+            stop_token_ids=list(settings.stop_token_ids),
+            ignore_eos=True,
+            seed=seed,
+            logprobs=0,
+            detokenize=False,
+        )
+
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[Any],
+        on_finished: Callable[[int], None] | None = None,
+    ) -> list[Any]:
+        """Requests through the engine until all are done; outputs in the order of the prompts."""
+        engine = self._llm.llm_engine
+        first = self._num_requests
+        self._num_requests += len(prompts)
+        for offset, (token_ids, request_params) in enumerate(zip(prompts, params, strict=True)):
+            prompt = {"prompt_token_ids": list(token_ids)}
+            engine.add_request(str(first + offset), prompt, request_params, lora_request=self._adapter_request)
+        outputs: dict[int, Any] = {}
+        while engine.has_unfinished_requests():
+            finished = {int(output.request_id): output for output in engine.step() if output.finished}
+            outputs |= finished
+            if finished and on_finished is not None:
+                on_finished(len(outputs))
+        return [outputs[first + offset] for offset in range(len(prompts))]
+
+
+def lora_rank_slot(rank: int) -> int:
+    """The smallest adapter slot that vLLM offers for this rank.
+
+    Raises:
+        UserError: no slot is large enough.
+    """
+    if rank > _LORA_RANKS[-1]:
+        raise UserError(
+            f"model_args.lora_r={rank} with generator=vllm",
+            expected=f"a rank of at most {_LORA_RANKS[-1]}",
+            remedy=f"set model_args.lora_r={_LORA_RANKS[-1]} or less, or generator=transformers",
+        )
+    return next(slot for slot in _LORA_RANKS if slot >= rank)
+
+
+def _completion(output: Any) -> Completion:
+    sampled = output.outputs[0]
+    token_ids = list(sampled.token_ids)
+    logprobs = [position[token_id].logprob for token_id, position in zip(token_ids, sampled.logprobs, strict=True)]
+    return Completion(token_ids=token_ids, logprobs=logprobs, finish_reason=sampled.finish_reason)
+
+
+def _start_engine(config: VLLMEngineConfig) -> Any:
+    # Read when vLLM is imported: the engine in this process, and no log lines of its own below warnings.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm import LLM
+
+    gpu_memory_utilization = config.gpu_memory_utilization
+    if config.on_gpu:
+        # vLLM refuses to start where less than this share is free, although the cache's size is given in bytes.
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        gpu_memory_utilization = min(gpu_memory_utilization, 0.99 * free_bytes / total_bytes)
+    log.info("starting vLLM on %s", "the GPU" if config.on_gpu else "the CPU")
+    return LLM(
+        model=config.checkpoint,
+        quantization=config.quantization,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        enable_lora=True,
+        max_loras=1,
+        max_lora_rank=config.max_lora_rank,
+        kv_cache_memory_bytes=config.kv_cache_bytes,
+        gpu_memory_utilization=gpu_memory_utilization,
+        enforce_eager=config.enforce_eager or not config.on_gpu,
+        enable_sleep_mode=config.on_gpu,
+        enable_prefix_caching=True,
+        logprobs_mode="processed_logprobs",
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+    )
+
+
+@contextlib.contextmanager
+def _process_state_preserved() -> Iterator[None]:
+    """Put back what vLLM changes in the process that it starts in.
+
+    It seeds Python's, numpy's and torch's global generators; its CPU build also replaces `torch.set_num_threads` and
+    sets LD_PRELOAD, which every later child process would inherit.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    preload = os.environ.get("LD_PRELOAD")
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+    torch.set_num_threads = set_num_threads
+    torch.set_num_threads(num_threads)
+    if preload is None:
+        os.environ.pop("LD_PRELOAD", None)
+    else:
+        os.environ["LD_PRELOAD"] = preload
