@@ -8,6 +8,7 @@ configuration cannot work (nothing was started), 130 interrupted (the same call 
 
 import os
 import sys
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import UserError
 from core.log import configure_logging, console, log
-from schemas.compose import register_search_path, run_config_names, to_hydra_overrides, to_values, with_run_name
+from schemas.compose import command_line, register_search_path, run_config_names, to_values
 from schemas.run import ConfigError, RunConfig, load_run_config
 
 
@@ -30,25 +31,48 @@ def run(composed: DictConfig) -> None:
     train_teacher(load_run_config(values), values)
 
 
-def train_teacher(config: RunConfig, values: dict) -> None:
-    """Build every part of the run and train. Cheap checks come first, weights last."""
+def train_teacher(config: RunConfig, values: dict[str, Any]) -> None:
+    """Build the parts of the run and train: cheap checks first, weights last."""
     from trainers.preflight import check_hardware_and_plan
 
     plan, device = check_hardware_and_plan(config)
 
-    from data.dataset import prepare_datasets
-    from data.formats import make_prompt_format
-    from generation import make_generator
-    from generation.canary import Canary
-    from models.host import ModelHost
-    from models.load import load_tokenizer
-    from rewards.rollout import RolloutScorer
-    from trainers.grpo_args import build_grpo_args
-    from trainers.run_folder import open_run_folder
+    # Imported only now: TRL and vLLM take ten seconds, and most mistakes are found without them.
+    from trainers.build import build_trainer, check_before_loading
+    from trainers.summary import summarise, summary_table
 
-    build_grpo_args(config, use_cpu=device.type == "cpu")
-    tokenizer = load_tokenizer(config.model_name_or_path, config.model_args)
-    prompt_format = make_prompt_format(config)
-    train_dataset, eval_dataset = prepare_datasets(config, tokenizer, prompt_format, seed=config.grpo.seed)
-    folder = open_run_folder(values, config.grpo.output_dir, config.resume)
-    host = ModelHost(config)
+    prepared = check_before_loading(config, values, plan, device)
+    trainer = build_trainer(prepared)
+    try:
+        trainer.train(resume_from_checkpoint=prepared.resume_from)
+        trainer.finish()
+    finally:
+        trainer.close()
+    console.print(summary_table(summarise(prepared.folder.path)))
+    log.info("adapter, metrics and completions are in %s", prepared.folder.path)
+
+
+def main() -> int:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of exiting, so that there is one place for messages
+    configure_logging()
+    register_search_path()
+    sys.argv[1:] = command_line(sys.argv[1:])
+    try:
+        run()
+    except (ConfigError, UserError) as error:
+        console.print(f"[bold red]cannot run:[/] {type(error).__name__}", highlight=False)
+        console.print(str(error), markup=False, highlight=False)
+        return 2
+    except (HydraException, OmegaConfBaseException) as error:
+        console.print("[bold red]the configuration cannot be composed:[/]", highlight=False)
+        console.print(str(error), markup=False, highlight=False)
+        console.print("run configurations: " + ", ".join(run_config_names()), highlight=False)
+        return 2
+    except KeyboardInterrupt:
+        log.warning("interrupted; whole checkpoints are kept, and the same command continues from the last one")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

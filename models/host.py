@@ -1,9 +1,11 @@
-"""Who is on the card. `ModelHost` owns every set of weights and is the only place where weights or the generation engine
-sleep, wake or move. It measures seconds and peak memory per phase.
+"""Who is on the card.
+
+`ModelHost` owns every set of weights and is the only place where weights or the generation engine sleep, wake or move.
+It measures seconds and peak memory per phase.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,8 +18,9 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from core.log import log
-from core.types import Phase, Role
+from core.types import Phase, Role, ScoringRow
 from models.load import add_adapter, load_base, pick_device
+from models.logprobs import score_spans
 from schemas.model import ModelConfig
 
 REFERENCE_ADAPTER = "ref"
@@ -34,7 +37,7 @@ class SleepingEngine(Protocol):
 
 @dataclass(slots=True)
 class PhaseUse:
-    """What a phase took so far. On a CPU the memory is this process's resident set, of which `reserved` is the whole."""
+    """What a phase took so far. On a CPU both figures are this process's resident set."""
 
     seconds: float = 0.0
     peak_allocated_bytes: int = 0
@@ -48,7 +51,9 @@ class ModelHost:
     adapter off (or with the frozen reference adapter on).
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, max_score_tokens: int) -> None:
+        """Load everything. `max_score_tokens`: padded tokens of one scoring forward, as the memory plan has it."""
+        self.max_score_tokens = max_score_tokens
         self.device = pick_device(config.model_args.device_map)
         self.use: dict[Phase, PhaseUse] = {phase: PhaseUse() for phase in Phase}
         self._engine: SleepingEngine | None = None
@@ -66,7 +71,9 @@ class ModelHost:
                 else None
             )
         trainable = sum(p.numel() for p in self.teacher.parameters() if p.requires_grad)
-        log.info("teacher, student and reference are loaded on %s; %.1fM adapter parameters", self.device, trainable / 1e6)
+        log.info(
+            "teacher, student and reference are loaded on %s; %.1fM adapter parameters", self.device, trainable / 1e6
+        )
 
     def attach_engine(self, engine: SleepingEngine) -> None:
         """Take charge of the generation engine's memory; it sleeps until the next GENERATE phase."""
@@ -91,6 +98,18 @@ class ModelHost:
                 yield self.teacher
         finally:
             self.teacher.train(was_training)
+
+    def score(self, role: Role, rows: Sequence[ScoringRow], temperature: float) -> list[tuple[torch.Tensor, ...]]:
+        """`models.logprobs.score_spans` under the model of a role."""
+        with self.acting_as(role) as model:
+            return score_spans(model, rows, temperature=temperature, max_batch_tokens=self.max_score_tokens)
+
+    def policy_logprobs(self, rows: Sequence[Sequence[int]], adapter_on: bool) -> list[list[float]]:
+        """Log-prob of every token of each row after its first, at temperature 1, with the adapter or without it."""
+        scoring_rows = [ScoringRow(token_ids=list(row), spans=((1, len(row)),)) for row in rows]
+        with self.acting_as(Role.TEACHER) as teacher, nullcontext() if adapter_on else teacher.disable_adapter():
+            scored = score_spans(teacher, scoring_rows, max_batch_tokens=self.max_score_tokens)
+        return [spans[0].tolist() for spans in scored]
 
     def _adapter_for(self, role: Role) -> Any:
         if role == Role.TEACHER:
@@ -139,5 +158,6 @@ class ModelHost:
     def checkpoint_use(self) -> dict[Phase, PhaseUse]:
         """A copy of what each phase took so far, the open interval included."""
         self._close_interval()
-        return {phase: PhaseUse(u.seconds, u.peak_allocated_bytes, u.peak_reserved_bytes) for phase, u in self.use.items()}
-
+        return {
+            phase: PhaseUse(u.seconds, u.peak_allocated_bytes, u.peak_reserved_bytes) for phase, u in self.use.items()
+        }

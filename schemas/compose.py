@@ -73,3 +73,15 @@ def compose_run_config(name: str, overrides: Sequence[str] = ()) -> dict[str, An
     with initialize_config_dir(config_dir=str(CONFIG_ROOT), version_base="1.3"):
         name = name.removesuffix(".yaml")
         return to_values(compose(config_name=name, overrides=to_hydra_overrides([f"run_name={name}", *overrides])))
+
+
+def command_line(words: Sequence[str]) -> list[str]:
+    """The words of a `train.py` call as Hydra wants them, with `run_name` set to the name of the configuration."""
+    names = [words[i + 1] for i, word in enumerate(words[:-1]) if word in ("--config-name", "-cn")]
+    names += [word.partition("=")[2] for word in words if word.startswith("--config-name=")]
+    name = names[-1].removesuffix(".yaml").rpartition("/")[2] if names else "train"
+    return to_hydra_overrides([*words, *([] if _sets_run_name(words) else [f"run_name={name}"])])
+
+
+def _sets_run_name(words: Sequence[str]) -> bool:
+    return any(word.startswith("run_name=") for word in words)

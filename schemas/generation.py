@@ -19,7 +19,7 @@ class GenerationConfig:
     kv_cache_gb: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """vLLM's KV cache in decimal GB; `auto`: what the batch needs, capped by `vllm_gpu_memory_utilization`."""
     importance_sampling_correction: bool | Literal["auto"] = "auto"
-    """Weight tokens by p_trainer / p_generator; `auto`: only where the generator's weights differ from the trainer's."""
+    """Weight tokens by p_trainer / p_generator; `auto`: only where the generator's weights differ."""
     vllm_enforce_eager: bool = False
     """Run vLLM without CUDA graphs (about 1 GB less, slower decoding). Always so on a CPU."""
     canary_tolerance: Annotated[float, Field(gt=0)] = 0.15

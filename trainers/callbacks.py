@@ -30,8 +30,8 @@ class MetricsFile(TrainerCallback):
 class SyncReferenceAdapter(TrainerCallback):
     """Every `every_steps` optimizer steps: reference <- alpha * policy + (1 - alpha) * reference.
 
-    The mean is taken of the LoRA factors A and B, not of their product: with the published alpha of 0.9 the reference is
-    almost a copy, and with alpha 1 it is one exactly (TR-DPO, arXiv 2404.09656, applied to an adapter).
+    The mean is taken of the LoRA factors A and B, not of their product: with the published alpha of 0.9 the reference
+    is almost a copy, and with alpha 1 it is one exactly (TR-DPO, arXiv 2404.09656, applied to an adapter).
     """
 
     def __init__(self, *, alpha: float, every_steps: int) -> None:
@@ -78,9 +78,7 @@ class ConsoleProgress(TrainerCallback):
         self._phase: TaskID | None = None
         self._first_step, self._start_s = 0, 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._first_step, self._start_s = state.global_step, time.perf_counter()
         self._run = self._progress.add_task("steps", total=state.max_steps, completed=state.global_step, note="")
         self._phase = self._progress.add_task("", total=None, visible=False, note="")

@@ -1,11 +1,11 @@
 """The folder of a run: what it holds, how an unfinished run in it is found again, and how a finished one is kept.
 
-    config.yaml        the resolved configuration
-    metrics.jsonl      one line for each logged step
-    completions/       sampled explanations and their reward terms, parquet
-    checkpoint-N/      written whole or not at all
-    adapter_model.safetensors, adapter_config.json, tokenizer files, README.md (model card)    the result
-    summary.json       before and after; its presence says that the run is finished
+config.yaml        the resolved configuration
+metrics.jsonl      one line for each logged step
+completions/       sampled explanations and their reward terms, parquet
+checkpoint-N/      written whole or not at all
+adapter_model.safetensors, adapter_config.json, tokenizer files, README.md (model card)    the result
+summary.json       before and after; its presence says that the run is finished
 """
 
 import fcntl

@@ -10,6 +10,7 @@ Letters: P prompts, G generations per prompt, B = P*G rows, T tokens.
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -38,12 +39,12 @@ _TRAIN_STREAM, _EVAL_STREAM = 0, 1
 
 
 def sampling_seeds(seed: int, *, stream: int, step: int, num_rows: int) -> list[int]:
-    """[B] one 32-bit seed a row, a function of (seed, stream, step, row) alone: a resumed run samples what it would have."""
+    """[B] one 32-bit seed a row: a function of (seed, stream, step, row) alone, so that a resumed run repeats itself."""
     return [int(np.random.SeedSequence([seed, stream, step, row]).generate_state(1)[0]) for row in range(num_rows)]
 
 
 class EpochRepeatSampler(RepeatSampler):
-    """TRL's sampler with a permutation that depends on the epoch, so that a run resumed in a later epoch finds its place."""
+    """TRL's sampler, its permutation a function of the epoch: a run resumed in a later epoch finds its place."""
 
     def set_epoch(self, epoch: int) -> None:
         self.generator.manual_seed(self.seed + epoch)
@@ -58,7 +59,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
         host: owns teacher, student, reference and the engine's sleep.
         generator: samples explanations; None with `use_vllm_server` (TRL's client then does).
         canary: compares generator and trainer after every swap and wake-up; None without a generator.
-        scorer: the RLT reward over sampled token ids.
+        scorer: the RLT reward of sampled token ids.
         classify_explanation: names what kind of explanation a text is, for tasks that can tell; reported, not rewarded.
         on_progress: called with (what, done, total) while a phase works.
     """
@@ -81,7 +82,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
     ) -> None:
         self.config, self.host, self.generator, self.canary, self.scorer = config, host, generator, canary, scorer
         self._classify_explanation, self._on_progress = classify_explanation, on_progress
-        self._synced_step = -1
+        self._synced_step = self._evaluated_step = -1
         self._sampled: list[Completion] = []
         self._policy_logps_BT: torch.Tensor | None = None
         self._staging_dir: str | None = None
@@ -107,7 +108,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
             self.use_vllm = self.vllm_importance_sampling_correction
 
     def _restore_float32_adapter(self, trained: dict[str, torch.Tensor]) -> None:
-        """TRL casts the adapter of a quantised base to bfloat16, where small updates vanish: put the float32 values back."""
+        """TRL casts the adapter of a quantised base to bfloat16, where small updates vanish: undo that."""
         for name, parameter in self.host.teacher.named_parameters():
             if name in trained:
                 parameter.data = trained[name]
@@ -129,9 +130,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
             self.ref_model = self.host.reference
         if wants_sync:
             self.add_callback(
-                SyncReferenceAdapter(
-                    alpha=self.args.ref_model_mixup_alpha, every_steps=self.args.ref_model_sync_steps
-                )
+                SyncReferenceAdapter(alpha=self.args.ref_model_mixup_alpha, every_steps=self.args.ref_model_sync_steps)
             )
 
     # Generation
@@ -178,17 +177,15 @@ class TeacherGRPOTrainer(GRPOTrainer):
         **_: Any,
     ) -> list[float]:
         """TRL reward function: the RLT reward of B sampled completions, every term logged."""
-        breakdown = self.scorer.score(question, solution, completion_ids, sampler_logprobs)
-        for name, values in breakdown.terms.items():
-            log_metric(f"rlt/{name}", values.float().mean().item())
-            log_extra(name, values.tolist())
-        return breakdown.total.tolist()
+        scored = self.scorer(question, solution, completion_ids, sampler_logprobs)
+        for name, values_B in scored.breakdown.terms.items():
+            log_metric(f"rlt/{name}", values_B.nanmean().item())
+            log_extra(name, values_B.tolist())
+        return scored.breakdown.reward.tolist()
 
     def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> torch.Tensor:
         if self._sampled and len(self._sampled) == len(inputs):
-            inputs = [
-                {**row, "sampler_logprobs": c.logprobs} for row, c in zip(inputs, self._sampled, strict=True)
-            ]
+            inputs = [{**row, "sampler_logprobs": c.logprobs} for row, c in zip(inputs, self._sampled, strict=True)]
         with self.host.phase(Phase.SCORE):
             return super()._calculate_rewards(inputs, *args)
 
@@ -226,22 +223,24 @@ class TeacherGRPOTrainer(GRPOTrainer):
         seeds = sampling_seeds(self.args.seed, stream=_EVAL_STREAM, step=0, num_rows=len(prompts))
         completions = self._sample(prompts, 1, seeds)
         with self.host.phase(Phase.SCORE):
-            breakdown = self.scorer.score(
+            scored = self.scorer(
                 rows["question"],
                 rows["solution"],
                 [c.token_ids for c in completions],
                 [c.logprobs for c in completions],
             )
+        means = scored.breakdown.means()
         metrics = {
             f"{metric_key_prefix}_{name}": value
             for name, value in {
-                "solution_log_prob": breakdown.terms["answer_log_prob_mean"].mean().item(),
-                "reward": breakdown.total.mean().item(),
-                "format_rate": breakdown.terms["format_rate"].mean().item(),
-                "explanation_tokens": breakdown.terms["explanation_tokens"].float().mean().item(),
-                **self._explanation_shares(rows, breakdown.explanations),
+                "solution_log_prob": means["unprocessed_answer_log_prob_mean"],
+                "reward": means["reward"],
+                "format_rate": means["matched"],
+                "explanation_tokens": mean(row.explanation_slice.stop for row in scored.rows),
+                **self._explanation_shares(rows, [row.explanation for row in scored.rows]),
             }.items()
         }
+        self._evaluated_step = self.state.global_step
         Trainer.log(self, dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -273,13 +272,27 @@ class TeacherGRPOTrainer(GRPOTrainer):
         seconds = {phase: use[phase].seconds - before[phase].seconds for phase in use}
         metrics = {f"time/{phase}_s": seconds[phase] for phase in use if seconds[phase] > 0}
         kind = "reserved" if self.host.device.type == "cuda" else "rss"
-        metrics |= {f"memory/{p}_{kind}_gb": u.peak_reserved_bytes / 1e9 for p, u in use.items() if u.peak_reserved_bytes}
+        metrics |= {
+            f"memory/{p}_{kind}_gb": u.peak_reserved_bytes / 1e9 for p, u in use.items() if u.peak_reserved_bytes
+        }
         sampled_tokens = sum(len(c.token_ids) for c in self._sampled)
         if sampled_tokens and self.args.logging_steps == 1:
             for phase in (Phase.GENERATE, Phase.SCORE, Phase.TRAIN):
                 if seconds[phase] > 0:
                     metrics[f"tokens_per_s/{phase}"] = sampled_tokens / seconds[phase]
         return metrics
+
+    def finish(self) -> None:
+        """Evaluate once more if the last step was not, and write the adapter with tokenizer and model card."""
+        if self.eval_dataset is not None and self._evaluated_step != self.state.global_step:
+            self.evaluate()
+        self.save_model()
+        self.create_model_card(model_name=Path(self.args.output_dir).name)
+
+    def close(self) -> None:
+        """Free the generator."""
+        if self.generator is not None:
+            self.generator.close()
 
     # Data order and checkpoints
 
@@ -317,4 +330,3 @@ class TeacherGRPOTrainer(GRPOTrainer):
                 self.host.teacher, load_file(folder / "adapter_model.safetensors"), adapter_name=adapter
             )
         self._synced_step = -1
-

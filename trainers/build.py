@@ -1,0 +1,149 @@
+"""From a validated configuration to a trainer: the checks that cost little, then everything that is loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from data.arithmetic import classify_explanation
+from data.dataset import prepare_datasets
+from data.formats import PromptFormat, encode
+from generation import Canary, Generator, SamplingSettings, make_generator
+from models.host import ModelHost
+from models.load import load_tokenizer, resolve_model_path
+from planner.plan import MemoryPlan
+from rewards.rollout import RolloutScorer
+from schemas.run import RunConfig
+from trainers.callbacks import ConsoleProgress, MetricsFile
+from trainers.grpo_args import build_grpo_args
+from trainers.run_folder import RunFolder, open_run_folder
+from trainers.teacher_grpo import TeacherGRPOTrainer
+
+EXPORT_FOLDER = "generator_base"
+_NUM_CANARY_ROWS, _CANARY_ROW_LEN = 4, 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """Everything that is known before a model is loaded."""
+
+    config: RunConfig
+    plan: MemoryPlan
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    student_tokenizer: PreTrainedTokenizerBase | None
+    prompt_format: PromptFormat
+    train_dataset: Dataset
+    eval_dataset: Dataset | None
+    folder: RunFolder
+
+    @property
+    def resume_from(self) -> str | None:
+        return str(self.folder.checkpoint) if self.folder.checkpoint is not None else None
+
+
+def check_before_loading(
+    config: RunConfig, values: dict[str, Any], plan: MemoryPlan, device: torch.device
+) -> PreparedRun:
+    """TRL's arguments, model paths, data; the run folder is opened last.
+
+    Raises:
+        UserError, ConfigError: the run cannot work; no model was loaded and the run folder was not touched.
+    """
+    build_grpo_args(config, use_cpu=device.type == "cpu")
+    tokenizer = load_tokenizer(config.model_name_or_path, config.model_args)
+    student_tokenizer = None
+    if config.student_model is not None and config.student_model != config.model_name_or_path:
+        student_tokenizer = load_tokenizer(config.student_model, config.model_args)
+        if student_tokenizer.get_vocab() == tokenizer.get_vocab():
+            student_tokenizer = (
+                None  # the student then reads the teacher's tokens and template, as in the published run
+            )
+    prompt_format = PromptFormat.from_config(config)
+    train_dataset, eval_dataset = prepare_datasets(config, tokenizer, prompt_format, config.grpo.seed)
+    return PreparedRun(
+        config=config,
+        plan=plan,
+        device=device,
+        tokenizer=tokenizer,
+        student_tokenizer=student_tokenizer,
+        prompt_format=prompt_format,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        folder=open_run_folder(values, config.grpo.output_dir, config.resume),
+    )
+
+
+def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
+    """Load the models, start the generator, put the trainer together."""
+    config = run.config
+    row_len = config.max_prompt_length + config.grpo.max_completion_length
+    host = ModelHost(config, max_score_tokens=config.grpo.per_device_train_batch_size * row_len)
+    scorer = RolloutScorer(
+        tokenizer=run.tokenizer,
+        prompt_format=run.prompt_format,
+        reward_config=config,
+        sampling_temperature=config.grpo.temperature,
+        score=host.score,
+        student_tokenizer=run.student_tokenizer,
+    )
+    generator = None if config.use_vllm_server else _start_generator(run, host)
+    progress = ConsoleProgress()
+    return TeacherGRPOTrainer(
+        config=config,
+        args=build_grpo_args(config, use_cpu=run.device.type == "cpu", resuming=run.folder.checkpoint is not None),
+        host=host,
+        generator=generator,
+        canary=_make_canary(run, host, generator) if generator is not None else None,
+        scorer=scorer,
+        train_dataset=run.train_dataset,
+        eval_dataset=run.eval_dataset,
+        tokenizer=run.tokenizer,
+        callbacks=[MetricsFile(run.folder.metrics_file), progress],
+        classify_explanation=_classifier(config),
+        on_progress=progress.phase,
+    )
+
+
+def _start_generator(run: PreparedRun, host: ModelHost) -> Generator:
+    config = run.config
+    end_ids = host.teacher.generation_config.eos_token_id
+    end_ids = end_ids if isinstance(end_ids, list) else [end_ids] if end_ids is not None else []
+    sampling = SamplingSettings(
+        temperature=config.grpo.temperature,
+        max_new_tokens=config.grpo.max_completion_length,
+        stop_token_ids=tuple(sorted({run.tokenizer.eos_token_id, *end_ids})),
+        top_p=config.grpo.top_p,
+        top_k=config.grpo.top_k,
+        min_p=config.grpo.min_p or 0.0,
+        repetition_penalty=config.grpo.repetition_penalty,
+    )
+    generator = make_generator(
+        config,
+        model=host.teacher,
+        tokenizer=run.tokenizer,
+        base_checkpoint=resolve_model_path(config.model_name_or_path),
+        sampling=sampling,
+        num_generations=config.grpo.num_generations,
+        max_model_len=config.max_prompt_length + config.grpo.max_completion_length,
+        export_folder=run.folder.path / EXPORT_FOLDER,
+        planned_kv_cache_bytes=run.plan.kv_cache_bytes,
+        gpu_memory_utilization=config.grpo.vllm_gpu_memory_utilization,
+        trust_remote_code=config.model_args.trust_remote_code,
+    )
+    host.attach_engine(generator)
+    return generator
+
+
+def _make_canary(run: PreparedRun, host: ModelHost, generator: Generator) -> Canary:
+    """Probe tokens: the ends of a few training prompts, which hold what the policy is trained on."""
+    prompts = run.train_dataset.select(range(min(_NUM_CANARY_ROWS, len(run.train_dataset))))["prompt"]
+    rows = [encode(run.tokenizer, prompt)[-_CANARY_ROW_LEN:] for prompt in prompts]
+    return Canary(generator, host.policy_logprobs, rows, run.config.canary_tolerance)
+
+
+def _classifier(config: RunConfig) -> Callable[[str, str, str], str] | None:
+    return classify_explanation if config.dataset_id_or_path == "arithmetic" else None

@@ -1,0 +1,57 @@
+"""What is checked before anything is downloaded or loaded: the hardware, and the memory plan against it."""
+
+import psutil
+import torch
+
+from core.errors import UserError
+from core.units import format_gb
+from models.load import pick_device
+from planner.plan import MemoryPlan, plan_run
+from schemas.run import RunConfig
+
+MAX_CPU_AUTO_BYTES = 4_000_000_000
+"""`device_map: auto` falls back to the CPU only for runs that plan to stay below this: a 7B run there takes months."""
+
+
+def check_hardware_and_plan(config: RunConfig) -> tuple[MemoryPlan, torch.device]:
+    """The memory plan and the device of the run.
+
+    Raises:
+        UserError: there is no GPU for a run that needs one, or the plan exceeds the card.
+    """
+    device = pick_device(config.model_args.device_map)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"`model_args.device_map` is {config.model_args.device_map!r}, and torch sees no CUDA device",
+            expected="an NVIDIA GPU, its driver and a CUDA build of torch",
+            remedy="nvidia-smi shows the driver; without a GPU run ./launch_mono.sh (the embedded model, on the CPU)",
+        )
+    gpu_bytes = _card_bytes(config, device)
+    plan = plan_run(config, gpu_bytes)
+    planned = f"{config.run_name} plans for {format_gb(plan.max_bytes)} ({plan.binding_phase} phase)"
+    if device.type == "cpu":
+        if config.model_args.device_map != "cpu" and plan.max_bytes > MAX_CPU_AUTO_BYTES:
+            raise UserError(
+                f"no CUDA device on this machine, and {planned} of GPU memory",
+                expected=f"an NVIDIA GPU with at least {format_gb(plan.max_bytes / 0.97)}",
+                remedy="run ./launch_mono.sh (the embedded model, minutes on a CPU); "
+                "python test_config_85gb.py --all shows what each configuration needs",
+            )
+        return plan, device
+    if not plan.fits(gpu_bytes) and not config.allow_oversubscription:
+        raise UserError(
+            f"{planned}, and the card has {format_gb(gpu_bytes)}",
+            expected="every phase within 97 % of the card",
+            remedy=f"python test_config_85gb.py --config-name {config.run_name} shows what would fit; "
+            "allow_oversubscription=true starts all the same",
+        )
+    return plan, device
+
+
+def _card_bytes(config: RunConfig, device: torch.device) -> int:
+    """Memory to plan for: `gpu_gb` if set, else what the driver reports, else this machine's RAM."""
+    if config.gpu_gb is not None:
+        return int(config.gpu_gb * 1e9)
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total

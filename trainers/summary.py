@@ -1,0 +1,55 @@
+"""The end of a run: before and after, from its metrics file, as a table and as `summary.json`."""
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.table import Table
+
+from trainers.run_folder import METRICS_FILE, write_summary
+
+_WINDOW = 5
+_EVAL_ROWS = {
+    "eval_solution_log_prob": "held-out solution log-prob a token (nats)",
+    "eval_reward": "held-out reward",
+    "eval_format_rate": "format rate",
+    "eval_explanation_tokens": "tokens an explanation",
+}
+
+
+def summarise(run_dir: Path) -> dict[str, Any]:
+    """Read `metrics.jsonl`, write `summary.json`, return it.
+
+    Training figures are means of the first and the last five logged steps; held-out ones of the first and the last
+    evaluation.
+    """
+    lines = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+    rewards = [line["reward"] for line in lines if line.get("reward") is not None]
+    differences = [line["sampling/logp_difference"] for line in lines if "sampling/logp_difference" in line]
+    evaluations = [line for line in lines if "eval_reward" in line]
+    summary: dict[str, Any] = {
+        "steps": max((line["step"] for line in lines), default=0),
+        "reward": {"before": mean(rewards[:_WINDOW]), "after": mean(rewards[-_WINDOW:])} if rewards else None,
+        "logp_difference": mean(differences) if differences else None,
+    }
+    if evaluations:
+        keys = [k for k in _EVAL_ROWS if k in evaluations[0]]
+        kinds = {k for line in (evaluations[0], evaluations[-1]) for k in line if k.startswith("eval_share/")}
+        for key in [*keys, *sorted(kinds)]:
+            summary[key] = {"before": evaluations[0].get(key, 0.0), "after": evaluations[-1].get(key, 0.0)}
+    write_summary(run_dir, summary)
+    return summary
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    table = Table(title=f"after {summary['steps']} steps", title_justify="left")
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="left" if not column else "right")
+    names = {"reward": f"reward (mean of {_WINDOW} steps)", **_EVAL_ROWS}
+    for key, value in summary.items():
+        if isinstance(value, dict):
+            name = names.get(key, key.replace("eval_share/", "explanations: "))
+            before, after = value["before"], value["after"]
+            table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+    return table
