@@ -134,7 +134,7 @@ class PromptFormat:
         return head + self.tags.solution.wrap(solution) + self.section_delimiter + opened
 
     def teacher_completion_text(self, tokenizer: PreTrainedTokenizerBase, question: str, explanation: str) -> str:
-        """What a well-formed teacher writes after `teacher_prompt_text`, to the end of its turn (for supervised training).
+        """What a well-formed teacher writes after `teacher_prompt_text`, to the end of its turn: a supervised target.
 
         A trace that brings its own leading padding, as those of Bespoke-Stratos do, does not get it twice.
         """

@@ -1,11 +1,11 @@
 """Rows to score, built once from the sampled token ids: which tokens count is decided here and nowhere else.
 
-A token counts iff its text lies wholly inside the content between the tags (SakanaAI/RLT in effect: its sub-list search
-drops the tokens that fuse with a tag). Of the explanation only sampled tokens count; the padding after the opening tag is
-part of the prompt. Positions are half-open.
+A token counts iff its text lies wholly inside the content between the tags; those that fuse with a tag do not. Of the
+explanation only sampled tokens count; the padding after the opening tag belongs to the prompt. Spans are half-open.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +13,8 @@ from core.errors import UserError
 from core.types import ScoringRow
 from data.formats import PromptFormat, encode
 from data.token_text import TokenText
+
+_NUM_CACHED_PROMPTS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +73,7 @@ def find_explanation(token_ids: list[int], closing_tag: str, token_text: TokenTe
 
 
 class RowBuilder:
-    """Builds `ExplanationRow`s; remembers the encoded prompts of the questions that it saw.
+    """Builds `ExplanationRow`s; the completions of one prompt share its encoded texts.
 
     `student_tokenizer: None` means that the student reads the teacher's tokens and chat template.
     """
@@ -87,6 +89,9 @@ class RowBuilder:
         self.student_tokenizer = student_tokenizer if student_tokenizer is not None else tokenizer
         self.shares_tokens = student_tokenizer is None or student_tokenizer.get_vocab() == tokenizer.get_vocab()
         self._token_text = TokenText(tokenizer)
+        self._prompt_ids = lru_cache(_NUM_CACHED_PROMPTS)(self._encode_prompt)
+        self._student_head_ids = lru_cache(_NUM_CACHED_PROMPTS)(self._encode_student_head)
+        self._student_tail_ids = lru_cache(_NUM_CACHED_PROMPTS)(self._encode_student_tail)
 
     def build(self, question: str, solution: str, completion_ids: list[int]) -> ExplanationRow:
         """One row.
@@ -95,17 +100,13 @@ class RowBuilder:
             UserError: no token of the solution lies inside its tags (the data filter drops such rows beforehand).
         """
         found = find_explanation(completion_ids, self.format.tags.explanation.closing, self._token_text)
-        prompt_ids = encode(self.tokenizer, self.format.teacher_prompt_text(self.tokenizer, question, solution))
-        head_ids = encode(
-            self.student_tokenizer, self.format.student_head_text(self.student_tokenizer, question)
-        )
+        prompt_ids = self._prompt_ids(question, solution)
+        head_ids = self._student_head_ids(question)
         if self.shares_tokens:
             thought_ids, leftover = completion_ids[found.token_slice], found.leftover
         else:
             thought_ids, leftover = encode(self.student_tokenizer, found.text), ""
-        tail_ids, (start, end) = encode_student_tail(
-            self.student_tokenizer, self.format, question, solution, leftover
-        )
+        tail_ids, (start, end) = self._student_tail_ids(question, solution, leftover)
         if start == end:
             raise UserError(
                 f"no token of the solution {solution!r} of the question {question[:80]!r} lies inside its tags",
@@ -126,6 +127,15 @@ class RowBuilder:
             explanation=found.text,
             matched=found.matched,
         )
+
+    def _encode_prompt(self, question: str, solution: str) -> list[int]:
+        return encode(self.tokenizer, self.format.teacher_prompt_text(self.tokenizer, question, solution))
+
+    def _encode_student_head(self, question: str) -> list[int]:
+        return encode(self.student_tokenizer, self.format.student_head_text(self.student_tokenizer, question))
+
+    def _encode_student_tail(self, question: str, solution: str, leftover: str) -> tuple[list[int], tuple[int, int]]:
+        return encode_student_tail(self.student_tokenizer, self.format, question, solution, leftover)
 
 
 def encode_student_tail(

@@ -17,7 +17,7 @@ class TokenText:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._added = {id_: token for id_, token in tokenizer.added_tokens_decoder.items()}
+        self._added = tokenizer.added_tokens_decoder
         self._without_text = set(tokenizer.all_special_ids) | {i for i, token in self._added.items() if token.special}
         self._byte_of_character = _byte_level_alphabet()
         probe_tokens = tokenizer.convert_ids_to_tokens(encode(tokenizer, _PROBE))

@@ -1,0 +1,216 @@
+"""Questions and solutions from any source, checked row by row and turned into prompts."""
+
+import random
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from core.errors import UserError
+from core.log import log
+from data.arithmetic import generate_rows
+from data.formats import TAG_STYLES, PromptFormat, TagPair, TagStyle, encode
+from data.sources import RawRow, read_rows
+from data.spans import encode_student_tail
+from schemas.data import DataConfig
+
+ARITHMETIC = "arithmetic"
+NUM_ARITHMETIC_ROWS = 4096
+MAX_HELD_OUT_FRAC = 0.2
+_NUM_PROBLEMS_SHOWN = 10
+
+Row = dict[str, str]
+"""`question`, `solution` and, where the source has one, `reasoning_trace`."""
+
+
+class BadRowError(ValueError):
+    """One row cannot be used; the message says why."""
+
+
+def prepare_datasets(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, seed: int
+) -> tuple[Dataset, Dataset | None]:
+    """Training and held-out rows: `prompt` (the teacher's, as text), `question`, `solution`, maybe `reasoning_trace`.
+
+    No held-out question occurs in training. Without `eval_dataset_id_or_path` they are taken off the training rows, at
+    most a fifth of the questions. The second dataset is None where `num_eval_prompts` is 0 or nothing can be spared.
+
+    Raises:
+        UserError: an unreadable dataset, too many unusable rows, or no row left.
+    """
+    rows = load_rows(config, config.dataset_id_or_path, prompt_format.tags, seed)
+    rows = _fit(rows, config, tokenizer, prompt_format, config.dataset_id_or_path)
+    eval_rows: list[Row] = []
+    if config.num_eval_prompts and config.eval_dataset_id_or_path is not None:
+        eval_rows = load_rows(config, config.eval_dataset_id_or_path, prompt_format.tags, seed, is_eval=True)
+        eval_rows = _fit(eval_rows, config, tokenizer, prompt_format, config.eval_dataset_id_or_path)
+        eval_rows = _draw(eval_rows, config.num_eval_prompts, seed)
+    elif config.num_eval_prompts:
+        eval_rows = _hold_out(rows, config.num_eval_prompts, seed)
+    held_out = {row["question"] for row in eval_rows}
+    train_rows = [row for row in rows if row["question"] not in held_out]
+    if not train_rows:
+        raise UserError(
+            f"every question of `{config.dataset_id_or_path}` is also held out for evaluation",
+            expected="questions to train on",
+            remedy="set num_eval_prompts=0 or another eval_dataset_id_or_path",
+        )
+    log.info("%d rows to train on, %d held out", len(train_rows), len(eval_rows))
+    return _as_dataset(train_rows), _as_dataset(eval_rows) if eval_rows else None
+
+
+def _as_dataset(rows: list[Row]) -> Dataset:
+    """A column for every field that occurs; None where a row lacks it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+
+
+def load_rows(
+    config: DataConfig, dataset_id_or_path: str, tags: TagStyle, seed: int, *, is_eval: bool = False
+) -> list[Row]:
+    """The usable rows of a dataset; the others are logged with their place and the reason.
+
+    Raises:
+        UserError: the dataset cannot be read, or more than `max_bad_rows_frac` of its rows are unusable.
+    """
+    if dataset_id_or_path == ARITHMETIC:
+        if is_eval:
+            return generate_rows(max(config.num_eval_prompts, 1), seed, "eval")
+        return generate_rows(NUM_ARITHMETIC_ROWS, seed, "train")
+    good: list[Row] = []
+    problems: list[str] = []
+    for raw in read_rows(dataset_id_or_path, config.dataset_config_name, config.dataset_split):
+        try:
+            good.append(parse_row(raw, tags))
+        except BadRowError as error:
+            problems.append(f"{raw.place}: {error}")
+    _report_bad_rows(dataset_id_or_path, problems, num_rows=len(good) + len(problems), limit=config.max_bad_rows_frac)
+    return good
+
+
+def parse_row(raw: RawRow, tags: TagStyle) -> Row:
+    """A raw row as question, solution and maybe trace, or `BadRowError`."""
+    if raw.problem is not None:
+        raise BadRowError(raw.problem)
+    if not isinstance(raw.values, dict):
+        raise BadRowError(f"is a {type(raw.values).__name__}, not an object with fields")
+    if raw.values.get("conversations") is not None:
+        row = _parse_conversation(raw.values["conversations"])
+    else:
+        question_name = "question" if "question" in raw.values or "prompt" not in raw.values else "prompt"
+        row = {
+            "question": _text(raw.values, question_name),
+            "solution": _text(raw.values, "solution"),
+        }
+        if raw.values.get("reasoning_trace") is not None:
+            row["reasoning_trace"] = _text(raw.values, "reasoning_trace")
+    for name, value in row.items():
+        for tag in tags.all_tags:
+            if tag in value:
+                raise BadRowError(f"the tag {tag} is inside `{name}`")
+    return row
+
+
+def _text(values: dict, name: str) -> str:
+    value = values.get(name)
+    if value is None:
+        raise BadRowError(f"`{name}` is missing (the fields are {', '.join(map(str, values)) or 'none'})")
+    if not isinstance(value, str):
+        raise BadRowError(f"`{name}` is a {type(value).__name__}, not a text")
+    if not value.strip():
+        raise BadRowError(f"`{name}` is empty")
+    return value
+
+
+_USER_NAMES, _ASSISTANT_NAMES = ("user", "human"), ("assistant", "gpt")
+
+
+def _parse_conversation(turns: object) -> Row:
+    """A question and a tagged answer, as in Bespoke-Stratos-17k. The contents keep the padding inside their tags."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise BadRowError("`conversations` is not a list of turns")
+    speakers = [turn.get("from", turn.get("role")) for turn in turns]
+    if len(turns) < 2 or speakers[0] not in _USER_NAMES or speakers[1] not in _ASSISTANT_NAMES:
+        raise BadRowError(f"`conversations` has turns of {speakers}, not of a user and then an assistant")
+    question, answer = (_text({"value": turn.get("value", turn.get("content"))}, "value") for turn in turns[:2])
+    for style in TAG_STYLES.values():
+        thought, solution = _between(answer, style.thought), _between(answer, style.solution)
+        if thought is not None and solution is not None:
+            fields = {"question": question, "solution": solution, "reasoning_trace": thought}
+            return {name: _text(fields, name) for name in fields}
+    raise BadRowError("the assistant's turn has no tagged thought and solution")
+
+
+def _between(text: str, pair: TagPair) -> str | None:
+    _, opened, rest = text.partition(pair.opening)
+    content, closed, _ = rest.partition(pair.closing)
+    return content if opened and closed else None
+
+
+def _report_bad_rows(name: str, problems: list[str], num_rows: int, limit: float) -> None:
+    shown = "\n".join(f"  {problem}" for problem in problems[:_NUM_PROBLEMS_SHOWN])
+    more = f"\n  and {len(problems) - _NUM_PROBLEMS_SHOWN} more" if len(problems) > _NUM_PROBLEMS_SHOWN else ""
+    if num_rows == 0:
+        raise UserError(f"`{name}` has no rows", expected="at least one row", remedy="check the path and the split")
+    if len(problems) > limit * num_rows or len(problems) == num_rows:
+        raise UserError(
+            f"{len(problems)} of {num_rows} rows of `{name}` cannot be used:\n{shown}{more}",
+            expected=f"texts `question` (or `prompt`) and `solution`; at most {limit:.1%} of the rows unusable",
+            remedy="mend these rows, or raise max_bad_rows_frac to drop them",
+        )
+    if problems:
+        log.warning("%d of %d rows of `%s` are left out:\n%s%s", len(problems), num_rows, name, shown, more)
+
+
+def _fit(
+    rows: list[Row],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat,
+    name: str,
+) -> list[Row]:
+    """Rows with their prompt; those with too long a prompt, or a solution without a token of its own, are left out."""
+    fitting: list[Row] = []
+    num_too_long = 0
+    fused: list[str] = []
+    for row in rows:
+        prompt = prompt_format.teacher_prompt_text(tokenizer, row["question"], row["solution"])
+        _, (start, end) = encode_student_tail(tokenizer, prompt_format, row["question"], row["solution"])
+        if start == end:
+            fused.append(f"the solution {row['solution']!r} has no token of its own: its text fuses with the tags")
+        elif len(encode(tokenizer, prompt)) > config.max_prompt_length:
+            num_too_long += 1
+        else:
+            fitting.append({"prompt": prompt, **row})
+    if fused:
+        _report_bad_rows(name, fused, len(rows), config.max_bad_rows_frac)
+    if num_too_long:
+        log.warning(
+            "%d of %d rows of `%s` have prompts above %d tokens (max_prompt_length) and are left out",
+            *(num_too_long, len(rows), name, config.max_prompt_length),
+        )
+    if not fitting:
+        raise UserError(
+            f"all {len(rows)} rows of `{name}` have prompts above max_prompt_length={config.max_prompt_length} tokens",
+            expected="prompts (system prompt, question and solution) that fit",
+            remedy="raise max_prompt_length",
+        )
+    return fitting
+
+
+def _hold_out(rows: list[Row], num_wanted: int, seed: int) -> list[Row]:
+    num_questions = len({row["question"] for row in rows})
+    num_held_out = min(num_wanted, int(num_questions * MAX_HELD_OUT_FRAC))
+    if num_held_out < num_wanted:
+        log.warning(
+            "%d of %d questions are held out instead of num_eval_prompts=%d: at most a fifth is taken off training",
+            *(num_held_out, num_questions, num_wanted),
+        )
+    return _draw(rows, num_held_out, seed)
+
+
+def _draw(rows: list[Row], num_questions: int, seed: int) -> list[Row]:
+    """The first row of each of `num_questions` distinct questions, drawn by the seed."""
+    first_row = {row["question"]: row for row in reversed(rows)}
+    questions = sorted(first_row)
+    drawn = random.Random(seed).sample(questions, min(num_questions, len(questions)))
+    return [first_row[question] for question in drawn]

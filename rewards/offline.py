@@ -1,0 +1,62 @@
+"""The RLT reward of plain texts, outside of a training run."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from core.types import Role, ScoringRow
+from data.formats import PromptFormat, encode
+from models.logprobs import score_spans
+from rewards.rlt import RewardBreakdown
+from rewards.rollout import RolloutScorer
+from schemas.reward import RewardConfig
+
+
+def score_texts(
+    questions: Sequence[str],
+    solutions: Sequence[str],
+    explanations: Sequence[str],
+    *,
+    teacher: PreTrainedModel | PeftModel,
+    student: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat,
+    reward_config: RewardConfig,
+    temperature: float,
+    student_tokenizer: PreTrainedTokenizerBase | None = None,
+    close_explanations: bool = True,
+) -> RewardBreakdown:
+    """Score B (question, solution, explanation) texts and return every term.
+
+    An explanation is what follows the opened tag and its padding in the teacher's prompt; what comes after its closing
+    tag is ignored. Where it has no closing tag, one is added; `close_explanations=False` leaves it open, as a cut-off
+    completion is. The teacher's log-probs always come from a forward.
+
+    Example:
+        >>> score_texts([question], [solution], [text], teacher=t, student=s, tokenizer=tok, prompt_format=fmt,
+        ...             reward_config=RewardConfig(), temperature=0.7).terms["answer_log_prob_mean"]
+
+    Raises:
+        UserError: different tokenizers with a KL term, or a solution without a token of its own.
+        NonFiniteError: a log-prob is not finite.
+    """
+    models = {Role.TEACHER: teacher, Role.STUDENT: student}
+
+    def score(role: Role, rows: Sequence[ScoringRow], temperature: float) -> list[tuple[Tensor, ...]]:
+        return score_spans(models[role], rows, temperature=temperature)
+
+    closing_tag = prompt_format.tags.explanation.closing
+    texts = [text + closing_tag if close_explanations and closing_tag not in text else text for text in explanations]
+    scorer = RolloutScorer(
+        tokenizer=tokenizer,
+        prompt_format=prompt_format,
+        reward_config=replace(reward_config, teacher_logprobs="forward"),
+        sampling_temperature=temperature,
+        score=score,
+        student_tokenizer=student_tokenizer,
+    )
+    completion_ids = [encode(tokenizer, text) for text in texts]
+    return scorer(questions, solutions, completion_ids, every_term=True).breakdown

@@ -1,0 +1,137 @@
+"""From completions to rewards: build the rows, have them scored, combine. Holds no model and no trainer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from core.errors import UserError
+from core.types import Role, ScoringRow
+from data.formats import PromptFormat
+from data.spans import ExplanationRow, RowBuilder
+from rewards.rlt import RewardBreakdown, RLTReward
+from schemas.reward import RewardConfig
+
+
+class SpanScorer(Protocol):
+    """Log-probs of the rows' spans under the model of a role, as `models.logprobs.score_spans` returns them."""
+
+    def __call__(self, role: Role, rows: Sequence[ScoringRow], temperature: float) -> list[tuple[Tensor, ...]]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredRollout:
+    breakdown: RewardBreakdown
+    rows: list[ExplanationRow]
+    """What was scored: explanation texts, whether they were closed, and which sampled tokens they are."""
+
+
+class RolloutScorer:
+    """RLT rewards of sampled completions.
+
+    `sampling_temperature` is the temperature at which the completions were drawn. `student_tokenizer: None` means that
+    the student reads the teacher's tokens and chat template.
+
+    Raises:
+        UserError: the KL term is on although the models' tokenizers differ, or sampler log-probs are wanted at another
+            temperature than theirs.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_format: PromptFormat,
+        reward_config: RewardConfig,
+        sampling_temperature: float,
+        score: SpanScorer,
+        student_tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.reward = RLTReward(reward_config)
+        self.config = reward_config
+        self._builder = RowBuilder(tokenizer, prompt_format, student_tokenizer)
+        self._score = score
+        self._teacher_temperature = sampling_temperature if reward_config.unbias_teacher_log_probs else 1.0
+        if self.reward.needs_kl and not self._builder.shares_tokens:
+            raise UserError(
+                "teacher and student have different tokenizers, and `kl_penalty_reward_coeff` is not zero",
+                expected="one tokenizer: the KL term compares both models token by token",
+                remedy="choose a student of the teacher's family, or set kl_penalty_reward_coeff=[0,0]",
+            )
+        uses_sampler = self.reward.needs_teacher and reward_config.teacher_logprobs == "sampler"
+        if uses_sampler and self._teacher_temperature != sampling_temperature:
+            raise UserError(
+                f"`unbias_teacher_log_probs` is false with `teacher_logprobs` sampler at temperature "
+                f"{sampling_temperature}: the sampler's log-probs are at that temperature, not at 1",
+                expected="teacher log-probs at the temperature that they are wanted at",
+                remedy="set teacher_logprobs=forward or unbias_teacher_log_probs=true",
+            )
+
+    def __call__(
+        self,
+        questions: Sequence[str],
+        solutions: Sequence[str],
+        completion_ids: Sequence[list[int]],
+        sampler_logprobs: Sequence[list[float]] | None = None,
+        *,
+        every_term: bool = False,
+    ) -> ScoredRollout:
+        """Rewards of B completions.
+
+        Args:
+            sampler_logprobs: log-prob of each sampled id; used where `teacher_logprobs` is `sampler`.
+            every_term: also score what only zero coefficients or a switched-off teacher term would use (by a forward).
+
+        Raises:
+            UserError: sampler log-probs are wanted and were not given, or a solution has no token of its own.
+            NonFiniteError: a log-prob is not finite.
+        """
+        triples = zip(questions, solutions, completion_ids, strict=True)
+        rows = [self._builder.build(question, solution, ids) for question, solution, ids in triples]
+        use_solution = self.reward.needs_solution or every_term
+        use_kl = self.reward.needs_kl or (every_term and self._builder.shares_tokens)
+        solution, student = self._student_logprobs(rows, use_solution, use_kl)
+        teacher = self._teacher_logprobs(rows, sampler_logprobs, every_term) if use_kl else None
+        breakdown = self.reward(
+            matched=[row.matched for row in rows],
+            solution_logprobs=solution,
+            student_explanation_logprobs=student,
+            teacher_explanation_logprobs=teacher,
+        )
+        return ScoredRollout(breakdown=breakdown, rows=rows)
+
+    def _student_logprobs(
+        self, rows: list[ExplanationRow], use_solution: bool, use_kl: bool
+    ) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+        """Solution and explanation log-probs from one forward of the student, over the spans that are used."""
+        if not use_solution and not use_kl:
+            return None, None
+        wanted = slice(0 if use_solution else 1, 2 if use_kl else 1)
+        student_rows = [replace(row.student, spans=row.student.spans[wanted]) for row in rows]
+        scored = self._score(Role.STUDENT, student_rows, self.config.unbias_student_log_probs_temp)
+        return (
+            [spans[0] for spans in scored] if use_solution else None,
+            [spans[-1] for spans in scored] if use_kl else None,
+        )
+
+    def _teacher_logprobs(
+        self, rows: list[ExplanationRow], sampler_logprobs: Sequence[list[float]] | None, every_term: bool
+    ) -> list[Tensor] | None:
+        if self.config.teacher_logprobs == "sampler" and sampler_logprobs is not None:
+            return [
+                torch.tensor(logprobs[row.explanation_slice], dtype=torch.float32)
+                for row, logprobs in zip(rows, sampler_logprobs, strict=True)
+            ]
+        if not self.reward.needs_teacher and not every_term:
+            return None
+        if self.config.teacher_logprobs == "sampler":
+            raise UserError(
+                "`teacher_logprobs` is sampler, and the sampler returned no log-probs",
+                expected="one log-prob for each sampled token",
+                remedy="set teacher_logprobs=forward",
+            )
+        scored = self._score(Role.TEACHER, [row.teacher for row in rows], self._teacher_temperature)
+        return [spans[0] for spans in scored]
