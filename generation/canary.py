@@ -6,8 +6,8 @@ tokens between generator and trainer.
 
 A difference in size alone does not show one stale step: the two sides differ by rounding (about 0.01 to 0.04 a token),
 and an optimizer step may move log-probs by less. The direction does. With t the trainer's probe log-probs now, h those
-under a suspected state (the adapter of the last check, or no adapter) and g the generator's, corrected by the
-difference between generator and trainer at the last check,
+in a suspected state (an earlier adapter, or none) and g the generator's, corrected by the difference between generator
+and trainer at the earlier check,
 
     position = (g - h) . (t - h) / |t - h|^2
 
@@ -28,7 +28,7 @@ TrainerLogprobs = Callable[[Sequence[Sequence[int]], bool], list[list[float]]]
 
 Vector = NDArray[np.float64]
 
-_NUM_STANDARD_ERRORS = 4.0
+_NUM_STANDARD_ERRORS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,22 +38,26 @@ class CanaryReading:
     mean_abs_difference: float
     """mean |log p(generator) - log p(trainer)| over the probe tokens, in nats."""
     moved_along: bool
-    """Whether the trainer moved far enough since the last snapshot to tell that the generator moved with it."""
+    """Whether the trainer moved far enough lately to tell that the generator moved with it."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Snapshot:
-    """Log-probs of the probe tokens at a check."""
+class _Check:
+    """Log-probs of the probe tokens at one check."""
 
     generator: Vector
     trainer: Vector
+
+    @property
+    def offset(self) -> Vector:
+        return self.generator - self.trainer
 
 
 class Canary:
     """Raises as soon as the probe log-probs show that the generator is not the policy.
 
-    Call `check` after each wake-up and each swap. Where the trainer has moved too little since the last snapshot to
-    tell, the snapshot is kept, so that movements add up until they can be told; nothing passes unseen for ever.
+    Call `check` after each wake-up and each swap. Where the trainer has moved too little since the last check to tell,
+    an older check is kept for comparison until the movements add up to enough: nothing passes unseen for ever.
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class Canary:
         rows: Sequence[Sequence[int]],
         tolerance: float,
     ) -> None:
-        """`rows`: probe token ids; about 128 tokens of the kind that is trained on make one step visible.
+        """`rows`: probe token ids; 128 tokens of the trained kind show a step that moves log-probs as much as rounding does.
 
         `tolerance`: largest mean |difference| to the trainer, for failures that are no known state.
         """
@@ -71,8 +75,10 @@ class Canary:
         self._trainer_logprobs = trainer_logprobs
         self._rows = [list(row) for row in rows]
         self._tolerance = tolerance
-        self._snapshot: _Snapshot | None = None
         self._without_adapter: Vector | None = None
+        self._last: _Check | None = None
+        self._last_told: _Check | None = None
+        """The last check since which the generator provably moved (or the first one)."""
 
     def check(self) -> CanaryReading:
         """Compare the generator with the trainer as it is now.
@@ -82,48 +88,60 @@ class Canary:
         """
         if self._without_adapter is None:
             self._without_adapter = _flat(self._trainer_logprobs(self._rows, False))
-        now = _Snapshot(
+        now = _Check(
             generator=_flat(self._generator.logprobs(self._rows)),
             trainer=_flat(self._trainer_logprobs(self._rows, True)),
         )
-        mean_abs_difference = float(np.abs(now.generator - now.trainer).mean())
-        offset = 0.0 if self._snapshot is None else self._snapshot.generator - self._snapshot.trainer
-        suspects = {"no adapter": self._without_adapter}
-        if self._snapshot is not None:
-            suspects["the adapter of an earlier step"] = self._snapshot.trainer
+        mean_abs_difference = float(np.abs(now.offset).mean())
+        self._refuse("no adapter", now, self._without_adapter, 0.0 if self._last is None else self._last.offset)
         moved_along = False
-        for name, suspect in suspects.items():
-            position, error = _position(now.generator - offset, suspect, now.trainer)
-            if position + error < 0.5:
-                raise CanaryError(
-                    f"the generator ({self._generator.name}) serves {name}: its probe log-probs went {position:.2f} of "
-                    f"the way from there to the trainer's (1 expected, +- {error:.2f}; mean difference "
-                    f"{mean_abs_difference:.3f} nats)"
-                )
-            moved_along |= name != "no adapter" and position - error > 0.5
+        for earlier in (self._last, self._last_told):
+            if earlier is not None:
+                moved_along = self._refuse("an earlier adapter", now, earlier.trainer, earlier.offset)
         if not mean_abs_difference <= self._tolerance:
             raise CanaryError(
                 f"the generator ({self._generator.name}) is {mean_abs_difference:.3f} nats a token away from the "
                 f"trainer (canary_tolerance={self._tolerance}) and in no known state: other weights, a scaled adapter "
                 "or a broken kernel"
             )
-        if self._snapshot is None or moved_along:
-            self._snapshot = now
+        self._last = now
+        if self._last_told is None or moved_along:
+            self._last_told = now
         return CanaryReading(mean_abs_difference=mean_abs_difference, moved_along=moved_along)
 
+    def _refuse(self, state: str, now: _Check, suspect: Vector, offset: Vector | float) -> bool:
+        """Raise if the generator is in the suspected state; True if it provably is not, False if one cannot tell."""
+        position, error = _position(now, suspect, offset)
+        if position < 0.5 and position + error < 1.0:
+            raise CanaryError(
+                f"the generator ({self._generator.name}) serves {state}: its probe log-probs went {position:.2f} +- "
+                f"{error:.2f} of the way from there to the trainer's (1 expected; mean difference "
+                f"{np.abs(now.offset).mean():.3f} nats)"
+            )
+        return position > 0.5 and position - error > 0.0
 
-def _position(generator: Vector, suspect: Vector, trainer: Vector) -> tuple[float, float]:
-    """Where `generator` lies on the line from `suspect` (0) to `trainer` (1), and how far that may be off.
 
-    The error is four standard errors of the least-squares slope: rms distance from the line over |trainer - suspect|.
+def _position(now: _Check, suspect: Vector, offset: Vector | float) -> tuple[float, float]:
+    """Where the generator lies on the line from `suspect` (0) to the trainer (1), and how far that may be off.
+
+    The error is five standard errors of the least-squares slope. Its noise per token is the rms distance from the line,
+    but at least what rounding alone does: with a resolution r, a movement m < r shows as r in m / r of the tokens and
+    as nothing in the others, a variance of r * m. The rms difference between generator and trainer stands for r.
     """
-    direction = trainer - suspect
+    direction = now.trainer - suspect
     squared_length = float(direction @ direction)
     if squared_length == 0.0:
         return 0.5, np.inf
-    position = float((generator - suspect) @ direction) / squared_length
-    residual = generator - suspect - position * direction
-    return position, _NUM_STANDARD_ERRORS * float(np.sqrt((residual @ residual) / len(residual) / squared_length))
+    moved = now.generator - offset - suspect
+    position = float(moved @ direction) / squared_length
+    variance = max(
+        _mean_square(moved - position * direction), np.sqrt(_mean_square(now.offset) * squared_length / len(moved))
+    )
+    return position, _NUM_STANDARD_ERRORS * float(np.sqrt(variance / squared_length))
+
+
+def _mean_square(vector: Vector) -> float:
+    return float(vector @ vector) / len(vector)
 
 
 def _flat(rows: Sequence[Sequence[float]]) -> Vector:
