@@ -67,7 +67,7 @@ class Canary:
         rows: Sequence[Sequence[int]],
         tolerance: float,
     ) -> None:
-        """`rows`: probe token ids; 128 tokens of the trained kind show a step that moves log-probs as much as rounding does.
+        """`rows`: probe token ids. 128 tokens show a step that moves log-probs by as much as rounding does.
 
         `tolerance`: largest mean |difference| to the trainer, for failures that are no known state.
         """
