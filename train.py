@@ -24,11 +24,15 @@ from schemas.run import ConfigError, RunConfig, load_run_config
 
 
 @hydra.main(config_path="cfgs", config_name="train", version_base="1.3")
-def run(composed: DictConfig) -> None:
+def compose(composed: DictConfig) -> None:
+    """Hydra's part: one call for a run, several for a sweep (`-m`)."""
     values = to_values(composed)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         values["output_dir"] += f"/{HydraConfig.get().job.override_dirname}"
-    train_teacher(load_run_config(values), values)
+    _composed.append(values)
+
+
+_composed: list[dict[str, Any]] = []
 
 
 def train_teacher(config: RunConfig, values: dict[str, Any]) -> None:
@@ -58,20 +62,23 @@ def main() -> int:
     register_search_path()
     sys.argv[1:] = command_line(sys.argv[1:])
     try:
-        run()
+        compose()
+        for config, values in [(load_run_config(values), values) for values in _composed]:
+            train_teacher(config, values)
     except (ConfigError, UserError) as error:
-        console.print(f"[bold red]cannot run:[/] {type(error).__name__}", highlight=False)
-        console.print(str(error), markup=False, highlight=False)
-        return 2
+        return _refuse("this run cannot start", str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        console.print("[bold red]the configuration cannot be composed:[/]", highlight=False)
-        console.print(str(error), markup=False, highlight=False)
-        console.print("run configurations: " + ", ".join(run_config_names()), highlight=False)
-        return 2
+        return _refuse("the configuration cannot be composed", f"{error}\nshipped: {', '.join(run_config_names())}")
     except KeyboardInterrupt:
         log.warning("interrupted; whole checkpoints are kept, and the same command continues from the last one")
         return 130
     return 0
+
+
+def _refuse(what: str, why: str) -> int:
+    console.print(f"[bold red]{what}[/]")
+    console.print(why, markup=False, highlight=False, soft_wrap=True)
+    return 2
 
 
 if __name__ == "__main__":

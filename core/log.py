@@ -1,6 +1,8 @@
 """The project's one logger and console. Nothing happens at import; entry points call `configure_logging` once."""
 
 import logging
+import os
+import warnings
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -24,5 +26,7 @@ def configure_logging(level: str = "INFO") -> None:
     log.setLevel(level)
     log.propagate = False
     log.handlers[:] = [RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S", markup=False)]
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")  # its engine is not the one we use
     for name, noisy_level in _NOISY_LOGGERS.items():
         logging.getLogger(name).setLevel(noisy_level)

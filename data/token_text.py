@@ -20,8 +20,9 @@ class TokenText:
         self._added = tokenizer.added_tokens_decoder
         self._without_text = set(tokenizer.all_special_ids) | {i for i, token in self._added.items() if token.special}
         self._byte_of_character = _byte_level_alphabet()
-        probe_tokens = tokenizer.convert_ids_to_tokens(encode(tokenizer, _PROBE))
-        self._is_byte_level = all(c in self._byte_of_character for token in probe_tokens for c in token)
+        learned_ids = [id_ for id_ in encode(tokenizer, _PROBE) if id_ not in self._added]
+        learned_tokens = tokenizer.convert_ids_to_tokens(learned_ids)
+        self._is_byte_level = all(c in self._byte_of_character for token in learned_tokens for c in token)
         self._cache: dict[int, bytes | None] = {}
         pieces = [self.bytes_of(id_) for id_ in encode(tokenizer, _PROBE)]
         if None in pieces or b"".join(piece for piece in pieces if piece is not None) != _PROBE.encode():

@@ -41,8 +41,6 @@ class RunConfig(ModelConfig, DataConfig, GenerationConfig, RewardConfig, Trainer
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    run_name: str
-    """Name of the run configuration; names the output folder."""
     grpo: Any
     """TRL's own knobs (GRPOConfig field -> value), with TRL's defaults where the configuration says nothing."""
 
@@ -51,6 +49,11 @@ class RunConfig(ModelConfig, DataConfig, GenerationConfig, RewardConfig, Trainer
         RewardConfig.__post_init__(self)
         _check_batch_arithmetic(self)
         _check_combinations(self)
+
+    @property
+    def run_name(self) -> str:
+        """TRL's `run_name`: the name of the run configuration unless set; names the output folder."""
+        return self.grpo.run_name
 
     @property
     def num_prompts_per_step(self) -> int:

@@ -27,7 +27,7 @@ def check_hardware_and_plan(config: RunConfig) -> tuple[MemoryPlan, torch.device
             remedy="nvidia-smi shows the driver; without a GPU run ./launch_mono.sh (the embedded model, on the CPU)",
         )
     gpu_bytes = _card_bytes(config, device)
-    plan = plan_run(config, gpu_bytes)
+    plan = plan_run(config, gpu_bytes, allow_download=device.type == "cuda")
     planned = f"{config.run_name} plans for {format_gb(plan.max_bytes)} ({plan.binding_phase} phase)"
     if device.type == "cpu":
         if config.model_args.device_map != "cpu" and plan.max_bytes > MAX_CPU_AUTO_BYTES:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
-from trl.models.utils import add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head
 from trl.trainer.utils import RepeatSampler
 
 from core.types import Completion, Phase
@@ -39,7 +39,7 @@ _TRAIN_STREAM, _EVAL_STREAM = 0, 1
 
 
 def sampling_seeds(seed: int, *, stream: int, step: int, num_rows: int) -> list[int]:
-    """[B] one 32-bit seed a row: a function of (seed, stream, step, row) alone, so that a resumed run repeats itself."""
+    """[B] one 32-bit seed a row: a function of (seed, stream, step, row) alone: a resumed run repeats itself."""
     return [int(np.random.SeedSequence([seed, stream, step, row]).generate_state(1)[0]) for row in range(num_rows)]
 
 

@@ -1,0 +1,223 @@
+"""Every shipped configuration composes and validates; every mistake is one message."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from trl import GRPOConfig
+
+from schemas.compose import (
+    CONFIG_ROOT,
+    command_line,
+    compose_run_config,
+    register_search_path,
+    run_config_names,
+    to_hydra_overrides,
+    to_values,
+)
+from schemas.run import _DERIVED_TRL_FIELDS, ConfigError, load_run_config, own_field_names
+from schemas.trl_fields import trl_fields
+from trainers.grpo_args import build_grpo_args
+
+ROOT = CONFIG_ROOT.parent
+MONO = "teacher_rlt_mono_85gb"
+
+
+def load(name: str = MONO, *overrides: str):
+    return load_run_config(compose_run_config(name, overrides))
+
+
+@pytest.mark.parametrize("name", run_config_names())
+def test_every_run_config_is_valid_and_builds_trl_arguments(name):
+    config = load(name)
+    assert config.run_name == name
+    args = build_grpo_args(config, use_cpu=True)
+    assert args.gradient_accumulation_steps * args.per_device_train_batch_size == config.train_batch_size
+    assert args.steps_per_generation == args.gradient_accumulation_steps
+    assert args.output_dir == f"results/{name}"
+
+
+@pytest.mark.parametrize("name", run_config_names())
+def test_run_configs_are_the_same_from_either_root(name):
+    register_search_path()
+    composed = []
+    for root in (CONFIG_ROOT, CONFIG_ROOT / "run_cfg"):
+        with initialize_config_dir(config_dir=str(root), version_base="1.3"):
+            composed.append(to_values(compose(config_name=name, overrides=[f"++run_name={name}"])))
+    assert composed[0] == composed[1]
+
+
+# name: (train_batch_size, per_device, num_generations, prompt, completion, utilization, aggregation)
+PUBLISHED_TABLE = {
+    "train": (96, 3, 24, 6144, 6144, 0.55, 3),
+    "teacher_rlt_mono_85gb": (64, 2, 16, 6144, 6144, 0.55, 3),
+    "teacher_rlt_mono_85gb_aggressive": (128, 4, 32, 8192, 8192, 0.55, 3),
+    "teacher_rlt_mono_85gb_fallback": (64, 2, 16, 4096, 6144, 0.5, 3),
+    "teacher_rlt_mono_basic": (32, 2, 8, 2048, 2048, 0.7, 3),
+    "teacher_rlt_mono_96gb": (128, 4, 32, 8192, 8192, 0.6, 4),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_TABLE)
+def test_values_are_those_of_the_documented_table(name):
+    config = load(name)
+    values = (
+        config.train_batch_size,
+        config.grpo.per_device_train_batch_size,
+        config.grpo.num_generations,
+        config.max_prompt_length,
+        config.grpo.max_completion_length,
+        config.grpo.vllm_gpu_memory_utilization,
+        config.generation_aggregation_steps,
+    )
+    assert values == PUBLISHED_TABLE[name]
+    assert config.model_args.load_in_8bit and config.model_args.device_map == "auto"
+    assert (config.answer_log_prob_coeff, config.kl_penalty_reward_coeff) == ([1, 0.01], [3, 0.03])
+
+
+def test_grpo_settings_are_those_of_the_published_run():
+    grpo = load().grpo
+    published = {
+        "loss_type": "grpo",
+        "beta": 0.04,
+        "use_bias_correction_kl": False,
+        "scale_rewards": "group",
+        "temperature": 0.7,
+        "num_iterations": 1,
+        "mask_truncated_completions": False,
+        "sync_ref_model": True,
+        "ref_model_mixup_alpha": 0.9,
+        "ref_model_sync_steps": 32,
+        "lr_scheduler_type": "constant",
+        "top_k": 0,
+    }
+    assert {key: getattr(grpo, key) for key in published} == published
+
+
+def test_parsed_trl_fields_are_those_of_the_imported_dataclass():
+    fields = {field.name: field for field in dataclasses.fields(GRPOConfig) if field.init}
+    assert set(trl_fields()) >= set(fields)
+    for name, (kind, default) in trl_fields().items():
+        if kind in (int, float, bool) and fields[name].default is not dataclasses.MISSING:
+            assert default == fields[name].default, name
+
+
+def test_no_knob_is_declared_by_trl_and_by_us():
+    assert not own_field_names() & set(trl_fields())
+
+
+def test_refused_trl_fields_exist():
+    assert set(_DERIVED_TRL_FIELDS) <= set(trl_fields())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("max_stepz=3", "`max_stepz` is not a setting. Did you mean `max_steps`"),
+        ("model_args.lora_rank=3", "`model_args.lora_rank` is not a setting"),
+        ("max_steps=many", "`max_steps` is 'many'. Input should be a valid integer"),
+        ("model_args.lora_r=0", "`model_args.lora_r` is 0. Input should be greater than or equal to 1"),
+        ("generator=hf", "`generator` is 'hf'. Input should be 'auto', 'vllm' or 'transformers'"),
+        ("use_ray=true", "starts no Ray cluster"),
+        ("use_vllm_server=true", "merging into a quantised base re-rounds it"),
+        ("gradient_accumulation_steps=4", "`gradient_accumulation_steps` follows from other settings"),
+        ("per_device_train_batch_size=5", "Use per_device_train_batch_size=4"),
+        ("num_generations=1", "use 2 or more"),
+        ("top_p=0.9", "teacher_logprobs=forward"),
+        ("reference_model=separate", "reference_model=shared"),
+        ("model_args.load_in_4bit=true", "a base has one precision"),
+        ("answer_log_prob_coeff=[1]", "Give both lists the same length"),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(override, message):
+    with pytest.raises(ConfigError) as error:
+        load(MONO, override)
+    assert message in str(error.value)
+
+
+def test_batch_that_splits_a_prompt_group_is_refused_with_its_neighbours():
+    with pytest.raises(ConfigError, match="train_batch_size=96 or 120"):
+        load(MONO, "train_batch_size=97", "num_generations=24")
+
+
+def test_all_problems_are_listed_at_once():
+    with pytest.raises(ConfigError) as error:
+        load(MONO, "max_stepz=3", "learning_rate=fast")
+    assert str(error.value).count("\n- ") == 1
+
+
+def test_groups_are_mounted_at_the_root_and_settings_need_no_plus():
+    words = ["model_cfg=tiny_int8", "learning_rate=1e-6", "hydra.verbose=true", "-m", "~seed"]
+    assert to_hydra_overrides(words) == [
+        "model_cfg@_global_=tiny_int8",
+        "++learning_rate=1e-6",
+        "hydra.verbose=true",
+        "-m",
+        "~seed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "train"),
+        (["--config-name=teacher_rlt_tiny"], "teacher_rlt_tiny"),
+        (["--config-name", "teacher_rlt_tiny.yaml"], "teacher_rlt_tiny"),
+        (["-cn", "run_cfg/teacher_rlt_tiny"], "teacher_rlt_tiny"),
+        (["run_name=mine", "--config-name=teacher_rlt_tiny"], "mine"),
+    ],
+)
+def test_run_name_is_the_name_of_the_configuration_unless_set(words, name):
+    assert f"++run_name={name}" in command_line(words)
+
+
+def run_train(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "train.py"), *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--config-name=teacher_rlt_tiny"],
+        ["--config-path=cfgs/run_cfg", "--config-name=teacher_rlt_mono_85gb"],
+        ["--config-path", str(CONFIG_ROOT / "run_cfg"), "--config-name=teacher_rlt_mono_85gb.yaml"],
+    ],
+)
+def test_each_way_to_call_train_composes_from_another_folder(words, tmp_path):
+    done = run_train(*words, "--cfg", "job", "max_steps=7", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "max_steps: 7\n" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config-name=nope"], "shipped: teacher_rlt_mono"),
+        (["max_stepz=3"], "Did you mean"),
+        (["learning_rate=["], "cannot be composed"),
+        (["--config-name=teacher_rlt_tiny", "model_name_or_path=./nowhere"], "./nowhere"),
+        (["--config-name=teacher_rlt_tiny", "dataset_id_or_path=./nothing.jsonl"], "nothing.jsonl"),
+    ],
+)
+def test_a_bad_call_ends_with_status_2_and_leaves_nothing(words, message, tmp_path):
+    done = run_train(*words, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_needs_a_gpu_says_what_it_plans_for(tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = run_train(f"--config-name={MONO}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stdout and " GB (" in done.stdout and "./launch_mono.sh" in done.stdout
