@@ -92,7 +92,7 @@ def parse_row(raw: RawRow, tags: TagStyle) -> Row:
     if raw.problem is not None:
         raise BadRowError(raw.problem)
     if not isinstance(raw.values, dict):
-        raise BadRowError(f"is a {type(raw.values).__name__}, not an object with fields")
+        raise BadRowError(f"is of type {type(raw.values).__name__}, not an object with fields")
     if raw.values.get("conversations") is not None:
         row = _parse_conversation(raw.values["conversations"])
     else:
@@ -115,7 +115,7 @@ def _text(values: dict, name: str) -> str:
     if value is None:
         raise BadRowError(f"`{name}` is missing (the fields are {', '.join(map(str, values)) or 'none'})")
     if not isinstance(value, str):
-        raise BadRowError(f"`{name}` is a {type(value).__name__}, not a text")
+        raise BadRowError(f"`{name}` is of type {type(value).__name__}, not a text")
     if not value.strip():
         raise BadRowError(f"`{name}` is empty")
     return value

@@ -90,7 +90,7 @@ class RLTReward:
         if student_explanation_logprobs is not None:
             kl_terms = self._kl_terms(student_explanation_logprobs, teacher_explanation_logprobs)
             no_entropy_B = reward_B + kl_terms["kl_reward_no_entropy"]
-            if self.config.include_teacher_think_entropy and self.needs_kl:
+            if self.needs_teacher:
                 reward_B = reward_B + kl_terms["kl_reward"]
             elif self.needs_kl:
                 reward_B = no_entropy_B
