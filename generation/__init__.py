@@ -18,7 +18,15 @@ from generation.vllm_engine import VLLMEngineConfig, VLLMGenerator, lora_rank_sl
 from models.export import export_for_vllm
 from schemas.generation import GenerationConfig
 
-__all__ = ["BaseForVLLM", "Canary", "Generator", "SamplingSettings", "make_generator", "prepare_base"]
+__all__ = [
+    "BaseForVLLM",
+    "Canary",
+    "Generator",
+    "SamplingSettings",
+    "make_generator",
+    "prepare_base",
+    "trainer_precision",
+]
 
 Precision = Literal["int8", "nf4", "bf16"]
 

@@ -4,13 +4,11 @@ Letters: see `generation.base`; V vocabulary. Rows are padded on the left with t
 attention mask hides, so no pad token is needed.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -24,6 +22,7 @@ from transformers import (
 from core.errors import NonFiniteError
 from core.types import Completion
 from generation.base import ProgressCallback, SamplingSettings, check_rows
+from models.evaluation import evaluation_mode
 
 
 class TransformersGenerator:
@@ -55,7 +54,7 @@ class TransformersGenerator:
         """See `Generator.generate`. Every prompt is read once and its cache copied for its generations."""
         check_rows(prompt_token_ids, num_generations, seeds)
         completions: list[Completion] = []
-        with _sampling_mode(self._model):
+        with evaluation_mode(self._model):
             for start in range(0, len(prompt_token_ids), self._prompts_per_call):
                 prompts = prompt_token_ids[start : start + self._prompts_per_call]
                 first_row = start * num_generations
@@ -74,7 +73,7 @@ class TransformersGenerator:
     def logprobs(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
         """See `Generator.logprobs`."""
         token_ids_BT, mask_BT, position_ids_BT = _left_padded(rows, self._model.device)
-        with _sampling_mode(self._model):
+        with evaluation_mode(self._model):
             logits_BTV = self._model(
                 input_ids=token_ids_BT, attention_mask=mask_BT, position_ids=position_ids_BT, use_cache=False
             ).logits
@@ -138,24 +137,6 @@ class TransformersGenerator:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-
-
-@contextlib.contextmanager
-def _sampling_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout, no gradient checkpointing, which would switch the cache off), put back afterwards.
-
-    int8 linears keep their mode: on a CPU bitsandbytes multiplies differently in training and in evaluation (16-bit
-    against int8 activations), and the sampler should compute as the trainer does.
-    """
-    modes = {module: module.training for module in model.modules()}
-    for module in modes:
-        if not isinstance(module, bnb.nn.Linear8bitLt):
-            module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _logits_processors(sampling: SamplingSettings) -> LogitsProcessorList:

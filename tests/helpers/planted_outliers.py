@@ -58,10 +58,10 @@ def write_planted_model(folder: Path, outlier_scale: float) -> Path:
     return folder
 
 
-def load_quantised(folder: Path, bits: int, **knobs: Any) -> Any:
+def load_quantised(folder: Path, bits: int, device: str = "cpu") -> Any:
     """The checkpoint through bitsandbytes: 8 (LLM.int8, threshold 6) or 4 (NF4, double quantisation) or 16 bits."""
     quantisation = {
-        8: BitsAndBytesConfig(load_in_8bit=True, **knobs),
+        8: BitsAndBytesConfig(load_in_8bit=True),
         4: BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -71,5 +71,5 @@ def load_quantised(folder: Path, bits: int, **knobs: Any) -> Any:
         16: None,
     }[bits]
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, device_map={"": "cpu"}, quantization_config=quantisation
+        folder, dtype=torch.bfloat16, device_map={"": device}, quantization_config=quantisation
     ).eval()

