@@ -78,13 +78,10 @@ def _score_batch(
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     device = causal_lm.get_input_embeddings().weight.device
     input_ids_BT = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-    attention_mask_BT = torch.zeros_like(input_ids_BT)
     for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         input_ids_BT[b, :length] = torch.tensor(row.token_ids[:length])
-        attention_mask_BT[b, :length] = 1
-    hidden_BTH = causal_lm.get_decoder()(
-        input_ids=input_ids_BT.to(device), attention_mask=attention_mask_BT.to(device), use_cache=False
-    ).last_hidden_state
+    # No mask: attention is causal and the padding comes last, so no scored position sees it.
+    hidden_BTH = causal_lm.get_decoder()(input_ids=input_ids_BT.to(device), use_cache=False).last_hidden_state
 
     spans = [(b, start, end) for b, row in enumerate(rows) for start, end in row.spans]
     row_N = torch.tensor([b for b, start, end in spans for _ in range(start, end)], device=device)
