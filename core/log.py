@@ -2,12 +2,13 @@
 
 import logging
 import os
+import sys
 import warnings
 
 from rich.console import Console
 from rich.logging import RichHandler
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 160)
 log = logging.getLogger("rlt")
 
 # bitsandbytes logs one line per int8 matmul on a CPU; the others repeat what our own messages say.

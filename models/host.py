@@ -71,9 +71,7 @@ class ModelHost:
                 else None
             )
         trainable = sum(p.numel() for p in self.teacher.parameters() if p.requires_grad)
-        log.info(
-            "teacher, student and reference are loaded on %s; %.1fM adapter parameters", self.device, trainable / 1e6
-        )
+        log.info("teacher, student and reference are loaded on %s; %s adapter parameters", self.device, f"{trainable:,}")
 
     def attach_engine(self, engine: SleepingEngine) -> None:
         """Take charge of the generation engine's memory; it sleeps until the next GENERATE phase."""

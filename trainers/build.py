@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from data.arithmetic import classify_explanation
 from data.dataset import prepare_datasets
@@ -80,6 +81,7 @@ def check_before_loading(
 def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
     """Load the models, start the generator, put the trainer together."""
     config = run.config
+    disable_progress_bar()
     row_len = config.max_prompt_length + config.grpo.max_completion_length
     host = ModelHost(config, max_score_tokens=config.grpo.per_device_train_batch_size * row_len)
     scorer = RolloutScorer(

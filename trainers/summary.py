@@ -21,16 +21,17 @@ _EVAL_ROWS = {
 def summarise(run_dir: Path) -> dict[str, Any]:
     """Read `metrics.jsonl`, write `summary.json`, return it.
 
-    Training figures are means of the first and the last five logged steps; held-out ones of the first and the last
+    Training figures are means of the first and the last five logged steps (fewer in a short run); held-out ones of the first and the last
     evaluation.
     """
     lines = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
     rewards = [line["reward"] for line in lines if line.get("reward") is not None]
     differences = [line["sampling/logp_difference"] for line in lines if "sampling/logp_difference" in line]
+    window = min(_WINDOW, max(1, len(rewards) // 2))
     evaluations = [line for line in lines if "eval_reward" in line]
     summary: dict[str, Any] = {
         "steps": max((line["step"] for line in lines), default=0),
-        "reward": {"before": mean(rewards[:_WINDOW]), "after": mean(rewards[-_WINDOW:])} if rewards else None,
+        "reward": {"before": mean(rewards[:window]), "after": mean(rewards[-window:])} if rewards else None,
         "logp_difference": mean(differences) if differences else None,
     }
     if evaluations:
@@ -46,7 +47,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table = Table(title=f"after {summary['steps']} steps", title_justify="left")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
-    names = {"reward": f"reward (mean of {_WINDOW} steps)", **_EVAL_ROWS}
+    names = {"reward": "reward (first and last steps)", **_EVAL_ROWS}
     for key, value in summary.items():
         if isinstance(value, dict):
             name = names.get(key, key.replace("eval_share/", "explanations: "))

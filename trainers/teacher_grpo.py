@@ -19,7 +19,7 @@ from datasets import Dataset
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
@@ -97,6 +97,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
             processing_class=tokenizer,
             callbacks=list(callbacks),
         )
+        self.remove_callback(PrinterCallback)
         self._restore_float32_adapter(trained)
         self._arrange_reference()
         if generator is not None:
