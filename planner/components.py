@@ -1,10 +1,6 @@
-"""Bytes of each thing that lies on the card, one formula each (derivations: docs/memory.md).
+"""Bytes of what stays on the card through a phase: weights, adapter, optimizer states, vLLM (docs/memory.md)."""
 
-Letters: h hidden, i intermediate, L layers, V vocabulary, q and kv the widths of queries and of keys, r LoRA rank,
-T tokens of a forward (rows x padded length).
-"""
-
-from planner.constants import HEAD_TILE_TOKENS, HEAD_TILE_VOCAB, VLLM_BATCHED_TOKENS, VLLM_SEQUENCES
+from planner.constants import VLLM_BATCHED_TOKENS, VLLM_SEQUENCES
 from planner.settings import PlanSettings, Precision
 from planner.shapes import ModelShape
 
@@ -78,41 +74,3 @@ def vllm_work_bytes(shape: ModelShape) -> float:
     """Activations of vLLM's largest batch (hidden, norm, gate and up outputs) and the sampler's fp32 logits, twice."""
     tokens, rows = VLLM_BATCHED_TOKENS.value, VLLM_SEQUENCES.value
     return tokens * (6 * shape.hidden + 4 * shape.intermediate) + 2 * 4 * rows * shape.vocab
-
-
-def _head_tile_bytes(num_scored: int) -> float:
-    return 2 * min(num_scored, HEAD_TILE_TOKENS.value) * HEAD_TILE_VOCAB.value
-
-
-def mask_bytes(settings: PlanSettings) -> float:
-    """sdpa with padding: a boolean mask that lives through the forward, and its 16-bit copy inside the kernel."""
-    if not settings.materialised_mask:
-        return 0.0
-    return 3.0 * settings.micro_batch * settings.row_len**2
-
-
-def train_activation_bytes(settings: PlanSettings) -> float:
-    """Peak of what a training step adds to the states: the larger of one layer's recomputation and the head."""
-    shape, tokens = settings.teacher, settings.micro_batch * settings.row_len
-    h, i, num_layers = shape.hidden, shape.intermediate, shape.num_layers
-    num_scored = settings.micro_batch * settings.max_completion_len
-    if settings.checkpointing == "none":
-        return (16.8 * h + 8 * i) * num_layers * tokens
-    checkpoints = 0.0 if settings.checkpointing == "layers_offloaded" else 2.0 * h * num_layers * tokens
-    leak = 0.0
-    if settings.precision == "int8" and not settings.int8_inputs_released:
-        leak = (6.0 * h + 2 * i) * num_layers * tokens
-    mlp = 14.0 if settings.precision == "int8" else 11.2
-    layer = (26.0 * h + mlp * i) * tokens + 2 * h * i
-    if settings.full_logits:
-        head = 14.0 * shape.vocab * num_scored + 6 * h * tokens
-    else:
-        head = _head_tile_bytes(num_scored) + 8 * h * num_scored + 6 * h * tokens
-    return checkpoints + leak + max(layer, head)
-
-
-def score_activation_bytes(settings: PlanSettings, shape: ModelShape) -> float:
-    """Peak of a forward without gradients over one micro-batch: one layer at a time, or the head's tile."""
-    tokens = settings.micro_batch * settings.row_len
-    layer = (9.0 * shape.hidden + 10 * shape.intermediate) * tokens
-    return max(layer, _head_tile_bytes(tokens) + 6 * shape.hidden * tokens)

@@ -6,14 +6,12 @@ from typing import Any
 
 from core.types import Phase
 from core.units import gb
+from planner.activations import score_activation_bytes, train_activation_bytes
 from planner.components import (
     kv_minimum_bytes,
     kv_needed_bytes,
-    mask_bytes,
     num_lora_params,
     optimizer_bytes_per_param,
-    score_activation_bytes,
-    train_activation_bytes,
     vllm_work_bytes,
     weight_bytes,
 )
@@ -114,9 +112,8 @@ def plan(settings: PlanSettings, gpu_bytes: int | None = None) -> MemoryPlan:
     awake = _vllm_awake(settings)
     factor = 1 + (EXPANDABLE_FRAGMENTATION_FRAC if settings.expandable_segments else FRAGMENTATION_FRAC).value
 
-    train_dynamic = train_activation_bytes(settings) + mask_bytes(settings)
-    scorers = [settings.teacher, settings.student or settings.teacher]
-    score_dynamic = max(score_activation_bytes(settings, shape) for shape in scorers) + mask_bytes(settings)
+    train_dynamic = train_activation_bytes(settings)
+    score_dynamic = score_activation_bytes(settings)
     needed = kv_needed_bytes(settings)
     kv = needed if settings.kv_cache_bytes is None else settings.kv_cache_bytes
     if gpu_bytes is not None and settings.kv_cache_bytes is None and settings.generator == "vllm":

@@ -9,7 +9,14 @@ from schemas.run import RunConfig
 
 Precision = Literal["fp32", "bf16", "fp8", "int8", "nf4"]
 Checkpointing = Literal["none", "layers", "layers_offloaded"]
+Attention = Literal["flash", "masked_sdpa", "eager"]
 
+_ATTENTION: dict[str, Attention] = {
+    "sdpa": "masked_sdpa",
+    "eager": "eager",
+    "flash_attention_2": "flash",
+    "flash_attention_3": "flash",
+}
 _DTYPE_PRECISION: dict[str, Precision] = {"bfloat16": "bf16", "float16": "bf16", "float32": "fp32"}
 
 
@@ -56,8 +63,8 @@ class PlanSettings:
     int8_threshold: float = 6.0
     full_logits: bool = False
     """The head's [tokens, vocabulary] logits are materialised in the training step."""
-    materialised_mask: bool = True
-    """sdpa with padded rows: a [rows, length, length] mask, and keys and values repeated for each query head."""
+    attention: Attention = "masked_sdpa"
+    """`masked_sdpa`: sdpa over padded rows, with a [rows, length, length] mask and keys repeated per query head."""
     expandable_segments: bool = False
 
     @property
@@ -109,7 +116,7 @@ def settings_from_config(config: RunConfig, *, allow_download: bool = False) -> 
         max_completion_len=grpo.max_completion_length,
         checkpointing="layers" if grpo.gradient_checkpointing else "none",
         int8_threshold=args.llm_int8_threshold,
-        materialised_mask=args.attn_implementation in ("sdpa", "eager"),
+        attention=_ATTENTION[args.attn_implementation],
     )
 
 

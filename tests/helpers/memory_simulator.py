@@ -1,14 +1,15 @@
 """The planner's judge: one LoRA training step of the real architecture on the meta device, every storage tracked.
 
-Real: transformers' model code and gradient checkpointing, peft's LoRA layers, bitsandbytes' layers and autograd functions,
-TRL's chunked head, autograd. Transcribed op by op, because they run on a GPU only: the bodies of bitsandbytes' CUDA ops and
-the workspace of flash attention's backward. Emulated: bf16 autocast, which does not know the meta device.
+Real: transformers' model code and gradient checkpointing, peft's LoRA layers, bitsandbytes' layers and autograd
+functions, TRL's chunked head, autograd. Transcribed op by op, because they run on a GPU only: the bodies of the CUDA
+ops of bitsandbytes and the workspace of flash attention's backward. Emulated: bf16 autocast, unknown to meta tensors.
 
 Letters: B rows, T tokens of a row, C scored tokens of a row, H hidden size, N, K out and in features of a linear.
 """
 
 import contextlib
 import gc
+import logging
 import sys
 import types
 import weakref
@@ -22,7 +23,6 @@ import torch
 from bitsandbytes.functional import QuantState
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -32,6 +32,7 @@ from models.int8_checkpointing import release_int8_activations
 from planner.settings import PlanSettings
 from planner.shapes import ModelShape
 
+_linear = nn.functional.linear
 _BLOCK_BYTES = 512
 """The CUDA caching allocator rounds every allocation up to this."""
 
@@ -157,14 +158,13 @@ _TRANSCRIBED: dict[str, Callable[..., Any]] = {
 }
 
 
-class Bf16Autocast(TorchFunctionMode):
+class Bf16Autocast:
     """`torch.autocast(bf16)` for the one op that needs it here: linear casts its float32 operands.
 
     As in autocast, the 16-bit copy of a float32 parameter is kept until the outermost context ends (`forward_ended`).
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self._copies: dict[int, Tensor] = {}
         self.keeps_copies = True
 
@@ -181,28 +181,34 @@ class Bf16Autocast(TorchFunctionMode):
             self._copies[id(tensor)] = tensor.to(torch.bfloat16)
         return self._copies[id(tensor)]
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is nn.functional.linear:
-            return func(*(self._cast(a) if isinstance(a, Tensor) else a for a in args), **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _linear(self._cast(x), self._cast(weight), bias)
 
 
-def _flash_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
+def _flash_attention(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
     out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=kwargs["scaling"])[0]
     return out.transpose(1, 2).contiguous(), None
 
 
-def _masked_sdpa(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-    """transformers' sdpa with a mask: keys and values repeated for each query head; the kernel turns the mask into a bias."""
+def _masked_sdpa(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' sdpa with a mask: keys and values repeated per query head, the mask as a bias."""
     groups = module.num_key_value_groups
     k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1).reshape(q.shape) for x in (k, v))
-    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask.logical_not(), -torch.inf).expand(-1, q.shape[1], -1, -1)
+    bias = (
+        torch.zeros_like(mask, dtype=q.dtype)
+        .masked_fill_(mask.logical_not(), -torch.inf)
+        .expand(-1, q.shape[1], -1, -1)
+    )
     out = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=kwargs["scaling"])[0]
     return out.transpose(1, 2).contiguous(), None
 
 
 @contextlib.contextmanager
-def _on_meta(attention: str) -> Iterator[None]:
+def _on_meta(attention: str, autocast: Bf16Autocast) -> Iterator[None]:
     """TRL's head with its Triton launches as no-ops, and our stand-in for the attention kernel."""
 
     class NoLaunch:
@@ -218,8 +224,11 @@ def _on_meta(attention: str) -> Iterator[None]:
             mock.patch.object(chunked_logprob, "_use_triton", lambda device: True),
             mock.patch.object(chunked_logprob, "_forward_kernel", NoLaunch()),
             mock.patch.object(chunked_logprob, "_backward_kernel", NoLaunch()),
-            mock.patch.object(chunked_logprob, "triton", types.SimpleNamespace(cdiv=lambda a, b: -(-a // b)), create=True),
+            mock.patch.object(
+                chunked_logprob, "triton", types.SimpleNamespace(cdiv=lambda a, b: -(-a // b)), create=True
+            ),
             mock.patch.object(chunked_logprob, "_addmm_fp32", lambda acc, a, b: None),
+            mock.patch.object(nn.functional, "linear", autocast.linear),
             mock.patch.object(torch, "is_autocast_enabled", autocast_is_on),
             mock.patch.object(torch, "get_autocast_dtype", lambda device_type: torch.bfloat16),
         ):
@@ -229,7 +238,7 @@ def _on_meta(attention: str) -> Iterator[None]:
         yield
 
 
-def build_model(settings: PlanSettings, *, attention: str) -> nn.Module:
+def build_model(settings: PlanSettings) -> nn.Module:
     """The teacher on the meta device: quantised base, LoRA adapter, checkpointing as the settings say."""
     shape = settings.teacher
     model_type = "qwen3" if shape.qk_norm else "qwen2" if shape.attention_bias else "llama"
@@ -247,7 +256,7 @@ def build_model(settings: PlanSettings, *, attention: str) -> nn.Module:
         layer_types=["full_attention"] * shape.num_layers,
     )
     with torch.device("meta"):
-        implementation = "eager" if attention == "eager" else "sdpa"
+        implementation = "eager" if settings.attention == "eager" else "sdpa"
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=implementation)
         model.requires_grad_(False)
         for layer in model.model.layers:
@@ -281,7 +290,9 @@ def _quantised(linear: nn.Linear, settings: PlanSettings) -> nn.Module:
     else:
         quantised = bnb.nn.Linear4bit(k, n, has_bias, compute_dtype=torch.bfloat16, quant_type="nf4")
         num_blocks = n * k // 64
-        outer = QuantState(absmax=torch.empty(num_blocks // 256 + 1), code=torch.empty(256), blocksize=256, dtype=torch.float32)
+        outer = QuantState(
+            absmax=torch.empty(num_blocks // 256 + 1), code=torch.empty(256), blocksize=256, dtype=torch.float32
+        )
         state = QuantState(
             absmax=torch.empty(num_blocks, dtype=torch.uint8) if settings.double_quant else torch.empty(num_blocks),
             shape=torch.Size((n, k)),
@@ -314,7 +325,7 @@ def _state_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _optimizer_states(parameter: Tensor) -> list[Tensor]:
-    """bitsandbytes' 8-bit Adam: two states of one byte with a float32 scale per 256 values; float32 below 4096 values."""
+    """bitsandbytes' 8-bit Adam: two states of one byte, a float32 scale per 256 values; float32 below 4096 values."""
     count = parameter.numel()
     if count < 4096:
         return [torch.empty(count, device="meta") for _ in range(2)]
@@ -342,13 +353,10 @@ class Simulated:
     peak_bytes: int
 
 
-def simulate_training_step(settings: PlanSettings, *, attention: str = "flash") -> Simulated:
-    """Peak of allocated bytes in one micro-batch's forward and backward, gradients of an earlier one present.
-
-    Args:
-        attention: "flash" (no mask), "masked_sdpa" (padded rows), "eager".
-    """
-    model = build_model(settings, attention=attention)
+def simulate_training_step(settings: PlanSettings) -> Simulated:
+    """Peak of allocated bytes in one micro-batch's forward and backward, gradients of an earlier one present."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    model = build_model(settings)
     tracker, autocast = MemoryTracker(), Bf16Autocast()
     for tensor in _state_tensors(model):
         tracker.track(tensor)
@@ -360,20 +368,18 @@ def simulate_training_step(settings: PlanSettings, *, attention: str = "flash") 
     for tensor in kept:
         tracker.track(tensor)
     static = tracker.live_bytes
-    with _int8_inputs(released=settings.int8_inputs_released), _on_meta(attention), autocast, tracker:
-        _forward_backward(model, settings, attention, autocast)
+    with _int8_inputs(released=settings.int8_inputs_released), _on_meta(settings.attention, autocast), tracker:
+        _forward_backward(model, settings, autocast)
     del model, kept
     gc.collect()
     return Simulated(static, tracker.peak_bytes)
 
 
-def _forward_backward(model: nn.Module, settings: PlanSettings, attention: str, autocast: Bf16Autocast) -> None:
+def _forward_backward(model: nn.Module, settings: PlanSettings, autocast: Bf16Autocast) -> None:
     num_rows, row_len, num_scored = settings.micro_batch, settings.row_len, settings.max_completion_len
     causal_lm = model.get_base_model()
     input_ids = torch.empty(num_rows, row_len, dtype=torch.long, device="meta")
-    mask = None
-    if attention != "flash":
-        mask = torch.empty(num_rows, 1, row_len, row_len, dtype=torch.bool, device="meta")
+    mask = _mask(settings)
     model_module = sys.modules[type(causal_lm.model).__module__]
     hooks: Any = contextlib.nullcontext()
     if settings.checkpointing == "layers_offloaded":
@@ -400,12 +406,40 @@ def _forward_backward(model: nn.Module, settings: PlanSettings, attention: str, 
     logprobs.sum().backward()
 
 
+def _mask(settings: PlanSettings) -> Tensor | None:
+    if settings.attention == "flash":
+        return None
+    dtype = torch.bfloat16 if settings.attention == "eager" else torch.bool
+    return torch.empty(settings.micro_batch, 1, settings.row_len, settings.row_len, dtype=dtype, device="meta")
+
+
 def _drop_large(tensor: Tensor) -> Any:
     return (tensor.shape, tensor.dtype) if tensor.ndim == 3 and tensor.dtype == torch.bfloat16 else tensor
 
 
 def _restore(packed: Any) -> Tensor:
     return packed if isinstance(packed, Tensor) else torch.empty(packed[0], dtype=packed[1], device="meta")
+
+
+def simulate_scoring(settings: PlanSettings, *, adapter: bool = False) -> Simulated:
+    """Peak of a forward without gradients through the body (models/logprobs.py runs the head on small chunks apart)."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    model = build_model(replace(settings, checkpointing="none"))
+    tracker, autocast = MemoryTracker(), Bf16Autocast()
+    for tensor in _state_tensors(model):
+        tracker.track(tensor)
+    static = tracker.live_bytes
+    causal_lm = model.get_base_model()
+    input_ids = torch.empty(settings.micro_batch, settings.row_len, dtype=torch.long, device="meta")
+    mask = _mask(settings)
+    adapter_state = contextlib.nullcontext() if adapter else model.disable_adapter()
+    model_module = sys.modules[type(causal_lm.model).__module__]
+    with _on_meta(settings.attention, autocast), tracker, torch.no_grad(), adapter_state:
+        if mask is not None:
+            tracker.track(mask)
+        with mock.patch.object(model_module, "create_causal_mask", lambda **_: mask):
+            causal_lm.model(input_ids=input_ids, use_cache=False)
+    return Simulated(static, tracker.peak_bytes)
 
 
 def layer_count(settings: PlanSettings, num_layers: int) -> PlanSettings:

@@ -1,0 +1,163 @@
+"""Peak bytes of what a forward (and backward) adds to the weights, as the largest of a few moments of the step.
+
+Each moment is a sum of the tensors that are alive then, read off the live storages of the simulator (tests/helpers/
+memory_simulator.py) at its peak; `tests/test_planner_formula.py` holds the two within 2 %.
+
+Letters: h hidden, i intermediate, L layers, V vocabulary, q and kv the widths of queries and of keys, S row length,
+T = rows * S tokens of a forward.
+"""
+
+from dataclasses import replace
+
+from planner.components import num_lora_params
+from planner.constants import HEAD_TILE_TOKENS, HEAD_TILE_VOCAB, SCORE_BATCH_TOKENS, SCORE_HEAD_TOKENS
+from planner.settings import PlanSettings
+from planner.shapes import ModelShape
+
+
+def train_activation_bytes(settings: PlanSettings) -> float:
+    """Peak of one micro-batch's forward and backward over the states (weights, adapter, gradients, optimizer)."""
+    shape = settings.teacher
+    num_tokens = settings.micro_batch * settings.row_len
+    if settings.checkpointing == "none":
+        kept = shape.num_layers * _layer_kept(settings) * num_tokens + _layer_masks(settings) * shape.num_layers
+        if settings.adapter_bytes_per_param == 4:
+            kept += 2 * _num_adapter_params(settings)  # autocast keeps its 16-bit copies
+        moment = max(_last_layer_forward(settings) * num_tokens, _head_moment(settings))
+    else:
+        # Offloaded: the block's own input is back on the card, and the next one's on its way.
+        num_on_card = 2 if settings.checkpointing == "layers_offloaded" else shape.num_layers
+        kept = 2.0 * shape.hidden * num_tokens * num_on_card
+        if settings.precision == "int8" and not settings.int8_inputs_released:
+            inputs = 4 * shape.hidden + 2 * shape.q_dim + 2 * shape.intermediate
+            kept += shape.num_layers * inputs * num_tokens
+        moment = max(_layer_moment(settings), _head_moment(settings))
+    return kept + moment + _mask_bytes(settings, settings.micro_batch)
+
+
+def _num_adapter_params(settings: PlanSettings) -> int:
+    return num_lora_params(settings.teacher, settings.lora_r, settings.lora_targets)
+
+
+def _is_recast(settings: PlanSettings) -> bool:
+    """peft's plain linears cast their input to a float32 adapter's dtype, and autocast back: one more copy each.
+
+    Its bitsandbytes linears leave the cast to autocast, which finds a 16-bit input.
+    """
+    return settings.precision in ("bf16", "fp8", "fp32") and settings.adapter_bytes_per_param == 4
+
+
+def _layer_kept(settings: PlanSettings) -> float:
+    """Bytes per token that autograd keeps of one block.
+
+    Two norms: float32 input and 16-bit output (6h each). Attention: q, output, k, v. MLP: gate, silu, up, product.
+    The low-rank activations of the seven adapters.
+    """
+    shape = settings.teacher
+    h, i, q, kv = shape.hidden, shape.intermediate, shape.q_dim, shape.kv_dim
+    kept = 12.0 * h + 4 * q + 4 * kv + 8 * i + 2 * settings.lora_r * (len(settings.lora_targets) or 7)
+    if shape.qk_norm:
+        kept += 4 * q + 4 * kv
+    if settings.attention == "masked_sdpa" and shape.num_heads > shape.num_kv_heads:
+        kept += 4 * q - 4 * kv  # keys and values are repeated for each query head
+    if _is_recast(settings):
+        kept += 6 * h + 2 * q
+    return kept
+
+
+def _layer_moment(settings: PlanSettings) -> float:
+    """Checkpointing: the peak while one block is recomputed and differentiated; its incoming gradient is 2h."""
+    shape = settings.teacher
+    num_tokens = settings.micro_batch * settings.row_len
+    h, i = shape.hidden, shape.intermediate
+    kept = 2 * h + _layer_kept(settings)
+    if settings.precision == "int8":
+        threshold_is_on = settings.int8_threshold > 0
+        # down_proj quantises its input (fp16, absolute values, int8, outlier mask), or up_proj's int32 output is cast.
+        per_token = kept + (4 * h + 6 * i if threshold_is_on else 5 * h + 4 * i)
+    elif _is_recast(settings):
+        per_token = kept + 8 * h + 6 * i  # down_proj's input as float32 and again as 16 bits
+    else:
+        per_token = kept + 4 * i  # gradients of up and of silu(gate)
+    moments = [per_token * num_tokens]
+    if settings.precision in ("int8", "nf4"):
+        # Backward of down_proj: its whole weight in 16 bits beside the gradient of the product.
+        moments.append((kept + 2 * i) * num_tokens + 2 * h * i)
+    if settings.attention == "eager":
+        scores = shape.num_heads * settings.micro_batch * settings.row_len**2
+        moments[0] += 6 * scores
+        moments.append((8 * h + 6 * shape.q_dim) * num_tokens + 12 * scores)
+    casts = 2 * _num_adapter_params(settings) / shape.num_layers if settings.adapter_bytes_per_param == 4 else 0
+    return max(moments) + casts + _layer_masks(settings)
+
+
+def _last_layer_forward(settings: PlanSettings) -> float:
+    """No checkpointing: bytes per token that the last block's MLP needs for a moment beside what it keeps."""
+    h, i = settings.teacher.hidden, settings.teacher.intermediate
+    if settings.precision == "int8":
+        return 2 * h + (6 * i if settings.int8_threshold > 0 else 4 * i)
+    return 10 * h + 6 * i if _is_recast(settings) else 2 * h + 4 * i
+
+
+def _head_moment(settings: PlanSettings) -> float:
+    """The final norm's backward in float32 (20h), or the head over the scored tokens."""
+    shape = settings.teacher
+    num_tokens = settings.micro_batch * settings.row_len
+    num_scored = settings.micro_batch * settings.max_completion_len
+    if settings.full_logits:
+        # 16-bit and float32 logits, log-softmax, its gradient
+        head = (12.0 * shape.vocab + 4 * shape.hidden) * num_scored
+    else:
+        head = _head_tile_bytes(num_scored) + 8 * shape.hidden * num_scored
+    return max(20.0 * shape.hidden * num_tokens, head + 6 * shape.hidden * num_tokens)
+
+
+def _head_tile_bytes(num_scored: int) -> float:
+    """TRL's chunked head: one tile of 16-bit logits."""
+    return 2 * min(num_scored, HEAD_TILE_TOKENS.value) * HEAD_TILE_VOCAB.value
+
+
+def _mask_bytes(settings: PlanSettings, num_rows: int) -> float:
+    """The mask that every block shares: boolean for sdpa, 16-bit for eager attention."""
+    width = {"flash": 0, "masked_sdpa": 1, "eager": 2}[settings.attention]
+    return float(width * num_rows * settings.row_len**2)
+
+
+def _layer_masks(settings: PlanSettings) -> float:
+    """sdpa's kernel takes the mask as a 16-bit bias, which it keeps for its backward."""
+    return 2.0 * settings.micro_batch * settings.row_len**2 if settings.attention == "masked_sdpa" else 0.0
+
+
+def score_activation_bytes(settings: PlanSettings) -> float:
+    """Peak of the forwards without gradients: the scorer's (student, teacher) and the trainer's (reference)."""
+    # The scorer pads at the end and needs no mask; its rows fill a budget of tokens.
+    unmasked: PlanSettings = replace(settings, attention="eager" if settings.attention == "eager" else "flash")
+    num_rows = max(1, min(settings.train_batch, int(SCORE_BATCH_TOKENS.value // settings.row_len)))
+    student = settings.student or settings.teacher
+    return max(
+        forward_bytes(unmasked, student, num_rows, adapter=False),
+        forward_bytes(unmasked, settings.teacher, num_rows, adapter=True),
+        forward_bytes(settings, settings.teacher, settings.micro_batch, adapter=True),
+    )
+
+
+def forward_bytes(settings: PlanSettings, shape: ModelShape, num_rows: int, *, adapter: bool) -> float:
+    """Peak of a forward without gradients over `num_rows` full rows; nothing is kept from layer to layer."""
+    h, i, q, kv = shape.hidden, shape.intermediate, shape.q_dim, shape.kv_dim
+    num_tokens = num_rows * settings.row_len
+    mask = _mask_bytes(settings, num_rows)
+    if settings.precision == "int8":
+        mlp = (9.0 * h + 10 * i) * num_tokens
+    else:
+        recast = 4 * h if adapter and _is_recast(settings) else 0
+        mlp = (8.0 * h + recast + (8 if adapter else 6) * i) * num_tokens
+        if settings.precision == "nf4":
+            mlp = max(mlp, (8.0 * h + (6 if adapter else 4) * i) * num_tokens + 2 * h * i)
+    attention = 0.0
+    if settings.attention == "masked_sdpa":
+        attention = (6.0 * h + 8 * q + 4 * kv) * num_tokens + 3 * mask
+    if settings.attention == "eager":
+        attention = (6.0 * h + 6 * q + 4 * kv) * num_tokens + 10.0 * shape.num_heads * num_rows * settings.row_len**2
+    # The scorer's float32 logits of a few hundred tokens: as they are, exponentiated, and one temporary.
+    head = 4.0 * h * num_tokens + 3 * 4 * SCORE_HEAD_TOKENS.value * shape.vocab
+    return mask + max(mlp, attention, head)
