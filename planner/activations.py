@@ -134,7 +134,10 @@ def score_activation_bytes(settings: PlanSettings) -> float:
     unmasked: PlanSettings = replace(settings, attention="eager" if settings.attention == "eager" else "flash")
     num_rows = max(1, min(settings.train_batch, int(SCORE_BATCH_TOKENS.value // settings.row_len)))
     student = settings.student or settings.teacher
+    # Float32 logits of a few hundred tokens: as they are, exponentiated, and one temporary.
+    head = 3 * 4 * SCORE_HEAD_TOKENS.value * student.vocab + 4.0 * student.hidden * num_rows * settings.row_len
     return max(
+        head,
         forward_bytes(unmasked, student, num_rows, adapter=False),
         forward_bytes(unmasked, settings.teacher, num_rows, adapter=True),
         forward_bytes(settings, settings.teacher, settings.micro_batch, adapter=True),
@@ -142,7 +145,7 @@ def score_activation_bytes(settings: PlanSettings) -> float:
 
 
 def forward_bytes(settings: PlanSettings, shape: ModelShape, num_rows: int, *, adapter: bool) -> float:
-    """Peak of a forward without gradients over `num_rows` full rows; nothing is kept from layer to layer."""
+    """Peak of the blocks' forward without gradients over full rows; nothing is kept from block to block."""
     h, i, q, kv = shape.hidden, shape.intermediate, shape.q_dim, shape.kv_dim
     num_tokens = num_rows * settings.row_len
     mask = _mask_bytes(settings, num_rows)
@@ -158,6 +161,4 @@ def forward_bytes(settings: PlanSettings, shape: ModelShape, num_rows: int, *, a
         attention = (6.0 * h + 8 * q + 4 * kv) * num_tokens + 3 * mask
     if settings.attention == "eager":
         attention = (6.0 * h + 6 * q + 4 * kv) * num_tokens + 10.0 * shape.num_heads * num_rows * settings.row_len**2
-    # The scorer's float32 logits of a few hundred tokens: as they are, exponentiated, and one temporary.
-    head = 4.0 * h * num_tokens + 3 * 4 * SCORE_HEAD_TOKENS.value * shape.vocab
-    return mask + max(mlp, attention, head)
+    return mask + max(mlp, attention)
