@@ -1,13 +1,15 @@
-"""The embedded model: a Qwen2 of 0.1 M parameters that can add single digits, made on this machine in half a minute.
+"""The embedded model: a Qwen2 of 0.1 M parameters that can add digits, made on this machine in about 40 seconds.
 
-One checkpoint serves as the teacher's base and as the frozen student; the system prompt tells them apart. As a student it
-works a sum out step by step and reads the solution off its own steps. As a teacher it is careless: only a part of its
-explanations is honest, which is what a run has to mend.
+One checkpoint serves as the teacher's base and as the frozen student; the system prompt tells them apart. As a student
+it works a sum out step by step and reads the solution off its own steps. As a teacher it is careless: only some of its
+explanations are honest, which is what a run has to mend.
 
 Training has three stages, each cheap because the one before it was learned first:
   1. facts: all 200 sums of two digits in every batch. Without it the table takes some ten times longer to emerge.
-  2. student texts with honest explanations.
-  3. student texts and teacher texts (styles mixed by `TEACHER_MIX`), repeated until the base passes its gate.
+  2. honest: student and teacher texts with honest explanations, so that both roles can do the sum.
+  3. careless: student texts as before, teacher texts in the styles of `TEACHER_MIX`.
+The student never sees a bad explanation in training. That is what makes honesty pay: a wrong step leads it to a wrong
+solution, and filler or a leaked solution are text that it would not have thought of (a large KL term).
 
 Letters: B rows, T tokens.
 """
@@ -35,39 +37,48 @@ from data.arithmetic import (
     explain,
     generate_rows,
 )
+from data.formats import PromptFormat, encode
 
-MODEL_FOLDER = "arithmetic-qwen2-v1"
+MODEL_FOLDER = "arithmetic-qwen2-v2"
 """Folder name in the cache. The number changes with anything that changes the weights."""
 TEACHER_MIX: dict[Style, float] = {"honest": 0.25, "wrong": 0.25, "skip": 0.15, "leak": 0.2, "filler": 0.15}
 """Shares of the explanation styles in the teacher texts."""
 MIN_STUDENT_ACCURACY = 0.9
+"""Share of held-out sums that the student must solve given the honest explanation."""
 MIN_HONEST_FRAC = 0.1
+"""Share of honest explanations that the careless teacher must still write, else GRPO has nothing to reinforce."""
 
 _SEED = 0
 _NUM_TRAIN_ROWS = 20_000
-_NUM_GATE_ROWS = 128
+_NUM_GATE_ROWS = 256
 _BATCH_SIZE = 32
-_NUM_FACTS_STEPS, _NUM_STUDENT_STEPS, _NUM_JOINT_STEPS, _MAX_JOINT_ROUNDS = 100, 250, 300, 4
+_NUM_FACTS_STEPS, _NUM_HONEST_STEPS, _NUM_CARELESS_STEPS = 100, 350, 200
+_MAX_ROUNDS = 4
+_MIN_HONEST_FRAC_BEFORE_CARELESS = 0.9
 _MATRIX_LR, _VECTOR_LR = 0.02, 6e-3
 _NUM_WARMUP_STEPS = 20
+_MAX_NEW_TOKENS = 48
 _IGNORED = -100  # label of a token without loss
 
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_TAGS = tuple(f"<|{edge}_of_{name}|>" for name in ("thought", "explanation", "solution") for edge in ("begin", "end"))
+_FORMAT = PromptFormat.from_styles(tag_format="bespoke", prompt_style="short")
+_CHAT_PHRASES = ("system\n", "user\n", "assistant\n", "\n\n")
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""Token ids and labels, both [B, T]; labels are not shifted."""
+Row = dict[str, str]
+Example = tuple[str, str]
+"""A prompt and its completion; only the completion is learned."""
+Draw = Callable[[], list[Example]]
 
 
 def ensure_tiny_model(cache_dir: Path | None = None) -> Path:
     """The folder with the embedded model (config, safetensors, tokenizer); makes it where it is missing.
 
-    It lies in `cache_dir`, else in `$RLT_CACHE`, else in `$XDG_CACHE_HOME/rlt`, else in `~/.cache/rlt`. The folder appears
-    whole or not at all: of two processes that make it at once, the second one throws its copy away.
+    It lies in `cache_dir`, else in `$RLT_CACHE`, else in `$XDG_CACHE_HOME/rlt`, else in `~/.cache/rlt`. The folder
+    appears whole or not at all: of two processes that make it at once, the second one throws its copy away.
     """
     root = cache_dir or _default_cache_dir()
     folder = root / MODEL_FOLDER
@@ -98,7 +109,7 @@ def build_tiny_model(folder: Path) -> None:
         torch.manual_seed(_SEED)
         model = Qwen2ForCausalLM(_model_config(tokenizer))
         _train(model, tokenizer)
-    model.save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -111,9 +122,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=bytes_vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    phrases = (TEACHER_SYSTEM_SHORT, STUDENT_SYSTEM_SHORT, "system\n", "user\n", "assistant\n", "\n\n")
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in _SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in (*_TAGS, *phrases)])
+    phrases = (*_FORMAT.tags.all_tags, TEACHER_SYSTEM_SHORT, STUDENT_SYSTEM_SHORT, *_CHAT_PHRASES)
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in phrases])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -124,46 +135,38 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def student_accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> float:
-    """Share of `rows` whose solution is the student's likeliest continuation of the honest explanation."""
-    texts = [student_text(row, row["reasoning_trace"]) for row in rows]
-    ids_BT, labels_BT = _collate(tokenizer, texts, "<|begin_of_solution|>")
+def student_accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> float:
+    """Share of `rows` in which the student, given the honest explanation, finds every solution token the likeliest."""
+    examples = []
+    for row in rows:
+        head = _FORMAT.student_head_text(tokenizer, row["question"])
+        tail = _FORMAT.student_tail(tokenizer, row["question"], row["solution"])
+        prompt = head + row["reasoning_trace"] + tail.text[: tail.solution_start]
+        examples.append((prompt, row["solution"]))
+    ids_BT, labels_BT = _collate(tokenizer, examples)
     with torch.no_grad():
         best_BT = model(ids_BT).logits[:, :-1].argmax(-1)
     hit_BT = (best_BT == labels_BT[:, 1:]) | (labels_BT[:, 1:] == _IGNORED)
     return hit_BT.all(dim=1).float().mean().item()
 
 
-def teacher_honest_frac(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]
-) -> float:
+def teacher_honest_frac(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> float:
     """Share of `rows` for which the teacher, sampled at temperature 1, writes the honest explanation."""
-    opening = "<|begin_of_explanation|>\n\n"
-    prompts = [teacher_text(row, "").partition(opening)[0] + opening for row in rows]
-    ids_BT, labels_BT = _collate(tokenizer, prompts, "")
-    assert (labels_BT != _IGNORED)[:, 1:].all(), "prompts of the task have one length"
-    sampled_BT = model.generate(ids_BT, max_new_tokens=48, do_sample=True, top_k=0, temperature=1.0)
-    texts = tokenizer.batch_decode(sampled_BT[:, ids_BT.shape[1] :], skip_special_tokens=True)
-    explanations = [text.partition("<|end_of_explanation|>")[0] for text in texts]
-    return sum(
-        classify_explanation(row["question"], row["solution"], text) == "honest"
-        for row, text in zip(rows, explanations, strict=True)
-    ) / len(rows)
-
-
-def chat_text(system: str, question: str, answer: str) -> str:
-    turns = (("system", system), ("user", question), ("assistant", answer))
-    return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
-
-
-def teacher_text(row: dict[str, str], explanation: str) -> str:
-    answer = f"<|begin_of_solution|>{row['solution']}<|end_of_solution|>\n\n<|begin_of_explanation|>\n\n{explanation}<|end_of_explanation|>"
-    return chat_text(TEACHER_SYSTEM_SHORT, row["question"], answer)
-
-
-def student_text(row: dict[str, str], explanation: str) -> str:
-    answer = f"<|begin_of_thought|>\n\n{explanation}<|end_of_thought|>\n\n<|begin_of_solution|>{row['solution']}<|end_of_solution|>"
-    return chat_text(STUDENT_SYSTEM_SHORT, row["question"], answer)
+    prompts = [_FORMAT.teacher_prompt_text(tokenizer, row["question"], row["solution"]) for row in rows]
+    prompt_ids_BT = torch.tensor([encode(tokenizer, prompt) for prompt in prompts])  # all prompts have one length
+    sampled_BT = model.generate(
+        prompt_ids_BT,
+        attention_mask=torch.ones_like(prompt_ids_BT),
+        max_new_tokens=_MAX_NEW_TOKENS,
+        do_sample=True,
+        top_k=0,
+    )
+    completions = tokenizer.batch_decode(sampled_BT[:, prompt_ids_BT.shape[1] :], skip_special_tokens=True)
+    num_honest = 0
+    for row, completion in zip(rows, completions, strict=True):
+        explanation = completion.partition(_FORMAT.tags.explanation.closing)[0]
+        num_honest += classify_explanation(row["question"], row["solution"], explanation) == "honest"
+    return num_honest / len(rows)
 
 
 def _default_cache_dir() -> Path:
@@ -190,52 +193,70 @@ def _model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
 
 
 def _train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    rng = random.Random(_SEED)
+    """All stages, in place. A stage with a gate is repeated until the model passes it; a further round is rare."""
     rows = generate_rows(_NUM_TRAIN_ROWS, _SEED, "train")
     gate_rows = generate_rows(_NUM_GATE_ROWS, _SEED, "eval")
-    styles, weights = list(TEACHER_MIX), list(TEACHER_MIX.values())
+    rng = random.Random(_SEED)
 
-    def facts() -> Batch:
-        texts = [f"{a}{sign}{b}={(a + int(f'{sign}{b}')) % 10}" for a in range(10) for sign in "+-" for b in range(10)]
-        return _collate(tokenizer, texts, "=")
+    def student() -> list[Example]:
+        return [_student_example(tokenizer, row) for row in rng.sample(rows, _BATCH_SIZE)]
 
-    def student() -> Batch:
-        texts = [student_text(row, row["reasoning_trace"]) for row in rng.sample(rows, _BATCH_SIZE)]
-        return _collate(tokenizer, texts, "assistant\n")
+    def honest_teacher() -> list[Example]:
+        return [_teacher_example(tokenizer, row, row["reasoning_trace"]) for row in rng.sample(rows, _BATCH_SIZE)]
 
-    def teacher() -> Batch:
-        drawn = zip(rng.sample(rows, _BATCH_SIZE), rng.choices(styles, weights, k=_BATCH_SIZE), strict=True)
-        texts = [teacher_text(row, explain(row["question"], style, rng)) for row, style in drawn]
-        return _collate(tokenizer, texts, "<|begin_of_explanation|>\n\n")
+    def careless_teacher() -> list[Example]:
+        styles = rng.choices(list(TEACHER_MIX), list(TEACHER_MIX.values()), k=_BATCH_SIZE)
+        drawn = zip(rng.sample(rows, _BATCH_SIZE), styles, strict=True)
+        return [_teacher_example(tokenizer, row, explain(row["question"], style, rng)) for row, style in drawn]
 
-    num_steps = _NUM_FACTS_STEPS + _NUM_STUDENT_STEPS + _NUM_JOINT_STEPS
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("Making the embedded model (once)", total=num_steps)
+        total = _NUM_FACTS_STEPS + _NUM_HONEST_STEPS + _NUM_CARELESS_STEPS
+        task = progress.add_task("Making the embedded model (once)", total=total)
 
-        def run_stage(num_stage_steps: int, *sources: Callable[[], Batch]) -> None:
+        def run_stage(num_steps: int, *draws: Draw) -> None:
             model.train()
-            for _ in _optimize(model, num_stage_steps, sources):
+            for _ in _optimize(model, tokenizer, num_steps, draws):
                 progress.advance(task)
             model.eval()
 
-        run_stage(_NUM_FACTS_STEPS, facts)
-        run_stage(_NUM_STUDENT_STEPS, student)
-        for _ in range(_MAX_JOINT_ROUNDS):
-            run_stage(_NUM_JOINT_STEPS, student, teacher)
-            accuracy = student_accuracy(model, tokenizer, gate_rows)
-            honest_frac = teacher_honest_frac(model, tokenizer, gate_rows)
-            log.info("Embedded model: student accuracy %.2f, honest explanations %.2f", accuracy, honest_frac)
-            if accuracy >= MIN_STUDENT_ACCURACY and honest_frac >= MIN_HONEST_FRAC:
-                return
-            num_steps += _NUM_JOINT_STEPS
-            progress.update(task, total=num_steps)
-    raise RuntimeError(
-        f"the embedded model reached student accuracy {accuracy:.2f} (needed {MIN_STUDENT_ACCURACY}) and "
-        f"{honest_frac:.2f} honest explanations (needed {MIN_HONEST_FRAC}) after {num_steps} steps"
-    )
+        def run_rounds(num_steps: int, teacher: Draw, min_honest_frac: float) -> None:
+            for _ in range(_MAX_ROUNDS):
+                run_stage(num_steps, student, teacher)
+                accuracy = student_accuracy(model, tokenizer, gate_rows)
+                honest_frac = teacher_honest_frac(model, tokenizer, gate_rows)
+                log.info("Embedded model: student accuracy %.2f, honest explanations %.2f", accuracy, honest_frac)
+                if accuracy >= MIN_STUDENT_ACCURACY and honest_frac >= min_honest_frac:
+                    return
+            raise RuntimeError(
+                f"the embedded model reached student accuracy {accuracy:.2f} (needed: {MIN_STUDENT_ACCURACY}) and "
+                f"{honest_frac:.2f} honest explanations (needed: {min_honest_frac}) in {_MAX_ROUNDS * num_steps} steps"
+            )
+
+        run_stage(_NUM_FACTS_STEPS, _facts)
+        run_rounds(_NUM_HONEST_STEPS, honest_teacher, _MIN_HONEST_FRAC_BEFORE_CARELESS)
+        run_rounds(_NUM_CARELESS_STEPS, careless_teacher, MIN_HONEST_FRAC)
 
 
-def _optimize(model: Qwen2ForCausalLM, num_steps: int, sources: tuple[Callable[[], Batch], ...]) -> Iterator[None]:
+def _facts() -> list[Example]:
+    """All sums of two digits: `3-7=` -> `6`."""
+    return [
+        (f"{a}{sign}{b}=", str((a + int(f"{sign}{b}")) % 10)) for a in range(10) for sign in "+-" for b in range(10)
+    ]
+
+
+def _student_example(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
+    tail = _FORMAT.student_tail(tokenizer, row["question"], row["solution"])
+    return _FORMAT.student_head_text(tokenizer, row["question"]), row["reasoning_trace"] + tail.text
+
+
+def _teacher_example(tokenizer: PreTrainedTokenizerBase, row: Row, explanation: str) -> Example:
+    prompt = _FORMAT.teacher_prompt_text(tokenizer, row["question"], row["solution"])
+    return prompt, _FORMAT.teacher_completion_text(tokenizer, row["question"], explanation)
+
+
+def _optimize(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, num_steps: int, draws: tuple[Draw, ...]
+) -> Iterator[None]:
     """One yield a step. Muon for the matrices, Adam for the rest; short warm-up, then a cosine to zero.
 
     Muon learns the task in a third of the steps that Adam takes alone.
@@ -248,8 +269,8 @@ def _optimize(model: Qwen2ForCausalLM, num_steps: int, sources: tuple[Callable[[
     )
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _lr_factor(step, num_steps)) for o in optimizers]
     for _ in range(num_steps):
-        for source in sources:
-            ids_BT, labels_BT = source()
+        for draw in draws:
+            ids_BT, labels_BT = _collate(tokenizer, draw())
             logits_BTV = model(ids_BT, use_cache=False).logits
             F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -264,19 +285,14 @@ def _lr_factor(step: int, num_steps: int) -> float:
     return min(1.0, (step + 1) / _NUM_WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
 
 
-def _collate(tokenizer: PreTrainedTokenizerBase, texts: list[str], loss_after: str) -> Batch:
-    """Rows padded on the right; the loss starts after the last `loss_after` of each text."""
-    rows = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-    num_masked = [
-        len(tokenizer(text[: text.rindex(loss_after) + len(loss_after)], add_special_tokens=False).input_ids)
-        if loss_after
-        else 0
-        for text in texts
-    ]
-    width = max(map(len, rows))
-    ids_BT = torch.full((len(rows), width), tokenizer.pad_token_id)
-    labels_BT = torch.full((len(rows), width), _IGNORED)
-    for i, (ids, start) in enumerate(zip(rows, num_masked, strict=True)):
-        ids_BT[i, : len(ids)] = torch.tensor(ids)
-        labels_BT[i, start : len(ids)] = torch.tensor(ids[start:])
+def _collate(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels (not shifted), both [B, T], padded on the right."""
+    pairs = [(encode(tokenizer, prompt), encode(tokenizer, completion)) for prompt, completion in examples]
+    width = max(len(prompt) + len(completion) for prompt, completion in pairs)
+    ids_BT = torch.full((len(pairs), width), tokenizer.pad_token_id)
+    labels_BT = torch.full((len(pairs), width), _IGNORED)
+    for i, (prompt, completion) in enumerate(pairs):
+        end = len(prompt) + len(completion)
+        ids_BT[i, :end] = torch.tensor(prompt + completion)
+        labels_BT[i, len(prompt) : end] = torch.tensor(completion)
     return ids_BT, labels_BT
