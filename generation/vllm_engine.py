@@ -4,6 +4,7 @@ Works with vLLM 0.26 to 0.32, CUDA and CPU builds. Letters: see `generation.base
 """
 
 import contextlib
+import logging
 import os
 import random
 import shutil
@@ -182,7 +183,10 @@ class VLLMGenerator:
         params: Sequence[Any],
         on_finished: Callable[[int], None] | None = None,
     ) -> list[Any]:
-        """Requests through the engine until all are done; outputs in the order of the prompts."""
+        """Requests through the engine until all are done; outputs in the order of the prompts.
+
+        vLLM draws from torch's global generator even where every row has a seed; that is undone.
+        """
         engine = self._llm.llm_engine
         first = self._num_requests
         self._num_requests += len(prompts)
@@ -190,11 +194,12 @@ class VLLMGenerator:
             prompt = {"prompt_token_ids": list(token_ids)}
             engine.add_request(str(first + offset), prompt, request_params, lora_request=self._adapter_request)
         outputs: dict[int, Any] = {}
-        while engine.has_unfinished_requests():
-            finished = {int(output.request_id): output for output in engine.step() if output.finished}
-            outputs |= finished
-            if finished and on_finished is not None:
-                on_finished(len(outputs))
+        with torch.random.fork_rng():
+            while engine.has_unfinished_requests():
+                finished = {int(output.request_id): output for output in engine.step() if output.finished}
+                outputs |= finished
+                if finished and on_finished is not None:
+                    on_finished(len(outputs))
         return [outputs[first + offset] for offset in range(len(prompts))]
 
 
@@ -221,9 +226,9 @@ def _completion(output: Any) -> Completion:
 
 
 def _start_engine(config: VLLMEngineConfig) -> Any:
-    # Read when vLLM is imported: the engine in this process, and no log lines of its own below warnings.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process; read when vLLM is imported
+    # The variable counts once vLLM has set up its logger, the level until then.
+    logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
     from vllm import LLM
 
     gpu_memory_utilization = config.gpu_memory_utilization

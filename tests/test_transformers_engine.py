@@ -8,7 +8,7 @@ from transformers import Qwen2ForCausalLM
 from core.errors import NonFiniteError
 from generation.base import SamplingSettings
 from generation.transformers_engine import TransformersGenerator
-from tests.helpers.planted_outliers import load_quantised, write_planted_model
+from tests.helpers.planted_outliers import write_planted_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [20, 21]]
 SETTINGS = SamplingSettings(temperature=0.7, max_new_tokens=12, stop_token_ids=(1, 2, 3))
@@ -114,17 +114,6 @@ def test_the_current_adapter_is_sampled_without_a_swap(teacher):
     after = generator.logprobs([PROMPTS[0]])
     assert abs(after[0][0] - before[0][0]) > 1e-3
     assert after[0] == pytest.approx(plain_logprobs(teacher, PROMPTS[0][:1], PROMPTS[0][1:], 1.0), abs=1e-4)
-
-
-def test_an_int8_base_samples_with_the_arithmetic_of_training(checkpoint):
-    """On a CPU bitsandbytes multiplies with 16-bit activations in training and with int8 ones in evaluation."""
-    teacher = load_quantised(checkpoint, bits=8).train()
-    row = list(range(5, 105))
-    sampler = torch.tensor(engine(teacher).logprobs([row])[0])
-    in_training = torch.tensor(plain_logprobs(teacher, row[:1], row[1:], 1.0))
-    in_evaluation = torch.tensor(plain_logprobs(teacher.eval(), row[:1], row[1:], 1.0))
-    assert (in_evaluation - in_training).abs().mean() > 0.005
-    assert (sampler - in_training).abs().mean() < 1e-5
 
 
 def test_progress_is_reported_up_to_the_last_row(teacher):

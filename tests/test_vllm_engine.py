@@ -153,13 +153,14 @@ def test_sampled_logprobs_are_the_trainers_at_the_sampling_temperature(generator
 
 def test_a_row_depends_on_its_prompt_and_seed_and_not_on_the_rest_of_the_batch(generator, teacher):
     generator.sync_adapter(teacher)
-    seeds = list(range(100, 116))
+    seeds, random_state = list(range(100, 116)), torch.get_rng_state()
     together = generator.generate(PROMPTS, 8, seeds)
     again = generator.generate(PROMPTS, 8, seeds)
     second_prompt_alone = generator.generate(PROMPTS[1:], 4, seeds[8:12])
     assert together == again
     assert [c.token_ids for c in together[8:12]] == [c.token_ids for c in second_prompt_alone]
     assert len({tuple(c.token_ids) for c in together}) > 8
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_a_row_ends_with_the_first_stop_token_or_at_the_length_limit(generator):
@@ -211,6 +212,39 @@ def test_the_canary_passes_swaps_and_wake_ups_and_stops_a_skipped_swap(generator
     move_adapter(teacher, 0.005)
     with pytest.raises(CanaryError, match="an earlier adapter"):
         canary.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device: vLLM's CPU build does not sleep")
+def test_sleep_gives_weights_and_cache_back_and_waking_restores_the_policy(generator, teacher):
+    generator.sync_adapter(teacher)
+    before, free_bytes = generator.logprobs(PROBES), torch.cuda.mem_get_info()[0]
+    generator.sleep()
+    assert torch.cuda.mem_get_info()[0] - free_bytes > 50_000_000
+    generator.wake()
+    assert mean_difference(generator.logprobs(PROBES), before) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device: vLLM quantises to fp8 on a GPU only")
+def test_an_fp8_base_serves_the_adapter_and_says_that_its_weights_differ(checkpoint, teacher, tmp_path):
+    made = make_generator(
+        GenerationConfig(generator="vllm", generator_weights="fp8", vllm_enforce_eager=True),
+        model=teacher,
+        tokenizer=word_tokenizer(),
+        base_checkpoint=str(checkpoint),
+        sampling=SETTINGS,
+        num_generations=8,
+        max_model_len=128,
+        export_folder=tmp_path / "base",
+        planned_kv_cache_bytes=64_000_000,
+        gpu_memory_utilization=0.3,
+    )
+    assert not made.shares_trainer_weights
+    made.sync_adapter(teacher)
+    logprobs = made.logprobs(PROBES)
+    made.close()
+    assert mean_difference(logprobs, trainer_logprobs(teacher, PROBES)) < 0.3
 
 
 def write_w8a8(source, folder):
