@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import random
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -70,7 +69,8 @@ class VLLMGenerator:
         self._prompts_per_call = config.prompts_per_call
         self._on_gpu = config.on_gpu
         shared_memory = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
-        self._adapter_folder = Path(tempfile.mkdtemp(prefix="rlt-adapter-", dir=shared_memory))
+        self._scratch = tempfile.TemporaryDirectory(prefix="rlt-adapter-", dir=shared_memory)
+        self._adapter_folder = Path(self._scratch.name)
         self._adapter_request: Any = None
         self._num_swaps = self._num_requests = 0
         self._asleep = False
@@ -141,7 +141,7 @@ class VLLMGenerator:
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         cleanup_dist_env_and_memory()
-        shutil.rmtree(self._adapter_folder)
+        self._scratch.cleanup()
 
     def _load_adapter(self) -> None:
         """Put the saved adapter in the engine's one slot.
