@@ -52,6 +52,7 @@ class RolloutScorer:
     ) -> None:
         self.reward = RLTReward(reward_config)
         self.config = reward_config
+        self.format = prompt_format
         self._builder = RowBuilder(tokenizer, prompt_format, student_tokenizer)
         self._score = score
         self._teacher_temperature = sampling_temperature if reward_config.unbias_teacher_log_probs else 1.0

@@ -40,6 +40,8 @@ class RewardConfig:
     """Teacher log-probs at the sampling temperature; false: at temperature 1."""
     teacher_logprobs: Literal["sampler", "forward"] = "sampler"
     """Teacher log-probs of the explanation: those the sampler returned (free), or one more forward of the trainer."""
+    extra_rewards: list[Literal["format", "correctness"]] = field(default_factory=list)
+    """More reward functions (0 or 1 each) that TRL adds to the RLT reward, weighted by its `reward_weights` [rlt, ...]."""
 
     def __post_init__(self) -> None:
         for coeff_name, reduction_name in (

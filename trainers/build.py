@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from core.errors import UserError
 from data.arithmetic import classify_explanation
 from data.dataset import prepare_datasets
 from data.formats import PromptFormat, encode
@@ -65,6 +66,12 @@ def check_before_loading(
             )
     prompt_format = PromptFormat.from_config(config)
     train_dataset, eval_dataset = prepare_datasets(config, tokenizer, prompt_format, config.grpo.seed)
+    if len(train_dataset) < config.num_prompts_per_step:
+        raise UserError(
+            f"{len(train_dataset)} rows to train on, and a step takes {config.num_prompts_per_step} prompts",
+            expected="at least one step's worth of questions",
+            remedy="more rows, or a smaller train_batch_size (it is prompts x num_generations)",
+        )
     return PreparedRun(
         config=config,
         plan=plan,

@@ -21,8 +21,8 @@ _EVAL_ROWS = {
 def summarise(run_dir: Path) -> dict[str, Any]:
     """Read `metrics.jsonl`, write `summary.json`, return it.
 
-    Training figures are means of the first and the last five logged steps (fewer in a short run); held-out ones of the first and the last
-    evaluation.
+    Training figures are means of the first and the last five logged steps (fewer in a short run); held-out ones are
+    those of the first and the last evaluation.
     """
     lines = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
     rewards = [line["reward"] for line in lines if line.get("reward") is not None]

@@ -23,14 +23,14 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from transformers.trainer import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import add_fused_lm_head
-from trl.trainer.utils import RepeatSampler
+from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from core.types import Completion, Phase
 from generation.base import Generator
 from generation.canary import Canary
 from models.host import REFERENCE_ADAPTER, ModelHost
-from rewards.rollout import RolloutScorer
+from rewards import EXTRA_REWARDS, RolloutScorer
+from rewards.format import is_well_formed
 from schemas.run import RunConfig
 from trainers.callbacks import SyncReferenceAdapter
 from trainers.run_folder import STAGING_FOLDER, publish_checkpoint
@@ -90,7 +90,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
         trained = {name: p.data for name, p in host.teacher.named_parameters() if p.requires_grad}
         super().__init__(
             model=host.teacher,
-            reward_funcs=[self.rlt],
+            reward_funcs=[self.rlt, *(EXTRA_REWARDS[name](scorer.format.tags) for name in config.extra_rewards)],
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -229,14 +229,16 @@ class TeacherGRPOTrainer(GRPOTrainer):
                 rows["solution"],
                 [c.token_ids for c in completions],
                 [c.logprobs for c in completions],
+                every_term=True,
             )
         means = scored.breakdown.means()
+        texts = self.processing_class.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
         metrics = {
             f"{metric_key_prefix}_{name}": value
             for name, value in {
                 "solution_log_prob": means["unprocessed_answer_log_prob_mean"],
                 "reward": means["reward"],
-                "format_rate": means["matched"],
+                "format_rate": mean(is_well_formed(text, self.scorer.format.tags) for text in texts),
                 "explanation_tokens": mean(row.explanation_slice.stop for row in scored.rows),
                 **self._explanation_shares(rows, [row.explanation for row in scored.rows]),
             }.items()

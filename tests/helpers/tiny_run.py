@@ -1,0 +1,53 @@
+"""A run small enough for a test: the embedded configuration on a small random model, transformers engine."""
+
+from pathlib import Path
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from models.tiny import build_tokenizer
+from schemas.compose import compose_run_config
+from schemas.run import load_run_config
+from trainers.build import build_trainer, check_before_loading
+from trainers.preflight import check_hardware_and_plan
+from trainers.teacher_grpo import TeacherGRPOTrainer
+
+SMALL = (
+    "generator=transformers",
+    "train_batch_size=8",
+    "per_device_train_batch_size=4",
+    "num_generations=4",
+    "max_completion_length=8",
+    "num_eval_prompts=4",
+    "canary_tolerance=0.5",
+    "report_to=none",
+)
+
+
+def write_random_model(folder: Path, seed: int = 0) -> Path:
+    """The embedded tokenizer and a two-layer Qwen2 whose random weights make outputs depend on the input."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(seed)
+    shape = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM(shape)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_trainer(model: Path, output_dir: Path, *overrides: str) -> TeacherGRPOTrainer:
+    """A trainer as `train.py` builds it."""
+    words = [f"model_name_or_path={model}", f"student_model={model}", f"output_dir={output_dir}", *SMALL, *overrides]
+    values = compose_run_config("teacher_rlt_tiny", words)
+    config = load_run_config(values)
+    return build_trainer(check_before_loading(config, values, *check_hardware_and_plan(config)))

@@ -1,0 +1,106 @@
+"""The run folder: an unfinished run is found again, nothing is lost, two runs never share it."""
+
+import json
+
+import pytest
+
+from core.errors import UserError
+from trainers.run_folder import METRICS_FILE, SUMMARY_FILE, open_run_folder, publish_checkpoint, write_summary
+from trainers.summary import summarise, summary_table
+
+VALUES = {"learning_rate": 1e-3, "resume": "auto"}
+
+
+def make_unfinished_run(path, *, steps=(2, 4), logged=6):
+    folder = open_run_folder(VALUES, str(path), "auto")
+    for step in steps:
+        (path / f"checkpoint-{step}").mkdir()
+        (path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    lines = [json.dumps({"step": step, "reward": -1.0}) for step in range(1, logged + 1)]
+    (path / METRICS_FILE).write_text("\n".join(lines) + '\n{"step": 7, "rew')
+    folder.lock.close()
+
+
+def test_an_unfinished_run_continues_from_its_last_checkpoint_and_drops_later_metrics(tmp_path):
+    make_unfinished_run(tmp_path / "run")
+    folder = open_run_folder({**VALUES, "gpu_gb": 80}, str(tmp_path / "run"), "auto")
+    assert folder.checkpoint == tmp_path / "run" / "checkpoint-4"
+    assert [json.loads(line)["step"] for line in folder.metrics_file.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_an_unfinished_run_without_a_checkpoint_starts_again(tmp_path):
+    make_unfinished_run(tmp_path / "run", steps=())
+    folder = open_run_folder(VALUES, str(tmp_path / "run"), "auto")
+    assert folder.checkpoint is None
+    assert folder.metrics_file.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "resume", "finish"),
+    [({**VALUES, "learning_rate": 1.0}, "auto", False), (VALUES, "never", False), (VALUES, "auto", True)],
+    ids=["other settings", "resume=never", "finished run"],
+)
+def test_any_other_content_is_kept_aside(tmp_path, values, resume, finish):
+    make_unfinished_run(tmp_path / "run")
+    if finish:
+        write_summary(tmp_path / "run", {"steps": 6})
+    folder = open_run_folder(values, str(tmp_path / "run"), resume)
+    assert folder.checkpoint is None
+    assert not folder.metrics_file.exists()
+    assert (tmp_path / "run.1" / "checkpoint-4" / "trainer_state.json").exists()
+
+
+def test_a_named_checkpoint_is_used(tmp_path):
+    make_unfinished_run(tmp_path / "run")
+    folder = open_run_folder(VALUES, str(tmp_path / "run"), str(tmp_path / "run" / "checkpoint-2"))
+    assert folder.checkpoint == tmp_path / "run" / "checkpoint-2"
+    assert len(folder.metrics_file.read_text().splitlines()) == 2
+
+
+def test_a_checkpoint_that_does_not_exist_is_refused_before_anything_moves(tmp_path):
+    make_unfinished_run(tmp_path / "run")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        open_run_folder(VALUES, str(tmp_path / "run"), str(tmp_path / "nothing"))
+    assert not (tmp_path / "run.1").exists()
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    first = open_run_folder(VALUES, str(tmp_path / "run"), "auto")
+    with pytest.raises(UserError, match="another process"):
+        open_run_folder(VALUES, str(tmp_path / "run"), "auto")
+    first.lock.close()
+    open_run_folder(VALUES, str(tmp_path / "run"), "auto")
+
+
+def test_a_half_written_checkpoint_is_never_seen(tmp_path):
+    make_unfinished_run(tmp_path / "run")
+    staged = tmp_path / "run" / ".saving" / "checkpoint-6"
+    staged.mkdir(parents=True)
+    (staged / "trainer_state.json").write_text("{}")
+    folder = open_run_folder(VALUES, str(tmp_path / "run"), "auto")
+    assert folder.checkpoint.name == "checkpoint-4"
+    assert not staged.exists()
+
+
+def test_publishing_replaces_an_older_checkpoint_of_the_same_step(tmp_path):
+    staged, target = tmp_path / "staged", tmp_path / "checkpoint-3"
+    for folder, text in ((staged, "new"), (target, "old")):
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(text)
+    (target / "left_over").write_text("")
+    publish_checkpoint(staged, target)
+    assert [f.name for f in target.iterdir()] == ["trainer_state.json"]
+    assert (target / "trainer_state.json").read_text() == "new"
+
+
+def test_the_summary_compares_first_and_last_steps_and_evaluations(tmp_path):
+    lines = [{"step": 0, "eval_reward": -5.0, "eval_solution_log_prob": -2.0, "eval_share/leak": 0.5}]
+    lines += [{"step": s, "reward": -float(20 - s), "sampling/logp_difference": 0.01} for s in range(1, 21)]
+    lines += [{"step": 20, "eval_reward": -1.0, "eval_solution_log_prob": -0.5, "eval_share/honest": 1.0}]
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = summarise(tmp_path)
+    assert summary["reward"] == {"before": -17.0, "after": -2.0}
+    assert summary["eval_solution_log_prob"] == {"before": -2.0, "after": -0.5}
+    assert summary["eval_share/leak"] == {"before": 0.5, "after": 0.0}
+    assert json.loads((tmp_path / SUMMARY_FILE).read_text()) == summary
+    assert summary_table(summary).row_count == 5
