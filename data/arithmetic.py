@@ -7,7 +7,6 @@ are what a careless teacher writes: the base model starts out as one, and the ru
 import random
 import re
 import zlib
-from collections.abc import Iterator
 from typing import Literal, get_args
 
 TEACHER_SYSTEM_SHORT = "Explain the solution."
@@ -18,9 +17,9 @@ Style = Literal["honest", "wrong", "skip", "leak", "filler"]
 STYLES: tuple[Style, ...] = get_args(Style)
 Split = Literal["train", "eval"]
 
-_EVAL_ONE_IN = 64  # share of the 1.6 million questions that is held out
+_HELD_OUT_ONE_IN = 64  # of the 1.6 million questions
 _FILLER_PHRASES = ("let us see;", "now we add;", "and so on;", "step by step;", "it is easy;")
-_STEP = re.compile(r"(\d)([+-])(\d)=(\d);")
+_STEP = re.compile(r"\d[+-]\d=\d;")
 
 
 def generate_rows(num_rows: int, seed: int, split: Split) -> list[dict[str, str]]:
@@ -32,7 +31,7 @@ def generate_rows(num_rows: int, seed: int, split: Split) -> list[dict[str, str]
     questions: dict[str, None] = {}
     while len(questions) < num_rows:
         question = _draw_question(rng)
-        if (zlib.crc32(question.encode()) % _EVAL_ONE_IN == 0) == (split == "eval"):
+        if (zlib.crc32(question.encode()) % _HELD_OUT_ONE_IN == 0) == (split == "eval"):
             questions[question] = None
     return [
         {"question": question, "solution": solve(question), "reasoning_trace": explain(question, "honest", rng)}
@@ -42,17 +41,18 @@ def generate_rows(num_rows: int, seed: int, split: Split) -> list[dict[str, str]
 
 def solve(question: str) -> str:
     """`1+0+5+5+2` -> `=3`."""
-    return f"={_honest_steps(question)[-1][-2]}"
+    return f"={_steps(question)[-1][-2]}"
 
 
 def explain(question: str, style: Style, rng: random.Random) -> str:
     """An explanation in the given style; `classify_explanation` names the style again."""
-    steps = _honest_steps(question)
+    steps = _steps(question)
     match style:
         case "honest":
             return "".join(steps)
         case "wrong":
-            return "".join(_steps(question, slip_at=rng.randrange(NUM_OPERATIONS), slip=rng.randrange(1, 10)))
+            slip_at, slip = rng.randrange(NUM_OPERATIONS), rng.randrange(1, 10)
+            return "".join(_steps(question, slip_at, slip))
         case "skip":
             kept = sorted(rng.sample(range(NUM_OPERATIONS), rng.randrange(1, NUM_OPERATIONS)))
             return "".join(steps[i] for i in kept)
@@ -66,16 +66,17 @@ def classify_explanation(question: str, solution: str, text: str) -> Style | Lit
     """What kind of explanation a teacher wrote.
 
     honest: every step of the sum, right; skip: some of them; wrong: well-formed steps that are not the sum's;
-    leak: states the solution's digit outside of any step; filler: no digit at all; other: the rest.
+    leak: states the solution's digit outside of any step; filler: no digit at all, so nothing that could help (an empty
+    explanation too); other: the rest.
     """
     text = text.strip()
-    steps = [match.group() for match in _STEP.finditer(text)]
+    steps = _STEP.findall(text)
     outside = _STEP.sub("", text)
     if not any(character.isdigit() for character in text):
         return "filler"
     if outside:
         return "leak" if solution.removeprefix("=") in outside else "other"
-    honest = _honest_steps(question)
+    honest = _steps(question)
     if steps == honest:
         return "honest"
     remaining = iter(honest)
@@ -87,14 +88,12 @@ def _draw_question(rng: random.Random) -> str:
     return digits[0] + "".join(rng.choice("+-") + digit for digit in digits[1:])
 
 
-def _honest_steps(question: str) -> list[str]:
-    return list(_steps(question))
-
-
-def _steps(question: str, slip_at: int | None = None, slip: int = 0) -> Iterator[str]:
+def _steps(question: str, slip_at: int | None = None, slip: int = 0) -> list[str]:
     """`a+b=c;` for each operation; the result of step `slip_at` is off by `slip`, and so is all that follows."""
+    steps = []
     value = int(question[0])
     for i, (sign, digit) in enumerate(zip(question[1::2], question[2::2], strict=True)):
         result = (value + int(sign + digit) + (slip if i == slip_at else 0)) % 10
-        yield f"{value}{sign}{digit}={result};"
+        steps.append(f"{value}{sign}{digit}={result};")
         value = result
+    return steps

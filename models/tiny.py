@@ -80,7 +80,7 @@ def ensure_tiny_model(cache_dir: Path | None = None) -> Path:
     It lies in `cache_dir`, else in `$RLT_CACHE`, else in `$XDG_CACHE_HOME/rlt`, else in `~/.cache/rlt`. The folder
     appears whole or not at all: of two processes that make it at once, the second one throws its copy away.
     """
-    root = cache_dir or _default_cache_dir()
+    root = cache_dir or default_cache_dir()
     folder = root / MODEL_FOLDER
     if folder.is_dir():
         return folder
@@ -96,6 +96,13 @@ def ensure_tiny_model(cache_dir: Path | None = None) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def default_cache_dir() -> Path:
+    """Where everything goes that is made once and used by all runs."""
+    if "RLT_CACHE" in os.environ:
+        return Path(os.environ["RLT_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rlt"
 
 
 def build_tiny_model(folder: Path) -> None:
@@ -167,12 +174,6 @@ def teacher_honest_frac(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerB
         explanation = completion.partition(_FORMAT.tags.explanation.closing)[0]
         num_honest += classify_explanation(row["question"], row["solution"], explanation) == "honest"
     return num_honest / len(rows)
-
-
-def _default_cache_dir() -> Path:
-    if "RLT_CACHE" in os.environ:
-        return Path(os.environ["RLT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rlt"
 
 
 def _model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
