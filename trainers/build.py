@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from core.errors import UserError
@@ -89,6 +89,7 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
     """Load the models, start the generator, put the trainer together."""
     config = run.config
     disable_progress_bar()
+    set_seed(config.grpo.seed)  # the adapter's initial values
     row_len = config.max_prompt_length + config.grpo.max_completion_length
     host = ModelHost(config, max_score_tokens=config.grpo.per_device_train_batch_size * row_len)
     scorer = RolloutScorer(
