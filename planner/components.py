@@ -1,10 +1,10 @@
 """Bytes of what stays on the card through a phase: weights, adapter, optimizer states, vLLM (docs/memory.md)."""
 
-from planner.constants import VLLM_BATCHED_TOKENS, VLLM_SEQUENCES
+from planner.constants import VLLM_BATCHED_TOKENS
 from planner.settings import PlanSettings, Precision
 from planner.shapes import ModelShape
 
-_LINEAR_BYTES: dict[Precision, float] = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1, "nf4": 0.5}
+_LINEAR_BYTES: dict[Precision, float] = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1, "int8_groups": 1, "nf4": 0.5}
 _NF4_BLOCK = 64
 
 # Optimizer states in bytes per parameter. 8-bit states carry one fp32 scale per 256 values and state.
@@ -23,13 +23,15 @@ _OPTIMIZER_STATES = {
 def weight_bytes(shape: ModelShape, precision: Precision, *, double_quant: bool = True) -> float:
     """A loaded base. Embedding, head, norms and biases stay in 16 bits whatever the linears are.
 
-    int8 and fp8 carry one fp32 scale per output row. NF4 carries a scale per 64 weights: 4 bytes, or with double
-    quantisation 1 byte plus 4 bytes per 256 of them.
+    int8 and fp8 carry one fp32 scale per output row; int8 in groups (the export of an NF4 base) a 16-bit one per 64
+    weights. NF4 carries one per 64 weights: 4 bytes, or with double quantisation 1 byte plus 4 bytes per 256 of them.
     """
     small = shape.num_embedding_params + shape.num_small_params
     weights = shape.num_linear_params * _LINEAR_BYTES[precision] + small * (4 if precision == "fp32" else 2)
     if precision in ("int8", "fp8"):
         weights += 4 * shape.num_layers * sum(n_out for _, n_out in shape.linears.values())
+    if precision == "int8_groups":
+        weights += 2 * shape.num_linear_params / _NF4_BLOCK
     if precision == "nf4":
         bytes_per_scale = 1 + 4 / 256 if double_quant else 4
         weights += shape.num_linear_params / _NF4_BLOCK * bytes_per_scale
@@ -70,7 +72,7 @@ def kv_minimum_bytes(settings: PlanSettings) -> int:
     return kv_bytes_per_token(settings.teacher) * settings.row_len
 
 
-def vllm_work_bytes(shape: ModelShape) -> float:
+def vllm_work_bytes(settings: PlanSettings) -> float:
     """Activations of vLLM's largest batch (hidden, norm, gate and up outputs) and the sampler's fp32 logits, twice."""
-    tokens, rows = VLLM_BATCHED_TOKENS.value, VLLM_SEQUENCES.value
-    return tokens * (6 * shape.hidden + 4 * shape.intermediate) + 2 * 4 * rows * shape.vocab
+    shape, num_rows = settings.teacher, settings.aggregation_steps * settings.num_generations
+    return VLLM_BATCHED_TOKENS.value * (6 * shape.hidden + 4 * shape.intermediate) + 2 * 4 * num_rows * shape.vocab

@@ -52,8 +52,8 @@ VLLM_BATCHED_TOKENS = Constant(
     date="2026-11",
     note="max_num_batched_tokens, the size of its profiling run",
 )
-VLLM_SEQUENCES = Constant(
-    value=256, label="from source", card="vLLM 0.32", date="2026-11", note="max_num_seqs, rows of the sampler's logits"
+CANARY_TOKENS = Constant(
+    value=256, label="from source", card="trainers/build.py", date="2026-11", note="tokens that the canary scores"
 )
 FRAGMENTATION_FRAC = Constant(
     value=0.20,

@@ -16,6 +16,7 @@ from planner.components import (
     weight_bytes,
 )
 from planner.constants import (
+    CANARY_TOKENS,
     CUDA_CONTEXT_BYTES,
     CUDA_GRAPH_BYTES,
     EXPANDABLE_FRAGMENTATION_FRAC,
@@ -60,7 +61,12 @@ class MemoryPlan:
         card = gpu_bytes if gpu_bytes is not None else self.gpu_bytes
         if card is None:
             raise ValueError("fits() needs a card: this plan was made without one")
-        return self.max_bytes <= usable_bytes(card) and self.kv_cache_bytes >= kv_minimum(self.settings)
+        return self.max_bytes <= usable_bytes(card) and not self.kv_is_too_small
+
+    @property
+    def kv_is_too_small(self) -> bool:
+        """vLLM refuses to start where one row of full length does not fit its cache."""
+        return self.settings.generator == "vllm" and self.kv_cache_bytes < kv_minimum_bytes(self.settings)
 
     def to_dict(self) -> dict[str, Any]:
         """For json: decimal GB, every figure labelled as predicted."""
@@ -89,10 +95,6 @@ def usable_bytes(gpu_bytes: int) -> int:
     return int(gpu_bytes * USABLE_FRAC.value)
 
 
-def kv_minimum(settings: PlanSettings) -> int:
-    return kv_minimum_bytes(settings) if settings.generator == "vllm" else 0
-
-
 def plan_run(config: RunConfig, gpu_bytes: int | None, *, allow_download: bool = False) -> MemoryPlan:
     """The plan of a run configuration for a card of `gpu_bytes` (as the driver reports them), or for no card.
 
@@ -104,37 +106,22 @@ def plan_run(config: RunConfig, gpu_bytes: int | None, *, allow_download: bool =
 
 def plan(settings: PlanSettings, gpu_bytes: int | None = None) -> MemoryPlan:
     """Bytes per phase and component; pure arithmetic."""
-    bases = _base_components(settings)
     adapter = _adapter_components(settings)
-    resident = bases | {"adapter": adapter["adapter"], "optimizer states": adapter["optimizer states"]}
-    resident["CUDA context"] = CUDA_CONTEXT_BYTES.value
+    loaded = _base_components(settings) | {"adapter": adapter["adapter"], "CUDA context": CUDA_CONTEXT_BYTES.value}
     asleep = _vllm_asleep(settings)
+    resident = loaded | {"optimizer states": adapter["optimizer states"]} | asleep
     awake = _vllm_awake(settings)
-    factor = 1 + (EXPANDABLE_FRAGMENTATION_FRAC if settings.expandable_segments else FRAGMENTATION_FRAC).value
-
-    train_dynamic = train_activation_bytes(settings)
-    score_dynamic = score_activation_bytes(settings)
-    needed = kv_needed_bytes(settings)
-    kv = needed if settings.kv_cache_bytes is None else settings.kv_cache_bytes
-    if gpu_bytes is not None and settings.kv_cache_bytes is None and settings.generator == "vllm":
-        # GENERATE may take what the card leaves; vLLM's own share is limited by its utilization besides.
-        left = usable_bytes(gpu_bytes) - sum((resident | asleep | awake).values())
-        own = gpu_bytes * settings.vllm_utilization_frac - sum(awake.values())
-        kv = max(min(needed, int(left), int(own)), kv_minimum(settings))
-    if settings.generator == "server":
-        kv = 0
+    canary = _canary_bytes(settings) if awake else 0.0
+    kv = _kv_cache_bytes(settings, gpu_bytes, resident=sum(resident.values()) + canary, awake=sum(awake.values()))
+    generating = awake | {"KV cache": kv}
     phases: dict[Phase, dict[str, float]] = {
-        Phase.LOAD: resident | asleep | awake,
-        Phase.GENERATE: resident | asleep | awake | {"KV cache": kv},
-        Phase.SYNC: resident | asleep | awake | {"KV cache": kv, "adapter on its way": adapter["adapter"] / 2},
-        Phase.SCORE: resident | asleep | {"activations": score_dynamic, "allocator": score_dynamic * (factor - 1)},
+        Phase.LOAD: loaded | asleep | generating,
+        Phase.SYNC: resident | generating | {"canary": canary},
+        Phase.GENERATE: resident | generating,
+        Phase.SCORE: resident | _dynamic(settings, score_activation_bytes(settings)),
         Phase.TRAIN: resident
-        | asleep
-        | {
-            "gradients": adapter["gradients"],
-            "activations": train_dynamic,
-            "allocator": train_dynamic * (factor - 1),
-        },
+        | {"gradients": adapter["gradients"]}
+        | _dynamic(settings, train_activation_bytes(settings)),
     }
     return MemoryPlan(
         settings=settings,
@@ -142,10 +129,36 @@ def plan(settings: PlanSettings, gpu_bytes: int | None = None) -> MemoryPlan:
             phase: {name: round(size) for name, size in parts.items() if size} for phase, parts in phases.items()
         },
         kv_cache_bytes=round(kv),
-        kv_needed_bytes=needed,
+        kv_needed_bytes=kv_needed_bytes(settings),
         host_bytes=round(awake.get("vLLM weights", 0.0)),
         gpu_bytes=gpu_bytes,
     )
+
+
+def _kv_cache_bytes(settings: PlanSettings, gpu_bytes: int | None, *, resident: float, awake: float) -> int:
+    """What is set, else what the batch needs, within what the card leaves and vLLM's own share of it."""
+    if settings.generator == "server":
+        return 0
+    if settings.kv_cache_bytes is not None:
+        return settings.kv_cache_bytes
+    needed = kv_needed_bytes(settings)
+    if gpu_bytes is None or settings.generator == "transformers":
+        return needed
+    left = usable_bytes(gpu_bytes) - resident - awake
+    own_share = gpu_bytes * settings.vllm_utilization_frac - awake
+    return max(min(needed, int(left), int(own_share)), kv_minimum_bytes(settings))
+
+
+def _dynamic(settings: PlanSettings, activations: float) -> dict[str, float]:
+    """Activations come and go in sizes that vary, so the allocator reserves more than is allocated."""
+    overhead = EXPANDABLE_FRAGMENTATION_FRAC if settings.expandable_segments else FRAGMENTATION_FRAC
+    return {"activations": activations, "allocator": activations * overhead.value}
+
+
+def _canary_bytes(settings: PlanSettings) -> float:
+    """The trainer's forward over the canary's tokens and its float32 logits, while vLLM is awake."""
+    shape = settings.teacher
+    return CANARY_TOKENS.value * (9 * shape.hidden + 10 * shape.intermediate + 3 * 4 * shape.vocab)
 
 
 def _base_components(settings: PlanSettings) -> dict[str, float]:
@@ -185,5 +198,5 @@ def _vllm_awake(settings: PlanSettings) -> dict[str, float]:
             settings.teacher, settings.generator_precision, double_quant=settings.double_quant
         ),
         "vLLM adapter": 2 * num_lora_params(settings.teacher, settings.lora_r, settings.lora_targets),
-        "vLLM activations": vllm_work_bytes(settings.teacher),
+        "vLLM activations": vllm_work_bytes(settings),
     }

@@ -1,5 +1,6 @@
 """What a plan depends on, apart from the card; and how to read it off a run configuration."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,7 +8,7 @@ from core.errors import UserError
 from planner.shapes import ModelShape, load_shape
 from schemas.run import RunConfig
 
-Precision = Literal["fp32", "bf16", "fp8", "int8", "nf4"]
+Precision = Literal["fp32", "bf16", "fp8", "int8", "int8_groups", "nf4"]
 Checkpointing = Literal["none", "layers", "layers_offloaded"]
 Attention = Literal["flash", "masked_sdpa", "eager"]
 
@@ -88,7 +89,9 @@ def settings_from_config(config: RunConfig, *, allow_download: bool = False) -> 
     precision: Precision = (
         "int8" if args.load_in_8bit else "nf4" if args.load_in_4bit else _DTYPE_PRECISION[args.torch_dtype]
     )
-    own_precision: Precision = precision if config.generator_weights == "auto" else config.generator_weights
+    generator_precision: Precision = precision if config.generator_weights == "auto" else config.generator_weights
+    if generator_precision == "nf4":
+        generator_precision = "int8_groups"  # models/export.py writes NF4 values as int8 in groups of 64
     uses_reference = grpo.beta != 0
     frozen_adapter = (
         uses_reference and config.reference_model == "shared" and bool(grpo.sync_ref_model or args.adapter_path)
@@ -104,7 +107,7 @@ def settings_from_config(config: RunConfig, *, allow_download: bool = False) -> 
         num_adapters=2 if frozen_adapter else 1,
         optimizer=str(grpo.optim),
         generator=_generator(config),
-        generator_precision=own_precision,
+        generator_precision=generator_precision,
         enforce_eager=config.vllm_enforce_eager,
         vllm_utilization_frac=grpo.vllm_gpu_memory_utilization,
         kv_cache_bytes=None if config.kv_cache_gb == "auto" else round(config.kv_cache_gb * 1e9),
@@ -117,6 +120,7 @@ def settings_from_config(config: RunConfig, *, allow_download: bool = False) -> 
         checkpointing="layers" if grpo.gradient_checkpointing else "none",
         int8_threshold=args.llm_int8_threshold,
         attention=_ATTENTION[args.attn_implementation],
+        expandable_segments="expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", ""),
     )
 
 

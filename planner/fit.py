@@ -1,0 +1,225 @@
+"""What fits a card: the largest micro-batch, context and model of a configuration, and the nearest one that fits.
+
+Configurations here are composed values (plain containers, flat keys), so that whatever is proposed is a command line.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from core.errors import UserError
+from core.types import Phase
+from core.units import gb
+from planner.plan import MemoryPlan, plan, plan_run, usable_bytes
+from planner.settings import PlanSettings
+from planner.shapes import known_shapes
+from schemas.run import load_run_config
+
+AUTO = "auto"
+_CONTEXT_STEP = 256
+_FAMILY = "Qwen/Qwen2.5-{}-Instruct"
+_WORTH_BYTES = 1e8
+"""What a change must save to be spoken of."""
+_LEAST_ROW_LEN = 4096
+"""Contexts are halved down to this before the student or the model changes, and further after that."""
+_SIZES = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
+
+
+def resolve_auto(values: Mapping[str, Any], gpu_bytes: int | None) -> dict[str, Any]:
+    """`per_device_train_batch_size: auto` as the largest divisor of `train_batch_size` that fits the card.
+
+    Call before `load_run_config`. Gradient accumulation then stays whole; prompt groups may span micro-batches, since
+    advantages are computed over the whole generation batch. `gpu_gb` of the configuration goes before `gpu_bytes`;
+    without a card, or where nothing fits, the value is 1 and the plan says the rest.
+    """
+    resolved = dict(values)
+    if resolved.get("per_device_train_batch_size") != AUTO:
+        return resolved
+    resolved["per_device_train_batch_size"] = 1
+    card = int(resolved["gpu_gb"] * 1e9) if resolved.get("gpu_gb") else gpu_bytes
+    if card is not None:
+        settings = plan_run(load_run_config(resolved), card).settings
+        resolved["per_device_train_batch_size"] = largest_micro_batch(settings, card) or 1
+    return resolved
+
+
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def largest_micro_batch(settings: PlanSettings, gpu_bytes: int) -> int | None:
+    """Largest divisor of the train batch with which every phase fits; None: not even 1."""
+    candidates = divisors(settings.train_batch)
+    return _last_that_fits(candidates, lambda rows: replace(settings, micro_batch=rows), gpu_bytes)
+
+
+def largest_context(settings: PlanSettings, gpu_bytes: int) -> int | None:
+    """Largest prompt + completion length, in the configuration's proportion, up to what the model was trained for."""
+    prompt_frac = settings.max_prompt_len / settings.row_len
+
+    def with_row_len(row_len: int) -> PlanSettings:
+        prompt_len = round(row_len * prompt_frac)
+        return replace(settings, max_prompt_len=prompt_len, max_completion_len=row_len - prompt_len)
+
+    candidates = range(_CONTEXT_STEP, settings.teacher.max_positions + 1, _CONTEXT_STEP)
+    return _last_that_fits(candidates, with_row_len, gpu_bytes)
+
+
+def largest_model(settings: PlanSettings, gpu_bytes: int) -> str | None:
+    """Largest Qwen2.5 that can be teacher (and student, where there is one) with everything else as it is."""
+
+    def with_size(size: str) -> PlanSettings:
+        shape = known_shapes()[_FAMILY.format(size).lower()]
+        return replace(settings, teacher=shape, student=shape if settings.student else None)
+
+    size = _last_that_fits(_SIZES, with_size, gpu_bytes)
+    return size and _FAMILY.format(size)
+
+
+def _last_that_fits(candidates: Any, settings_of: Callable[[Any], PlanSettings], gpu_bytes: int) -> Any:
+    """Bisection: memory grows along the candidates, so those that fit come first."""
+    low, high = 0, len(candidates)
+    while low < high:
+        middle = (low + high) // 2
+        if plan(settings_of(candidates[middle]), gpu_bytes).fits():
+            low = middle + 1
+        else:
+            high = middle
+    return candidates[low - 1] if low else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lever:
+    """One change of a configuration and what it is worth."""
+
+    change: str
+    """In words, e.g. `micro-batch 2 -> 1`."""
+    overrides: Mapping[str, Any]
+    phase: Phase
+    """Where it saves most."""
+    saved_bytes: int
+
+    @property
+    def words(self) -> str:
+        return " ".join(override_word(key, value) for key, value in self.overrides.items())
+
+
+def override_word(key: str, value: Any) -> str:
+    """`key=value` for the command line."""
+    if value is None or isinstance(value, bool):
+        return f"{key}={'null' if value is None else str(value).lower()}"
+    return f"{key}={value}"
+
+
+def levers(values: Mapping[str, Any]) -> list[Lever]:
+    """What single changes save, the mildest first; changes that save under 0.1 GB are left out."""
+    before = plan_run(load_run_config(values), None)
+    found = []
+    for change, overrides in _changes(values, before.settings):
+        after = plan_run(load_run_config(with_overrides(values, overrides)), None)
+        saved = {p: before.peak_bytes(p) - after.peak_bytes(p) for p in (Phase.TRAIN, Phase.GENERATE, Phase.SCORE)}
+        phase = max(saved, key=lambda p: saved[p])
+        if saved[phase] > _WORTH_BYTES:
+            found.append(Lever(change=change, overrides=overrides, phase=phase, saved_bytes=saved[phase]))
+    return found
+
+
+def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Composed values with flat or dotted keys changed."""
+    changed = dict(values)
+    for key, value in overrides.items():
+        section, _, field = key.rpartition(".")
+        if section:
+            changed[section] = {**(changed.get(section) or {}), field: value}
+        else:
+            changed[key] = value
+    return changed
+
+
+def _changes(values: Mapping[str, Any], settings: PlanSettings) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Changes that a user can make, those that cost the least quality first."""
+    smaller = [d for d in divisors(settings.train_batch) if d < settings.micro_batch]
+    if smaller:
+        yield f"micro-batch {settings.micro_batch} -> {smaller[-1]}", {"per_device_train_batch_size": smaller[-1]}
+    if settings.checkpointing == "none":
+        yield "gradient checkpointing on", {"gradient_checkpointing": True}
+    if settings.reference == "separate":
+        yield "reference on the teacher's own base", {"reference_model": "shared"}
+    if settings.generator == "vllm" and settings.num_groups_at_once > 1:
+        yield "one prompt group generated at a time", {"generation_aggregation_steps": 1}
+    if settings.generator == "vllm" and settings.generator_precision == "bf16" and settings.precision != "bf16":
+        yield "generator on the trainer's own weights", {"generator_weights": "auto"}
+    if settings.generator == "vllm" and not settings.enforce_eager:
+        yield "vLLM without CUDA graphs", {"vllm_enforce_eager": True}
+    if settings.precision in ("bf16", "fp32"):
+        yield "8-bit bases", {"model_args.load_in_8bit": True}
+    if settings.precision != "nf4":
+        yield "4-bit bases", {"model_args.load_in_8bit": False, "model_args.load_in_4bit": True}
+    prompt_len, completion_len = settings.max_prompt_len // 2, settings.max_completion_len // 2
+    shorter = (
+        f"context {settings.row_len} -> {prompt_len + completion_len}",
+        {"max_prompt_length": prompt_len, "max_completion_length": completion_len},
+    )
+    if settings.row_len >= 2 * _LEAST_ROW_LEN:
+        yield shorter
+    if settings.student is not None:
+        yield "the teacher's own base as student", {"student_model": None}
+    for size in reversed(_SIZES):
+        name = _FAMILY.format(size)
+        if known_shapes()[name.lower()].num_params < 0.8 * settings.teacher.num_params:
+            student = {"student_model": name} if settings.student else {}
+            yield f"model {settings.teacher.name} -> {name}", {"model_name_or_path": name, **student}
+            break
+    if 512 <= settings.row_len < 2 * _LEAST_ROW_LEN:
+        yield shorter
+
+
+def nearest_fit(values: Mapping[str, Any], gpu_bytes: int) -> dict[str, Any]:
+    """Overrides with which the configuration fits the card, as few and as mild as it goes; empty: it fits as it is.
+
+    Walks through `_changes` in order, taking each that lowers the highest peak, until it fits; then drops what turns
+    out not to be needed, the severest first.
+
+    Raises:
+        UserError: even the smallest built-in model does not fit.
+    """
+    steps: list[dict[str, Any]] = []
+    while not (current := _planned(values, steps, gpu_bytes)).fits():
+        changes = _changes(_merged(values, steps), current.settings)
+        goal = current.max_bytes - _WORTH_BYTES
+        step = next((new for _, new in changes if _planned(values, [*steps, new], gpu_bytes).max_bytes < goal), None)
+        if step is None:
+            raise UserError(
+                f"a card of {gb(gpu_bytes):.1f} GB for {current.settings.teacher.name}",
+                expected=f"{gb(current.max_bytes):.1f} GB ({current.binding_phase} phase, with every lever pulled)",
+                remedy="use a larger card, or ./launch_mono.sh for the embedded model on the CPU",
+            )
+        steps.append(step)
+    for step in reversed(list(steps)):
+        without = [other for other in steps if other is not step]
+        if _planned(values, without, gpu_bytes).fits():
+            steps = without
+    return {key: value for step in steps for key, value in step.items()}
+
+
+def _merged(values: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return functools.reduce(with_overrides, steps, values)
+
+
+def _planned(values: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], gpu_bytes: int) -> MemoryPlan:
+    return plan_run(load_run_config(_merged(values, steps)), gpu_bytes)
+
+
+def why_not(memory_plan: MemoryPlan) -> str:
+    """One sentence: what exceeds the card of the plan, and by how much."""
+    if memory_plan.gpu_bytes is None:
+        raise ValueError("this plan was made without a card")
+    if memory_plan.kv_is_too_small:
+        return "the KV cache that is set does not hold one row of full length: raise kv_cache_gb or leave it on auto"
+    usable, phase = usable_bytes(memory_plan.gpu_bytes), memory_plan.binding_phase
+    name, size = max(memory_plan.components[phase].items(), key=lambda item: item[1])
+    return (
+        f"the {phase} phase needs {gb(memory_plan.max_bytes):.1f} GB and {gb(usable):.1f} GB are usable; "
+        f"its largest part is {name} with {gb(size):.1f} GB"
+    )
