@@ -53,6 +53,10 @@ def optimizer_bytes_per_param(name: str) -> float:
     return num_states * (_8BIT_STATE if "8bit" in kind else width)
 
 
+VLLM_KV_BLOCK_TOKENS = 128
+"""vLLM hands out its KV cache in blocks of 16 tokens on a GPU and 128 on a CPU, and keeps one to itself."""
+
+
 def kv_bytes_per_token(shape: ModelShape) -> int:
     """Keys and values of every layer, 16 bits."""
     return 2 * 2 * shape.num_layers * shape.kv_dim
@@ -61,7 +65,8 @@ def kv_bytes_per_token(shape: ModelShape) -> int:
 def kv_needed_bytes(settings: PlanSettings) -> int:
     """KV of all completions that are generated at once: vLLM keeps a group's shared prompt once."""
     groups, group = settings.num_groups_at_once, settings.num_generations
-    num_tokens = groups * settings.max_prompt_len + groups * group * settings.max_completion_len
+    prompt_len, completion_len = _whole_blocks(settings.max_prompt_len), _whole_blocks(settings.max_completion_len)
+    num_tokens = groups * prompt_len + groups * group * completion_len + VLLM_KV_BLOCK_TOKENS
     if settings.generator == "transformers":
         num_tokens = groups * group * settings.row_len
     return kv_bytes_per_token(settings.teacher) * num_tokens
@@ -69,7 +74,11 @@ def kv_needed_bytes(settings: PlanSettings) -> int:
 
 def kv_minimum_bytes(settings: PlanSettings) -> int:
     """One row of full length; vLLM refuses to start with less."""
-    return kv_bytes_per_token(settings.teacher) * settings.row_len
+    return kv_bytes_per_token(settings.teacher) * (_whole_blocks(settings.row_len) + VLLM_KV_BLOCK_TOKENS)
+
+
+def _whole_blocks(num_tokens: int) -> int:
+    return -(-num_tokens // VLLM_KV_BLOCK_TOKENS) * VLLM_KV_BLOCK_TOKENS
 
 
 def vllm_work_bytes(settings: PlanSettings) -> float:

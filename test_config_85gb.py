@@ -1,0 +1,219 @@
+"""Is this machine ready for a run? Configurations, memory plan, packages, GPU, disk, models: seconds, no model loaded.
+
+    python test_config_85gb.py                                   teacher_rlt_mono_85gb
+    python test_config_85gb.py --config-name teacher_rlt_mono_24gb --gpu-gb 24
+    python test_config_85gb.py --all --json plans.json           the plan of every run configuration
+
+Exit status: 0 ready, 1 not ready, 2 wrong call. Every memory figure is predicted (docs/memory.md), none is measured.
+pytest may collect this file: it then checks that every configuration composes and fits the card it is named after.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from rich.table import Table
+from rich.text import Text
+
+from core.errors import UserError
+from core.log import console
+from core.units import format_gb, gb
+from planner.fit import (
+    Lever,
+    largest_context,
+    largest_micro_batch,
+    largest_model,
+    levers,
+    nearest_fit,
+    override_word,
+    resolve_auto,
+    why_not,
+)
+from planner.plan import MemoryPlan, plan_run
+from planner.readiness import (
+    Check,
+    check_disk,
+    check_generator,
+    check_gpu,
+    check_loggers,
+    check_models,
+    check_packages,
+    find_gpu,
+)
+from planner.report import lever_lines, plan_table, summary_lines
+from schemas.compose import compose_run_config, run_config_names
+from schemas.run import ConfigError, RunConfig, load_run_config
+
+DEFAULT_CONFIG = "teacher_rlt_mono_85gb"
+# Cards of configurations whose name does not say one.
+_CARD_GB = {"teacher_rlt_mono_basic": 40.0, "teacher_rlt_tiny": 8.0}
+_STATUS_STYLE = {"ok": "green", "warning": "yellow", "failure": "bold red"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """One configuration on one card."""
+
+    name: str
+    values: dict[str, Any]
+    config: RunConfig
+    plan: MemoryPlan
+
+
+def card_gb(name: str) -> float:
+    """Decimal GB of the card that a configuration is named after, e.g. 85 for teacher_rlt_mono_85gb_aggressive."""
+    match = re.search(r"_(\d+)gb", name)
+    return float(match[1]) if match else _CARD_GB.get(name, 85.0)
+
+
+def plan_config(name: str, gpu_bytes: int) -> Planned:
+    """Compose, validate and plan.
+
+    Raises:
+        HydraException, OmegaConfBaseException, ConfigError, UserError: it does not compose, validate, or name a model
+            whose shape is known here.
+    """
+    values = resolve_auto(compose_run_config(name), gpu_bytes)
+    config = load_run_config(values)
+    return Planned(name=name, values=values, config=config, plan=plan_run(config, gpu_bytes))
+
+
+def check_configs(names: list[str]) -> Iterator[Check]:
+    broken = 0
+    for name in names:
+        try:
+            plan_config(name, int(card_gb(name) * 1e9))
+        except (HydraException, OmegaConfBaseException, ConfigError, UserError) as error:
+            broken += 1
+            yield Check(
+                name="config", status="failure", detail=f"{name}: {error}", remedy=f"edit cfgs/run_cfg/{name}.yaml"
+            )
+    if not broken:
+        yield Check(name="configs", status="ok", detail=f"{len(names)} run configurations compose and validate")
+
+
+def check_plan(planned: Planned) -> Check:
+    plan = planned.plan
+    card = format_gb(plan.gpu_bytes or 0)
+    if plan.fits():
+        detail = f"{planned.name} peaks at {format_gb(plan.max_bytes)} ({plan.binding_phase}) on a card of {card}"
+        return Check(name="memory plan", status="ok", detail=detail)
+    detail = f"{planned.name} does not fit a card of {card}: {why_not(plan)}"
+    try:
+        overrides = nearest_fit(planned.values, plan.gpu_bytes or 0)
+        words = " ".join(override_word(key, value) for key, value in overrides.items())
+        remedy = f"./launch_mono.sh {planned.name} {words}"
+    except UserError as error:
+        remedy = str(error)
+    return Check(name="memory plan", status="failure", detail=detail, remedy=remedy)
+
+
+def show_plan(planned: Planned, found: list[Lever]) -> None:
+    plan, settings = planned.plan, planned.plan.settings
+    student = settings.student.name if settings.student else "the teacher's base"
+    models = f"teacher {settings.teacher.name} ({settings.precision}), student {student}"
+    rows = f"{settings.train_batch} completions, {settings.num_generations} a prompt, {settings.micro_batch} at once"
+    title = f"{planned.name} on {format_gb(plan.gpu_bytes or 0)}, predicted"
+    console.print(f"\n{models}; {rows}; context {settings.row_len}", highlight=False, soft_wrap=True)
+    console.print(plan_table(plan, title=title))
+    for line in summary_lines(plan):
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
+    console.print("  single levers:", highlight=False)
+    for line in lever_lines(found):
+        console.print(f"    {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def fit_line(planned: Planned) -> str:
+    """What else the card could take, one limit at a time."""
+    settings, card = planned.plan.settings, planned.plan.gpu_bytes or 0
+    return (
+        f"this card at most: micro-batch {largest_micro_batch(settings, card) or 'none'}, context "
+        f"{largest_context(settings, card) or 'none'} tokens (the model's limit is {settings.teacher.max_positions}), "
+        f"model {largest_model(settings, card) or 'none'}; each with the rest as it is"
+    )
+
+
+def show_checks(checks: list[Check]) -> None:
+    table = Table(box=None, padding=(0, 1), show_header=False)
+    for check in checks:
+        table.add_row(Text(check.status, style=_STATUS_STYLE[check.status]), check.name, Text(check.detail))
+        if check.remedy and check.status != "ok":
+            table.add_row("", "", Text(f"-> {check.remedy}", style="italic"))
+    console.print(table)
+
+
+def parse_arguments(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-name", default=DEFAULT_CONFIG, help="a run configuration (default: %(default)s)")
+    parser.add_argument("--gpu-gb", type=float, help="plan for a card of this many decimal GB")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write checks and plans here")
+    parser.add_argument("--all", action="store_true", help="plan every run configuration on the card it is named after")
+    arguments = parser.parse_args(words)
+    arguments.config_name = Path(arguments.config_name).name.removesuffix(".yaml")
+    if arguments.config_name not in run_config_names():
+        parser.error(f"no run configuration {arguments.config_name!r}; there are: {', '.join(run_config_names())}")
+    if arguments.gpu_gb is not None and arguments.gpu_gb <= 0:
+        parser.error(f"--gpu-gb is {arguments.gpu_gb}; give the card's memory in GB, e.g. --gpu-gb 24")
+    return arguments
+
+
+def main(words: list[str] | None = None) -> int:
+    arguments = parse_arguments(words)
+    gpu = find_gpu()
+    checks = list(check_configs(run_config_names()))
+    names = run_config_names() if arguments.all else [arguments.config_name]
+    broken = {check.detail.split(":")[0] for check in checks if check.name == "config"}
+    plans = []
+    for name in (name for name in names if name not in broken):
+        if arguments.gpu_gb is not None:
+            card = int(arguments.gpu_gb * 1e9)
+        else:
+            card = gpu.total_bytes if gpu is not None and not arguments.all else int(card_gb(name) * 1e9)
+        planned = plan_config(name, card)
+        found = levers(planned.values)
+        plans.append(planned)
+        checks.append(check_plan(planned))
+        show_plan(planned, found)
+        console.print(f"  {fit_line(planned)}", highlight=False, soft_wrap=True)
+    checks += check_packages()
+    if plans:
+        asked = next((p for p in plans if p.name == arguments.config_name), plans[0])
+        checks += [check_generator(asked.config), *check_gpu(gpu, asked.plan), check_disk(asked.values, asked.plan)]
+        checks += [*check_models(asked.config), check_loggers(asked.config)]
+    console.print()
+    show_checks(checks)
+    ready = all(check.status != "failure" for check in checks)
+    console.print(f"\n{'ready' if ready else 'not ready'}", style="bold green" if ready else "bold red")
+    if arguments.json is not None:
+        result = {
+            "ready": ready,
+            "checks": [check.to_dict() for check in checks],
+            "plans": {planned.name: planned.plan.to_dict() for planned in plans},
+        }
+        arguments.json.write_text(json.dumps(result, indent=2))
+    return 0 if ready else 1
+
+
+@pytest.mark.parametrize("name", run_config_names())
+def test_run_config_composes_and_fits_the_card_it_is_named_after(name: str) -> None:
+    planned = plan_config(name, int(card_gb(name) * 1e9))
+    assert planned.plan.fits(), why_not(planned.plan)
+
+
+def test_85gb_run_leaves_room() -> None:
+    """At most 82.5 GB in every phase of an 85 GB card, and at most 55 GB with the KV cache sized by need."""
+    plan = plan_config(DEFAULT_CONFIG, int(85e9)).plan
+    assert gb(plan.max_bytes) <= 55
+    assert plan.kv_cache_bytes == plan.kv_needed_bytes
+
+
+if __name__ == "__main__":
+    sys.exit(main())
