@@ -10,6 +10,9 @@ import os
 import sys
 from typing import Any
 
+# Read when torch is loaded: idle threads sleep instead of spinning, so that torch and vLLM can share a CPU.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException

@@ -66,10 +66,11 @@ def make_generator(
     Raises:
         UserError: vLLM was asked for and is not installed, or cannot serve these weights on this device.
     """
+    rows_per_call = config.generation_aggregation_steps * num_generations
     engine, reason = _choose_engine(config.generator, model.device)
     if engine == "transformers":
         log.info("generator: transformers, the trainer's own weights (%s)", reason)
-        return TransformersGenerator(model, sampling, config.generation_aggregation_steps)
+        return TransformersGenerator(model, sampling, rows_per_call)
     base = prepare_base(config.generator_weights, model, tokenizer, base_checkpoint, export_folder)
     kv_cache_bytes = planned_kv_cache_bytes if config.kv_cache_gb == "auto" else int(config.kv_cache_gb * BYTES_PER_GB)
     log.info("generator: vllm, %s, KV cache %s (%s)", base.weights, format_gb(kv_cache_bytes), reason)
@@ -82,8 +83,7 @@ def make_generator(
         dtype=str(_activation_dtype(model)).removeprefix("torch."),
         on_gpu=model.device.type == "cuda",
         max_model_len=max_model_len,
-        max_num_seqs=config.generation_aggregation_steps * num_generations,
-        prompts_per_call=config.generation_aggregation_steps,
+        rows_per_call=rows_per_call,
         max_lora_rank=lora_rank_slot(max([peft_config.r, *peft_config.rank_pattern.values()])),
         kv_cache_bytes=kv_cache_bytes,
         gpu_memory_utilization=gpu_memory_utilization,

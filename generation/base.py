@@ -62,6 +62,11 @@ class Generator(Protocol):
         """Free everything. The generator cannot be used afterwards."""
 
 
+def prompts_in_a_call(rows_per_call: int, num_generations: int) -> int:
+    """Whole prompt groups for one call; an evaluation (one generation each) gets as many rows as a training step."""
+    return max(1, rows_per_call // num_generations)
+
+
 def check_rows(prompt_token_ids: Sequence[Sequence[int]], num_generations: int, seeds: Sequence[int]) -> None:
     """Every row has its seed and every prompt a token."""
     num_rows = len(prompt_token_ids) * num_generations

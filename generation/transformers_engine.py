@@ -21,7 +21,7 @@ from transformers import (
 
 from core.errors import NonFiniteError
 from core.types import Completion
-from generation.base import ProgressCallback, SamplingSettings, check_rows
+from generation.base import ProgressCallback, SamplingSettings, check_rows, prompts_in_a_call
 from models.evaluation import evaluation_mode
 
 
@@ -37,10 +37,10 @@ class TransformersGenerator:
     weights = "the trainer's own"
     shares_trainer_weights = True
 
-    def __init__(self, model: Any, sampling: SamplingSettings, prompts_per_call: int) -> None:
+    def __init__(self, model: Any, sampling: SamplingSettings, rows_per_call: int) -> None:
         self._model = model
         self._sampling = sampling
-        self._prompts_per_call = prompts_per_call
+        self._rows_per_call = rows_per_call
         self._processors = _logits_processors(sampling)
 
     @torch.no_grad()
@@ -55,8 +55,9 @@ class TransformersGenerator:
         check_rows(prompt_token_ids, num_generations, seeds)
         completions: list[Completion] = []
         with evaluation_mode(self._model):
-            for start in range(0, len(prompt_token_ids), self._prompts_per_call):
-                prompts = prompt_token_ids[start : start + self._prompts_per_call]
+            prompts_per_call = prompts_in_a_call(self._rows_per_call, num_generations)
+            for start in range(0, len(prompt_token_ids), prompts_per_call):
+                prompts = prompt_token_ids[start : start + prompts_per_call]
                 first_row = start * num_generations
                 group_seeds = seeds[first_row : first_row + len(prompts) * num_generations]
                 completions += self._sample(prompts, num_generations, group_seeds)

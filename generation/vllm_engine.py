@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from core.errors import UserError
 from core.log import log
 from core.types import Completion
-from generation.base import ProgressCallback, SamplingSettings, check_rows
+from generation.base import ProgressCallback, SamplingSettings, check_rows, prompts_in_a_call
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _SHARED_MEMORY = Path("/dev/shm")
@@ -45,10 +45,8 @@ class VLLMEngineConfig:
     """Whether this is vLLM's CUDA build and runs on the GPU."""
     max_model_len: int
     """Prompt and completion together, in tokens."""
-    max_num_seqs: int
-    """Rows that are decoded at the same time."""
-    prompts_per_call: int
-    """Prompt groups handed to the engine at once."""
+    rows_per_call: int
+    """Rows handed to the engine at once, and decoded at the same time where the KV cache holds them."""
     max_lora_rank: int
     kv_cache_bytes: int
     gpu_memory_utilization: float
@@ -66,7 +64,7 @@ class VLLMGenerator:
     def __init__(self, config: VLLMEngineConfig, sampling: SamplingSettings) -> None:
         self.weights, self.shares_trainer_weights = config.weights, config.shares_trainer_weights
         self._sampling = sampling
-        self._prompts_per_call = config.prompts_per_call
+        self._rows_per_call = config.rows_per_call
         self._on_gpu = config.on_gpu
         shared_memory = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
         self._scratch = tempfile.TemporaryDirectory(prefix="rlt-adapter-", dir=shared_memory)
@@ -86,7 +84,7 @@ class VLLMGenerator:
     ) -> list[Completion]:
         """See `Generator.generate`. A row's tokens depend on its prompt, its seed and the adapter."""
         check_rows(prompt_token_ids, num_generations, seeds)
-        num_rows, rows_per_call = len(seeds), self._prompts_per_call * num_generations
+        num_rows, rows_per_call = len(seeds), prompts_in_a_call(self._rows_per_call, num_generations) * num_generations
         completions: list[Completion] = []
         for start in range(0, num_rows, rows_per_call):
             rows = range(start, min(start + rows_per_call, num_rows))
@@ -245,7 +243,7 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
         skip_tokenizer_init=True,
         generation_config="vllm",
         max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=config.rows_per_call,
         enable_lora=True,
         max_loras=1,
         max_lora_rank=config.max_lora_rank,

@@ -14,11 +14,11 @@ import psutil
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from core.log import log
 from core.types import Phase, Role, ScoringRow
+from models.evaluation import evaluation_mode
 from models.load import add_adapter, load_base, pick_device
 from models.logprobs import score_spans
 from schemas.model import ModelConfig
@@ -71,7 +71,7 @@ class ModelHost:
                 else None
             )
         trainable = sum(p.numel() for p in self.teacher.parameters() if p.requires_grad)
-        log.info("teacher, student and reference are loaded on %s; %s adapter parameters", self.device, f"{trainable:,}")
+        log.info("teacher, student and reference are on %s; %s adapter parameters", self.device, f"{trainable:,}")
 
     def attach_engine(self, engine: SleepingEngine) -> None:
         """Take charge of the generation engine's memory; it sleeps until the next GENERATE phase."""
@@ -85,17 +85,9 @@ class ModelHost:
         Yields the peft model for the roles that share the teacher's base, the plain model otherwise.
         """
         own = {Role.STUDENT: self.student, Role.REFERENCE: self.reference}.get(role)
-        if own is not None:
-            with torch.no_grad():
-                yield own
-            return
-        was_training = self.teacher.training
-        self.teacher.eval()
-        try:
-            with torch.no_grad(), disable_gradient_checkpointing(self.teacher), self._adapter_for(role):
-                yield self.teacher
-        finally:
-            self.teacher.train(was_training)
+        model, adapter = (own, nullcontext()) if own is not None else (self.teacher, self._adapter_for(role))
+        with torch.no_grad(), evaluation_mode(model), adapter:
+            yield model
 
     def score(self, role: Role, rows: Sequence[ScoringRow], temperature: float) -> list[tuple[torch.Tensor, ...]]:
         """`models.logprobs.score_spans` under the model of a role."""

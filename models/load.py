@@ -4,7 +4,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from core.errors import UserError
 from models.int8_checkpointing import release_int8_activations
@@ -52,7 +58,9 @@ def load_tokenizer(name_or_path: str, args: ModelArgs) -> PreTrainedTokenizerBas
 
 
 def load_base(name_or_path: str, args: ModelArgs, device: torch.device) -> PreTrainedModel:
-    """A frozen causal language model in the precision that `args` names, on `device`, in eval mode.
+    """A frozen causal language model in the precision that `args` names, on `device`.
+
+    Run it inside `models.evaluation.evaluation_mode`, which knows what bitsandbytes does in eval mode.
 
     Raises:
         UserError: the model cannot be found or read.
@@ -73,7 +81,7 @@ def load_base(name_or_path: str, args: ModelArgs, device: torch.device) -> PreTr
         )
     except (OSError, ValueError) as error:
         raise _unloadable(name_or_path, error) from error
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False)
 
 
 def add_adapter(base: PreTrainedModel, args: ModelArgs) -> PeftModel:

@@ -21,7 +21,7 @@ class Bf16Copy(TransformersGenerator):
 
     def __init__(self, trainer):
         settings = SamplingSettings(temperature=1.0, max_new_tokens=1, stop_token_ids=())
-        super().__init__(copy.deepcopy(trainer).to(torch.bfloat16), settings, prompts_per_call=1)
+        super().__init__(copy.deepcopy(trainer).to(torch.bfloat16), settings, rows_per_call=4)
 
     def sync_adapter(self, model):
         set_peft_model_state_dict(self._model, get_peft_model_state_dict(model))
@@ -46,7 +46,7 @@ class Bench:
         self.canary = Canary(self.generator, self.trainer_logprobs, PROBES, tolerance)
 
     def trainer_logprobs(self, rows, adapter_on):
-        scorer = TransformersGenerator(self.trainer, self.generator._sampling, prompts_per_call=1)
+        scorer = TransformersGenerator(self.trainer, self.generator._sampling, rows_per_call=4)
         if adapter_on:
             return scorer.logprobs(rows)
         with self.trainer.disable_adapter():

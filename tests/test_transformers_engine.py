@@ -25,9 +25,9 @@ def teacher(checkpoint):
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
 
 
-def engine(model, prompts_per_call=4, **changes):
+def engine(model, rows_per_call=12, **changes):
     settings = SamplingSettings(**{f: getattr(SETTINGS, f) for f in SETTINGS.__slots__} | changes)
-    return TransformersGenerator(model, settings, prompts_per_call)
+    return TransformersGenerator(model, settings, rows_per_call)
 
 
 def plain_logprobs(model, prompt, completion, temperature):
@@ -49,7 +49,7 @@ def test_a_row_depends_on_its_prompt_and_seed_and_not_on_the_rest_of_the_batch(t
     seeds = [11, 12, 13, 14, 15, 16]
     together = engine(teacher).generate(PROMPTS, 3, seeds)
     alone = engine(teacher).generate([PROMPTS[1]], 1, [15])
-    one_prompt_a_call = engine(teacher, prompts_per_call=1).generate(PROMPTS, 3, seeds)
+    one_prompt_a_call = engine(teacher, rows_per_call=1).generate(PROMPTS, 3, seeds)
     assert together[4].token_ids == alone[0].token_ids
     assert [c.token_ids for c in together] == [c.token_ids for c in one_prompt_a_call]
     assert len({tuple(c.token_ids) for c in together}) > 3
@@ -118,9 +118,7 @@ def test_the_current_adapter_is_sampled_without_a_swap(teacher):
 
 def test_progress_is_reported_up_to_the_last_row(teacher):
     reports = []
-    engine(teacher, prompts_per_call=1).generate(
-        PROMPTS, 2, range(4), lambda done, total: reports.append((done, total))
-    )
+    engine(teacher, rows_per_call=1).generate(PROMPTS, 2, range(4), lambda done, total: reports.append((done, total)))
     assert reports == [(2, 4), (4, 4)]
 
 
