@@ -1,0 +1,94 @@
+"""The table of run configurations in README.md, generated: `python -m planner.readme_table [--check]`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from core.log import console
+from core.types import Phase
+from core.units import gb
+from planner.fit import resolve_auto
+from planner.plan import MemoryPlan, plan_run
+from planner.readiness import REPOSITORY
+from schemas.compose import compose_run_config, run_config_names
+from schemas.run import load_run_config
+
+# Cards as people call them -> decimal GB that their drivers report.
+CARDS_GB = {"80/85": 85.0, "96": 102.0, "141": 150.0}
+START, END = "<!-- table:configs -->", "<!-- /table:configs -->"
+_PRECISIONS = {"int8": "8-bit", "nf4": "4-bit", "bf16": "bf16", "fp32": "fp32"}
+_SHOWN_PHASES = (Phase.GENERATE, Phase.SCORE, Phase.TRAIN)
+
+
+def table() -> str:
+    """Markdown: one row a configuration, one column a card with the predicted GB of GENERATE / SCORE / TRAIN."""
+    header = ["config", "teacher", "student", "reference", "batch", "context"]
+    header += [f"{card} GB card" for card in CARDS_GB]
+    lines = [_row(header), _row(["---"] * len(header))]
+    lines += [_row(_cells(name)) for name in run_config_names()]
+    phases = " / ".join(phase.value for phase in _SHOWN_PHASES)
+    note = (
+        f"Predicted GB for {phases}, not measured; the highest is **bold**. The KV cache takes what the batch needs, so a "
+        "larger card can show more. Batch: completions per step, per prompt, per micro-batch. Context: prompt + completion."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cells(name: str) -> list[str]:
+    values = resolve_auto(compose_run_config(name), int(CARDS_GB["80/85"] * 1e9))
+    config = load_run_config(values)
+    plans = [plan_run(config, int(card_gb * 1e9)) for card_gb in CARDS_GB.values()]
+    settings = plans[0].settings
+    teacher = f"{_short(settings.teacher.name)}, {_PRECISIONS[settings.precision]}"
+    student = _short(settings.student.name) if settings.student else "own base"
+    reference = {"none": "none", "shared": "own base", "separate": "second copy"}[settings.reference]
+    batch = f"{settings.train_batch} / {settings.num_generations} / {settings.micro_batch}"
+    context = f"{settings.max_prompt_len} + {settings.max_completion_len}"
+    return [f"`{name}`", teacher, student, reference, batch, context, *(_peaks(plan) for plan in plans)]
+
+
+def _short(model: str) -> str:
+    return model.split("/")[-1].removesuffix("-Instruct")
+
+
+def _peaks(plan: MemoryPlan) -> str:
+    if not plan.fits():
+        return "does not fit"
+    peaks = {phase: plan.peak_bytes(phase) for phase in _SHOWN_PHASES}
+    highest = max(peaks.values())
+    return " / ".join(f"**{gb(peak):.0f}**" if peak == highest else f"{gb(peak):.0f}" for peak in peaks.values())
+
+
+def with_table(readme: str) -> str:
+    """README text with everything between the markers replaced.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    before, start, rest = readme.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise ValueError(f"README.md has no {START} ... {END}")
+    return f"{before}{START}\n{table()}\n{END}{after}"
+
+
+def main(words: list[str] | None = None, readme: Path = REPOSITORY / "README.md") -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 where the table is out of date")
+    arguments = parser.parse_args(words)
+    old = readme.read_text()
+    new = with_table(old)
+    if arguments.check:
+        if old != new:
+            console.print("README.md: the table is out of date; run python -m planner.readme_table")
+        return int(old != new)
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,329 @@
+"""Properties of the memory plan, of what fits a card, and of the models' shapes. No torch."""
+
+import io
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from core.errors import UserError
+from core.types import Phase
+from core.units import gb
+from planner.components import kv_bytes_per_token, num_lora_params, optimizer_bytes_per_param, weight_bytes
+from planner.fit import (
+    divisors,
+    largest_context,
+    largest_micro_batch,
+    levers,
+    nearest_fit,
+    override_word,
+    resolve_auto,
+    why_not,
+    with_overrides,
+)
+from planner.plan import MemoryPlan, plan, plan_run, usable_bytes
+from planner.readme_table import END, START, main, table, with_table
+from planner.report import lever_lines, plan_table, summary_lines
+from planner.settings import settings_from_config
+from planner.shapes import known_shapes, load_shape, shape_from_config
+from schemas.compose import compose_run_config, run_config_names
+from schemas.run import load_run_config
+
+CARD_85 = int(85e9)
+NAME = "teacher_rlt_mono_85gb"
+
+
+@pytest.fixture(scope="module")
+def values() -> dict:
+    return compose_run_config(NAME)
+
+
+def planned(values: dict, card: int | None = CARD_85, **overrides: object) -> MemoryPlan:
+    changed = with_overrides(values, {key.replace("__", "."): value for key, value in overrides.items()})
+    return plan_run(load_run_config(changed), card)
+
+
+# Shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("Qwen/Qwen2.5-0.5B", 0.494),
+        ("Qwen/Qwen2.5-7B-Instruct", 7.616),
+        ("Qwen/Qwen2.5-32B", 32.76),
+        ("Qwen/Qwen3-8B", 8.19),
+        ("meta-llama/Llama-3.1-8B", 8.03),
+        ("meta-llama/Llama-3.2-1B", 1.236),
+    ],
+)
+def test_built_in_shapes_count_the_published_parameters(name: str, billions: float) -> None:
+    assert load_shape(name).num_params == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+def test_shape_of_a_folder_is_the_one_transformers_writes(tmp_path: Path) -> None:
+    from transformers import Qwen2Config
+
+    config = Qwen2Config(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    config.save_pretrained(tmp_path)
+    shape = load_shape(str(tmp_path))
+    assert (shape.hidden, shape.intermediate, shape.num_layers, shape.head_dim, shape.kv_dim) == (64, 160, 2, 16, 32)
+    assert shape.attention_bias and not shape.qk_norm
+
+
+def test_unknown_models_and_experts_are_refused_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="hf download"):
+        load_shape("nobody/no-such-model")
+    with pytest.raises(UserError, match="experts"):
+        shape_from_config("x", {"model_type": "qwen3_moe", "num_experts": 128})
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load_shape(str(tmp_path))
+
+
+# Components
+
+
+def test_an_8_bit_7b_is_8_7_gb_and_not_7() -> None:
+    shape = load_shape("Qwen/Qwen2.5-7B-Instruct")
+    assert gb(weight_bytes(shape, "int8")) == pytest.approx(8.71, abs=0.02)
+    assert gb(weight_bytes(shape, "bf16")) == pytest.approx(15.23, abs=0.02)
+    assert gb(weight_bytes(shape, "nf4")) == pytest.approx(5.55, abs=0.02)
+
+
+def test_lora_and_kv_sizes_are_the_known_ones() -> None:
+    shape = load_shape("Qwen/Qwen2.5-7B-Instruct")
+    assert num_lora_params(shape, 32) == 80_740_352
+    assert kv_bytes_per_token(shape) == 57_344
+    assert optimizer_bytes_per_param("paged_adamw_8bit") == pytest.approx(2.03, abs=0.01)
+    assert optimizer_bytes_per_param("adamw_torch_fused") == 8
+    assert optimizer_bytes_per_param("lion_8bit") == pytest.approx(1.016, abs=0.001)
+
+
+# Plan
+
+
+def test_85gb_run_stays_below_the_promised_figures(values: dict) -> None:
+    memory_plan = planned(values)
+    assert gb(memory_plan.max_bytes) <= 55 and memory_plan.fits()
+    assert memory_plan.kv_cache_bytes == memory_plan.kv_needed_bytes
+
+
+def test_batch_and_generations_do_not_move_the_training_peak(values: dict) -> None:
+    before, after = planned(values), planned(values, train_batch_size=32, num_generations=8)
+    assert before.peak_bytes(Phase.TRAIN) == after.peak_bytes(Phase.TRAIN)
+    assert before.kv_needed_bytes > after.kv_needed_bytes
+
+
+def test_kv_cache_is_what_the_batch_needs_within_utilization_and_card(values: dict) -> None:
+    roomy, capped = planned(values), planned(values, vllm_gpu_memory_utilization=0.2)
+    assert roomy.kv_cache_bytes == roomy.kv_needed_bytes
+    own = sum(
+        size
+        for name, size in capped.components[Phase.GENERATE].items()
+        if name.startswith("vLLM") and "residue" not in name
+    )
+    assert own + capped.kv_cache_bytes == pytest.approx(0.2 * CARD_85, rel=1e-6)
+    assert planned(values, card=None).kv_cache_bytes == roomy.kv_needed_bytes
+    assert planned(values, kv_cache_gb=3.5).kv_cache_bytes == 3_500_000_000
+    tight = planned(values, card=int(40e9))
+    assert tight.kv_cache_bytes < tight.kv_needed_bytes and tight.max_bytes <= usable_bytes(int(40e9))
+
+
+def test_a_kv_cache_below_one_row_does_not_fit(values: dict) -> None:
+    memory_plan = planned(values, kv_cache_gb=0.1)
+    assert not memory_plan.fits()
+    assert "kv_cache_gb" in why_not(memory_plan)
+
+
+def test_a_separate_reference_costs_one_more_base_in_every_phase(values: dict) -> None:
+    shared, separate = (
+        planned(values, sync_ref_model=False),
+        planned(values, sync_ref_model=False, reference_model="separate"),
+    )
+    base = weight_bytes(load_shape(values["model_name_or_path"]), "int8")
+    for phase in Phase:
+        assert separate.peak_bytes(phase) - shared.peak_bytes(phase) == pytest.approx(base, abs=2)
+
+
+def test_a_synchronised_reference_costs_one_more_adapter(values: dict) -> None:
+    with_adapter, without = planned(values, sync_ref_model=True), planned(values, sync_ref_model=False)
+    extra = with_adapter.components[Phase.TRAIN]["adapter"] - without.components[Phase.TRAIN]["adapter"]
+    assert extra == num_lora_params(load_shape(values["model_name_or_path"]), 32) * 4
+
+
+def test_vllm_sleeps_while_the_trainer_scores_and_trains(values: dict) -> None:
+    memory_plan = planned(values)
+    for phase in (Phase.SCORE, Phase.TRAIN):
+        assert not {"vLLM weights", "KV cache"} & set(memory_plan.components[phase])
+    assert memory_plan.host_bytes == memory_plan.components[Phase.GENERATE]["vLLM weights"]
+    transformers = planned(values, generator="transformers")
+    assert "vLLM weights" not in transformers.components[Phase.GENERATE] and transformers.host_bytes == 0
+
+
+def test_nf4_bases_generate_from_their_int8_export(values: dict) -> None:
+    memory_plan = planned(values, model_args__load_in_8bit=False, model_args__load_in_4bit=True)
+    assert memory_plan.settings.generator_precision == "int8_groups"
+    assert memory_plan.components[Phase.GENERATE]["vLLM weights"] > memory_plan.components[Phase.GENERATE]["teacher"]
+
+
+def test_allocator_setting_of_the_environment_counts(values: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = planned(values)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    assert planned(values).peak_bytes(Phase.TRAIN) < before.peak_bytes(Phase.TRAIN)
+
+
+def test_plan_as_json_has_every_phase_and_says_predicted(values: dict) -> None:
+    result = json.loads(json.dumps(planned(values).to_dict()))
+    assert result["label"] == "predicted" and result["fits"] is True
+    assert set(result["phases_gb"]) == set(result["peaks_gb"]) == {phase.value for phase in Phase}
+    assert result["peaks_gb"]["train"] == pytest.approx(sum(result["phases_gb"]["train"].values()), abs=0.01)
+
+
+def test_report_marks_the_binding_phase(values: dict) -> None:
+    from rich.console import Console
+
+    memory_plan = planned(values)
+    console = Console(width=160, file=io.StringIO())
+    console.print(plan_table(memory_plan, title="x"))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"{memory_plan.binding_phase} *" in text and f"{gb(memory_plan.max_bytes):.1f}" in text
+    assert any("KV cache" in line for line in summary_lines(memory_plan))
+
+
+# Fit
+
+
+def test_auto_micro_batch_is_the_largest_divisor_that_fits(values: dict) -> None:
+    resolved = resolve_auto({**values, "per_device_train_batch_size": "auto"}, CARD_85)
+    rows = resolved["per_device_train_batch_size"]
+    batch = values["train_batch_size"]
+    assert batch % rows == 0 and plan_run(load_run_config(resolved), CARD_85).fits()
+    larger = next(d for d in divisors(batch) if d > rows)
+    assert not planned(values, per_device_train_batch_size=larger).fits()
+    assert resolve_auto(values, CARD_85) == values
+    assert resolve_auto({**values, "per_device_train_batch_size": "auto"}, None)["per_device_train_batch_size"] == 1
+    chosen = resolve_auto({**values, "per_device_train_batch_size": "auto", "gpu_gb": 40.0}, CARD_85)
+    assert chosen["per_device_train_batch_size"] < rows
+
+
+def test_largest_context_fits_and_the_next_does_not(values: dict) -> None:
+    settings = planned(values, per_device_train_batch_size=4).settings
+    context = largest_context(settings, CARD_85)
+    assert context is not None and context < settings.teacher.max_positions
+
+    def at(row_len: int) -> MemoryPlan:
+        return plan(replace(settings, max_prompt_len=row_len // 2, max_completion_len=row_len // 2), CARD_85)
+
+    assert at(context).fits() and not at(context + 256).fits()
+    assert largest_micro_batch(settings, int(10e9)) is None
+
+
+@pytest.mark.parametrize("card_gb", [8, 12, 16, 24, 40])
+def test_the_nearest_configuration_is_a_command_line_that_fits(values: dict, card_gb: int) -> None:
+    card = int(card_gb * 1e9)
+    overrides = nearest_fit(values, card)
+    composed = compose_run_config(NAME, [override_word(key, value) for key, value in overrides.items()])
+    assert plan_run(load_run_config(composed), card).fits()
+
+
+def test_a_run_that_fits_needs_no_change(values: dict) -> None:
+    assert nearest_fit(values, CARD_85) == {}
+
+
+def test_what_fits_no_card_says_so(values: dict) -> None:
+    with pytest.raises(UserError, match="larger card"):
+        nearest_fit(values, int(1.5e9))
+
+
+def test_levers_save_what_they_say(values: dict) -> None:
+    found = levers(values)
+    assert any(lever.change.startswith("micro-batch 2 -> 1") for lever in found)
+    before = planned(values, card=None)
+    for lever in found:
+        after = plan_run(load_run_config(with_overrides(values, lever.overrides)), None)
+        assert before.peak_bytes(lever.phase) - after.peak_bytes(lever.phase) == lever.saved_bytes > 0
+    assert lever_lines(found)[0].startswith(found[0].change)
+
+
+def test_why_not_names_the_binding_phase(values: dict) -> None:
+    assert "train phase" in why_not(planned(values, card=int(24e9)))
+
+
+# Run configurations and README
+
+
+@pytest.mark.parametrize("card_gb", [8, 12, 16, 24, 48])
+def test_small_card_files_say_model_context_and_predicted_peak(card_gb: int) -> None:
+    name = f"teacher_rlt_mono_{card_gb}gb"
+    memory_plan = plan_run(load_run_config(compose_run_config(name)), int(card_gb * 1e9))
+    settings = memory_plan.settings
+    header = Path(f"cfgs/run_cfg/{name}.yaml").read_text().splitlines()[2]
+    assert header.startswith(f"# {settings.teacher.name.split('/')[1]}, ")
+    assert f"context {settings.max_prompt_len} + {settings.max_completion_len}" in header
+    assert f"predicted peak {gb(memory_plan.max_bytes):.1f} GB ({memory_plan.binding_phase} phase)" in header
+
+
+@pytest.mark.parametrize("card_gb", [8, 12, 16, 24, 48])
+def test_small_cards_run_the_largest_qwen_that_any_setting_fits(card_gb: int) -> None:
+    """The next size does not fit even in 4 bits, without a student, with short rows and without CUDA graphs."""
+    sizes = ["0.5B", "1.5B", "3B", "7B", "14B", "32B"]
+    values = compose_run_config(f"teacher_rlt_mono_{card_gb}gb")
+    chosen = values["model_name_or_path"].removeprefix("Qwen/Qwen2.5-").removesuffix("-Instruct")
+    following = sizes[sizes.index(chosen) + 1]
+    smallest = {
+        "model_name_or_path": f"Qwen/Qwen2.5-{following}-Instruct",
+        "student_model": None,
+        "model_args.load_in_8bit": False,
+        "model_args.load_in_4bit": True,
+        "per_device_train_batch_size": 1,
+        "max_prompt_length": 1024,
+        "max_completion_length": 1024,
+        "vllm_enforce_eager": True,
+    }
+    assert not plan_run(load_run_config(with_overrides(values, smallest)), int(card_gb * 1e9)).fits()
+
+
+def test_every_run_config_has_a_row_and_the_check_sees_an_old_table(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"intro\n{START}\nbefore\n{END}\nend\n")
+    assert main(["--check"], readme) == 1
+    assert main([], readme) == 0 and main(["--check"], readme) == 0
+    text = readme.read_text()
+    assert text.startswith("intro\n") and text.endswith(f"{END}\nend\n") and "before" not in text
+    assert all(f"`{name}`" in table() for name in run_config_names())
+    with pytest.raises(ValueError, match="no <!-- table"):
+        with_table("no markers")
+
+
+def test_the_planner_answers_without_torch() -> None:
+    program = (
+        "import sys; from planner.plan import plan_run; from planner.fit import nearest_fit; "
+        "from schemas.compose import compose_run_config; from schemas.run import load_run_config; "
+        f"plan_run(load_run_config(compose_run_config({NAME!r})), {CARD_85}); "
+        "print(sorted({'torch', 'trl', 'transformers', 'vllm'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.strip() == "[]"
+
+
+def test_constants_agree_with_the_code_that_they_describe() -> None:
+    from models.logprobs import DEFAULT_LOGIT_CHUNK_LEN, DEFAULT_MAX_BATCH_TOKENS
+    from planner import constants
+    from trainers import build
+
+    assert constants.SCORE_BATCH_TOKENS.value == DEFAULT_MAX_BATCH_TOKENS
+    assert constants.SCORE_HEAD_TOKENS.value == DEFAULT_LOGIT_CHUNK_LEN
+    assert constants.CANARY_TOKENS.value == build._NUM_CANARY_ROWS * build._CANARY_ROW_LEN
+
+
+def test_every_built_in_shape_can_be_planned(values: dict) -> None:
+    settings = settings_from_config(load_run_config(values))
+    for shape in known_shapes().values():
+        memory_plan = plan(replace(settings, teacher=shape, student=None))
+        assert all(memory_plan.peak_bytes(phase) > 0 for phase in Phase)
