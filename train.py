@@ -7,11 +7,13 @@ configuration cannot work (nothing was started), 130 interrupted (the same call 
 """
 
 import os
+import shutil
 import sys
 from typing import Any
 
 # Read when torch is loaded: idle threads sleep instead of spinning, so that torch and vLLM can share a CPU.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -55,6 +57,7 @@ def train_teacher(config: RunConfig, values: dict[str, Any]) -> None:
         trainer.finish()
     finally:
         trainer.close()
+        shutil.rmtree(prepared.export_folder, ignore_errors=True)
     console.print(summary_table(summarise(prepared.folder.path)))
     log.info("adapter, metrics and completions are in %s", prepared.folder.path)
 

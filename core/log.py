@@ -16,8 +16,7 @@ _NOISY_LOGGERS = {
     "bitsandbytes": logging.ERROR,
     "bitsandbytes.autograd._functions": logging.ERROR,
     "httpx": logging.WARNING,
-    "vllm": logging.WARNING,
-    "transformers": logging.WARNING,
+    "vllm": logging.ERROR,
     "datasets": logging.WARNING,
 }
 
@@ -28,6 +27,8 @@ def configure_logging(level: str = "INFO") -> None:
     log.propagate = False
     log.handlers[:] = [RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S", markup=False)]
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported
-    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")  # its engine is not the one we use
+    warnings.filterwarnings(
+        "ignore", message="TRL currently supports vLLM versions"
+    )  # its engine is not the one we use
     for name, noisy_level in _NOISY_LOGGERS.items():
         logging.getLogger(name).setLevel(noisy_level)

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from core.errors import UserError
 from data.arithmetic import classify_explanation
@@ -41,6 +42,11 @@ class PreparedRun:
     train_dataset: Dataset
     eval_dataset: Dataset | None
     folder: RunFolder
+
+    @property
+    def export_folder(self) -> Path:
+        """The teacher's base as vLLM reads it; made anew by every process, and removed at its end."""
+        return self.folder.path / EXPORT_FOLDER
 
     @property
     def resume_from(self) -> str | None:
@@ -89,6 +95,7 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
     """Load the models, start the generator, put the trainer together."""
     config = run.config
     disable_progress_bar()
+    set_verbosity_error()
     set_seed(config.grpo.seed)  # the adapter's initial values
     row_len = config.max_prompt_length + config.grpo.max_completion_length
     host = ModelHost(config, max_score_tokens=config.grpo.per_device_train_batch_size * row_len)
@@ -139,7 +146,7 @@ def _start_generator(run: PreparedRun, host: ModelHost) -> Generator:
         sampling=sampling,
         num_generations=config.grpo.num_generations,
         max_model_len=config.max_prompt_length + config.grpo.max_completion_length,
-        export_folder=run.folder.path / EXPORT_FOLDER,
+        export_folder=run.export_folder,
         planned_kv_cache_bytes=run.plan.kv_cache_bytes,
         gpu_memory_utilization=config.grpo.vllm_gpu_memory_utilization,
         trust_remote_code=config.model_args.trust_remote_code,

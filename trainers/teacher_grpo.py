@@ -287,7 +287,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
 
     def finish(self) -> None:
         """Evaluate once more if the last step was not, and write the adapter with tokenizer and model card."""
-        if self.eval_dataset is not None and self._evaluated_step != self.state.global_step:
+        if self.args.eval_strategy != "no" and self._evaluated_step != self.state.global_step:
             self.evaluate()
         self.save_model()
         self.create_model_card(model_name=Path(self.args.output_dir).name)
