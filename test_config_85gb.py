@@ -10,7 +10,6 @@ pytest may collect this file: it then checks that every configuration composes a
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from core.log import console
 from core.units import format_gb, gb
 from planner.fit import (
     Lever,
+    card_gb,
     largest_context,
     largest_micro_batch,
     largest_model,
@@ -53,8 +53,6 @@ from schemas.compose import compose_run_config, run_config_names
 from schemas.run import ConfigError, RunConfig, load_run_config
 
 DEFAULT_CONFIG = "teacher_rlt_mono_85gb"
-# Cards of configurations whose name does not say one.
-_CARD_GB = {"teacher_rlt_mono_basic": 40.0, "teacher_rlt_tiny": 8.0}
 _STATUS_STYLE = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 
 
@@ -66,12 +64,6 @@ class Planned:
     values: dict[str, Any]
     config: RunConfig
     plan: MemoryPlan
-
-
-def card_gb(name: str) -> float:
-    """Decimal GB of the card that a configuration is named after, e.g. 85 for teacher_rlt_mono_85gb_aggressive."""
-    match = re.search(r"_(\d+)gb", name)
-    return float(match[1]) if match else _CARD_GB.get(name, 85.0)
 
 
 def plan_config(name: str, gpu_bytes: int) -> Planned:

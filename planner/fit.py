@@ -5,6 +5,7 @@ Configurations here are composed values (plain containers, flat keys), so that w
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,8 @@ from planner.shapes import known_shapes
 from schemas.run import ConfigError, load_run_config
 
 AUTO = "auto"
+# Cards of run configurations whose name does not say one.
+_OTHER_CARDS_GB = {"teacher_rlt_mono_basic": 40.0, "teacher_rlt_tiny": 8.0}
 _CONTEXT_STEP = 256
 _FAMILY = "Qwen/Qwen2.5-{}-Instruct"
 _WORTH_BYTES = 1e8
@@ -43,6 +46,12 @@ def resolve_auto(values: Mapping[str, Any], gpu_bytes: int | None) -> dict[str, 
         settings = plan_run(load_run_config(resolved), card).settings
         resolved["per_device_train_batch_size"] = largest_micro_batch(settings, card) or 1
     return resolved
+
+
+def card_gb(run_name: str) -> float:
+    """Decimal GB of the card that a run configuration is named after: 85 for teacher_rlt_mono_85gb_aggressive."""
+    match = re.search(r"_(\d+)gb", run_name)
+    return float(match[1]) if match else _OTHER_CARDS_GB.get(run_name, 85.0)
 
 
 def divisors(number: int) -> list[int]:

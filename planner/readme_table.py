@@ -7,7 +7,7 @@ from pathlib import Path
 from core.log import console
 from core.types import Phase
 from core.units import gb
-from planner.fit import resolve_auto
+from planner.fit import card_gb, resolve_auto
 from planner.plan import MemoryPlan, plan_run
 from planner.readiness import REPOSITORY
 from schemas.compose import compose_run_config, run_config_names
@@ -22,14 +22,15 @@ _SHOWN_PHASES = (Phase.GENERATE, Phase.SCORE, Phase.TRAIN)
 
 def table() -> str:
     """Markdown: one row a configuration, one column a card with the predicted GB of GENERATE / SCORE / TRAIN."""
-    header = ["config", "teacher", "student", "reference", "batch", "context"]
+    header = ["config", "card", "teacher", "student", "reference", "batch", "context"]
     header += [f"{card} GB card" for card in CARDS_GB]
     lines = [_row(header), _row(["---"] * len(header))]
-    lines += [_row(_cells(name)) for name in run_config_names()]
+    lines += [_row(_cells(name)) for name in sorted(run_config_names(), key=card_gb)]
     phases = " / ".join(phase.value for phase in _SHOWN_PHASES)
     note = (
-        f"Predicted GB for {phases}, not measured; the highest is **bold**. The KV cache takes what the batch needs, so a "
-        "larger card can show more. Batch: completions per step, per prompt, per micro-batch. Context: prompt + completion."
+        "All figures are predicted GB, none is measured. Card: the one it is made for, and the peak there. Larger cards: "
+        f"{phases}, the highest in **bold**; the KV cache grows with the card up to what the batch needs. "
+        "Batch: completions per step, per prompt, per micro-batch. Context: prompt + completion."
     )
     return "\n".join([*lines, "", note])
 
@@ -41,14 +42,16 @@ def _row(cells: list[str]) -> str:
 def _cells(name: str) -> list[str]:
     values = resolve_auto(compose_run_config(name), int(CARDS_GB["80/85"] * 1e9))
     config = load_run_config(values)
-    plans = [plan_run(config, int(card_gb * 1e9)) for card_gb in CARDS_GB.values()]
+    plans = [plan_run(config, int(card * 1e9)) for card in CARDS_GB.values()]
     settings = plans[0].settings
+    own_card = card_gb(name)
+    own_peak = f"{own_card:.0f} GB: {gb(plan_run(config, int(own_card * 1e9)).max_bytes):.1f}"
     teacher = f"{_short(settings.teacher.name)}, {_PRECISIONS[settings.precision]}"
     student = _short(settings.student.name) if settings.student else "own base"
     reference = {"none": "none", "shared": "own base", "separate": "second copy"}[settings.reference]
     batch = f"{settings.train_batch} / {settings.num_generations} / {settings.micro_batch}"
     context = f"{settings.max_prompt_len} + {settings.max_completion_len}"
-    return [f"`{name}`", teacher, student, reference, batch, context, *(_peaks(plan) for plan in plans)]
+    return [f"`{name}`", own_peak, teacher, student, reference, batch, context, *(_peaks(plan) for plan in plans)]
 
 
 def _short(model: str) -> str:

@@ -20,17 +20,14 @@ from unittest import mock
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import QuantState
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.kernels import chunked_logprob
 
-from models.int8_checkpointing import release_int8_activations
 from planner.settings import PlanSettings
 from planner.shapes import ModelShape
+from tests.helpers.step_models import build_model, int8_inputs
 
 _linear = nn.functional.linear
 _BLOCK_BYTES = 512
@@ -238,78 +235,6 @@ def _on_meta(attention: str, autocast: Bf16Autocast) -> Iterator[None]:
         yield
 
 
-def build_model(settings: PlanSettings) -> nn.Module:
-    """The teacher on the meta device: quantised base, LoRA adapter, checkpointing as the settings say."""
-    shape = settings.teacher
-    model_type = "qwen3" if shape.qk_norm else "qwen2" if shape.attention_bias else "llama"
-    config = AutoConfig.for_model(
-        model_type,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab,
-        tie_word_embeddings=shape.tied_embeddings,
-        max_position_embeddings=shape.max_positions,
-        layer_types=["full_attention"] * shape.num_layers,
-    )
-    with torch.device("meta"):
-        implementation = "eager" if settings.attention == "eager" else "sdpa"
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=implementation)
-        model.requires_grad_(False)
-        for layer in model.model.layers:
-            for parent in (layer.self_attn, layer.mlp):
-                for name, linear in list(parent.named_children()):
-                    if isinstance(linear, nn.Linear) and settings.precision != "bf16":
-                        setattr(parent, name, _quantised(linear, settings))
-        model.is_loaded_in_8bit = settings.precision == "int8"
-        model.is_loaded_in_4bit = settings.precision == "nf4"
-        targets = list(settings.lora_targets or shape.linears)
-        peft_model = get_peft_model(model, LoraConfig(r=settings.lora_r, target_modules=targets, task_type="CAUSAL_LM"))
-    dtype = torch.float32 if settings.adapter_bytes_per_param == 4 else torch.bfloat16
-    for parameter in peft_model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-    peft_model.train()
-    if settings.checkpointing != "none":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    return peft_model
-
-
-def _quantised(linear: nn.Linear, settings: PlanSettings) -> nn.Module:
-    n, k = linear.weight.shape
-    has_bias = linear.bias is not None
-    if settings.precision == "int8":
-        quantised = bnb.nn.Linear8bitLt(k, n, has_bias, has_fp16_weights=False, threshold=settings.int8_threshold)
-        values = torch.empty(n, k, dtype=torch.int8)
-        scales = torch.empty(n, dtype=torch.float32)
-        quantised.weight = bnb.nn.Int8Params(values, requires_grad=False, CB=values, SCB=scales)
-    else:
-        quantised = bnb.nn.Linear4bit(k, n, has_bias, compute_dtype=torch.bfloat16, quant_type="nf4")
-        num_blocks = n * k // 64
-        outer = QuantState(
-            absmax=torch.empty(num_blocks // 256 + 1), code=torch.empty(256), blocksize=256, dtype=torch.float32
-        )
-        state = QuantState(
-            absmax=torch.empty(num_blocks, dtype=torch.uint8) if settings.double_quant else torch.empty(num_blocks),
-            shape=torch.Size((n, k)),
-            code=torch.empty(16),
-            blocksize=64,
-            quant_type="nf4",
-            dtype=torch.bfloat16,
-            offset=torch.empty(()) if settings.double_quant else None,
-            state2=outer if settings.double_quant else None,
-        )
-        packed = torch.empty(n * k // 2, 1, dtype=torch.uint8)
-        quantised.weight = bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
-    if has_bias:
-        quantised.bias = nn.Parameter(torch.empty(n, dtype=torch.bfloat16), requires_grad=False)
-    return quantised
-
-
 def _state_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Everything that lies on the card before the step: parameters, buffers, quantisation statistics."""
     yield from model.parameters()
@@ -334,18 +259,6 @@ def _optimizer_states(parameter: Tensor) -> list[Tensor]:
     return values + [torch.empty(blocks, device="meta") for _ in range(2)]
 
 
-@contextlib.contextmanager
-def _int8_inputs(*, released: bool) -> Iterator[None]:
-    """Our checkpointing fix on, or bitsandbytes' own forward where the fix is off."""
-    release_int8_activations()
-    function = bnb.autograd._functions.MatMul8bitLt
-    if released:
-        yield
-    else:
-        with mock.patch.object(function, "forward", staticmethod(function.forward.__wrapped__)):
-            yield
-
-
 @dataclass(frozen=True)
 class Simulated:
     static_bytes: int
@@ -368,7 +281,7 @@ def simulate_training_step(settings: PlanSettings) -> Simulated:
     for tensor in kept:
         tracker.track(tensor)
     static = tracker.live_bytes
-    with _int8_inputs(released=settings.int8_inputs_released), _on_meta(settings.attention, autocast), tracker:
+    with int8_inputs(released=settings.int8_inputs_released), _on_meta(settings.attention, autocast), tracker:
         _forward_backward(model, settings, autocast)
     del model, kept
     gc.collect()
