@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from core.errors import UserError
 from core.log import configure_logging, console, log
 from schemas.compose import command_line, register_search_path, run_config_names, to_values
-from schemas.run import ConfigError, RunConfig, load_run_config
+from schemas.run import ConfigError, RunConfig
 
 
 @hydra.main(config_path="cfgs", config_name="train", version_base="1.3")
@@ -40,6 +40,13 @@ def compose(composed: DictConfig) -> None:
 _composed: list[dict[str, Any]] = []
 
 
+def _train_all(composed: list[dict[str, Any]]) -> None:
+    from trainers.preflight import load_for_this_machine
+
+    for config, values in [(load_for_this_machine(values), values) for values in composed]:
+        train_teacher(config, values)
+
+
 def train_teacher(config: RunConfig, values: dict[str, Any]) -> None:
     """Build the parts of the run and train: cheap checks first, weights last."""
     from trainers.preflight import check_hardware_and_plan
@@ -48,7 +55,7 @@ def train_teacher(config: RunConfig, values: dict[str, Any]) -> None:
 
     # Imported only now: TRL and vLLM take ten seconds, and most mistakes are found without them.
     from trainers.build import build_trainer, check_before_loading
-    from trainers.summary import summarise, summary_table
+    from trainers.summary import memory_by_phase, memory_table, summarise, summary_table
 
     prepared = check_before_loading(config, values, plan, device)
     trainer = build_trainer(prepared)
@@ -58,7 +65,8 @@ def train_teacher(config: RunConfig, values: dict[str, Any]) -> None:
     finally:
         trainer.close()
         shutil.rmtree(prepared.export_folder, ignore_errors=True)
-    console.print(summary_table(summarise(prepared.folder.path)))
+    summary = summarise(prepared.folder.path, memory_by_phase(plan, trainer.host))
+    console.print(summary_table(summary), memory_table(summary))
     log.info("adapter, metrics and completions are in %s", prepared.folder.path)
 
 
@@ -69,8 +77,8 @@ def main() -> int:
     sys.argv[1:] = command_line(sys.argv[1:])
     try:
         compose()
-        for config, values in [(load_run_config(values), values) for values in _composed]:
-            train_teacher(config, values)
+        if _composed:
+            _train_all(_composed)
     except (ConfigError, UserError) as error:
         return _refuse("this run cannot start", str(error))
     except (HydraException, OmegaConfBaseException) as error:

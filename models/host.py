@@ -58,6 +58,7 @@ class ModelHost:
         self.use: dict[Phase, PhaseUse] = {phase: PhaseUse() for phase in Phase}
         self._engine: SleepingEngine | None = None
         self._open_phases: list[Phase] = []
+        self._recent_peak = PhaseUse()
         self._last_mark_s = time.perf_counter()
         args = config.model_args
         with self.phase(Phase.LOAD):
@@ -139,11 +140,18 @@ class ModelHost:
             else:
                 allocated = reserved = psutil.Process().memory_info().rss
             use.seconds += now_s - self._last_mark_s
-            use.peak_allocated_bytes = max(use.peak_allocated_bytes, allocated)
-            use.peak_reserved_bytes = max(use.peak_reserved_bytes, reserved)
+            for seen in (use, self._recent_peak):
+                seen.peak_allocated_bytes = max(seen.peak_allocated_bytes, allocated)
+                seen.peak_reserved_bytes = max(seen.peak_reserved_bytes, reserved)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._last_mark_s = now_s
+
+    def take_recent_peak(self) -> PhaseUse:
+        """The peaks over all phases since the last call."""
+        self._close_interval()
+        recent, self._recent_peak = self._recent_peak, PhaseUse()
+        return recent
 
     def checkpoint_use(self) -> dict[Phase, PhaseUse]:
         """A copy of what each phase took so far, the open interval included."""

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -25,6 +26,13 @@ def pick_device(device_map: str | None) -> torch.device:
     if device_map in (None, "auto"):
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     return torch.device(device_map)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that the driver reports for a GPU; this machine's RAM for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
 
 
 def resolve_model_path(name_or_path: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from core.errors import UserError
 from trainers.run_folder import METRICS_FILE, SUMMARY_FILE, open_run_folder, publish_checkpoint, write_summary
-from trainers.summary import summarise, summary_table
+from trainers.summary import memory_table, summarise, summary_table
 
 VALUES = {"learning_rate": 1e-3, "resume": "auto"}
 
@@ -98,9 +98,11 @@ def test_the_summary_compares_first_and_last_steps_and_evaluations(tmp_path):
     lines += [{"step": s, "reward": -float(20 - s), "sampling/logp_difference": 0.01} for s in range(1, 21)]
     lines += [{"step": 20, "eval_reward": -1.0, "eval_solution_log_prob": -0.5, "eval_share/honest": 1.0}]
     (tmp_path / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    summary = summarise(tmp_path)
+    memory = {"measured": "RSS", "phases": {"train": {"predicted_gb": 1.0, "measured_gb": 2.0}}}
+    summary = summarise(tmp_path, memory)
     assert summary["reward"] == {"before": -17.0, "after": -2.0}
     assert summary["eval_solution_log_prob"] == {"before": -2.0, "after": -0.5}
     assert summary["eval_share/leak"] == {"before": 0.5, "after": 0.0}
     assert json.loads((tmp_path / SUMMARY_FILE).read_text()) == summary
     assert summary_table(summary).row_count == 5
+    assert memory_table(summary).row_count == 1

@@ -81,6 +81,7 @@ def test_every_reward_term_time_and_memory_is_logged(finished):
         *(f"rlt/{t}" for t in ("answer_log_prob_mean", "answer_log_prob_min", "reasoning_kl_mean", "match_reward")),
         *(f"time/{p}_s" for p in ("generate", "sync", "score", "train")),
         *(f"tokens_per_s/{p}" for p in ("generate", "score", "train")),
+        *(f"memory/{p}_predicted_gb" for p in ("load", "generate", "score", "train")),
         *(f"memory/{p}_rss_gb" for p in ("load", "generate", "score", "train")),
     }
     assert expected <= step.keys()

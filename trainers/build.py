@@ -1,5 +1,6 @@
 """From a validated configuration to a trainer: the checks that cost little, then everything that is loaded."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,11 @@ from data.dataset import prepare_datasets
 from data.formats import PromptFormat, encode
 from generation import Canary, Generator, SamplingSettings, make_generator
 from models.host import ModelHost
-from models.load import load_tokenizer, resolve_model_path
+from models.load import load_tokenizer, memory_of, resolve_model_path
 from planner.plan import MemoryPlan
 from rewards.rollout import RolloutScorer
 from schemas.run import RunConfig
-from trainers.callbacks import ConsoleProgress, MetricsFile
+from trainers.callbacks import ConsoleProgress, MemoryWatch, MetricsFile
 from trainers.grpo_args import build_grpo_args
 from trainers.run_folder import RunFolder, open_run_folder
 from trainers.teacher_grpo import TeacherGRPOTrainer
@@ -113,15 +114,25 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
         config=config,
         args=build_grpo_args(config, use_cpu=run.device.type == "cpu", resuming=run.folder.checkpoint is not None),
         host=host,
+        plan=run.plan,
         generator=generator,
         canary=_make_canary(run, host, generator) if generator is not None else None,
         scorer=scorer,
         train_dataset=run.train_dataset,
         eval_dataset=run.eval_dataset,
         tokenizer=run.tokenizer,
-        callbacks=[MetricsFile(run.folder.metrics_file), progress],
+        callbacks=[MetricsFile(run.folder.metrics_file), progress, _memory_watch(run, host)],
         classify_explanation=_classifier(config),
         on_progress=progress.phase,
+    )
+
+
+def _memory_watch(run: PreparedRun, host: ModelHost) -> MemoryWatch:
+    return MemoryWatch(
+        host,
+        limit_bytes=memory_of(run.device),
+        max_steps=run.config.grpo.max_steps if run.config.grpo.max_steps > 0 else sys.maxsize,
+        max_warnings=run.config.max_growth_warnings,
     )
 
 

@@ -11,7 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from core.log import console, log
 from core.units import format_duration
-from models.host import REFERENCE_ADAPTER
+from models.host import REFERENCE_ADAPTER, ModelHost
+from planner.watchdog import GrowthWatchdog
 
 
 class MetricsFile(TrainerCallback):
@@ -50,6 +51,22 @@ def mix_into_reference(model: PeftModel, alpha: float) -> None:
         if f".{REFERENCE_ADAPTER}." in name:
             policy = parameters[name.replace(f".{REFERENCE_ADAPTER}.", ".default.")]
             reference.data.lerp_(policy.data, alpha)
+
+
+class MemoryWatch(TrainerCallback):
+    """Feeds each step's peak to the growth watchdog and passes its warning on."""
+
+    def __init__(self, host: ModelHost, *, limit_bytes: int, max_steps: int, max_warnings: int) -> None:
+        self.host = host
+        self.watchdog = GrowthWatchdog(limit_bytes=limit_bytes, max_steps=max_steps, max_warnings=max_warnings)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        peak = self.host.take_recent_peak()
+        found = self.watchdog.observe(
+            state.global_step, allocated_bytes=peak.peak_allocated_bytes, reserved_bytes=peak.peak_reserved_bytes
+        )
+        if found is not None:
+            log.warning("%s", found.message)
 
 
 class ConsoleProgress(TrainerCallback):

@@ -1,16 +1,29 @@
 """What is checked before anything is downloaded or loaded: the hardware, and the memory plan against it."""
 
-import psutil
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from core.errors import UserError
 from core.units import format_gb
-from models.load import pick_device
+from models.load import memory_of, pick_device
+from planner.fit import resolve_auto
 from planner.plan import MemoryPlan, plan_run
-from schemas.run import RunConfig
+from schemas.run import RunConfig, load_run_config
 
 MAX_CPU_AUTO_BYTES = 4_000_000_000
 """`device_map: auto` falls back to the CPU only for runs that plan to stay below this: a 7B run there takes months."""
+
+
+def load_for_this_machine(values: Mapping[str, Any]) -> RunConfig:
+    """Validate composed values, with `auto` resolved for the card of this machine.
+
+    Raises:
+        ConfigError: see `load_run_config`.
+    """
+    gpu_bytes = memory_of(torch.device("cuda:0")) if torch.cuda.is_available() else None
+    return load_run_config(resolve_auto(values, gpu_bytes))
 
 
 def check_hardware_and_plan(config: RunConfig) -> tuple[MemoryPlan, torch.device]:
@@ -26,7 +39,7 @@ def check_hardware_and_plan(config: RunConfig) -> tuple[MemoryPlan, torch.device
             expected="an NVIDIA GPU, its driver and a CUDA build of torch",
             remedy="nvidia-smi shows the driver; without a GPU run ./launch_mono.sh (the embedded model, on the CPU)",
         )
-    gpu_bytes = _card_bytes(config, device)
+    gpu_bytes = int(config.gpu_gb * 1e9) if config.gpu_gb is not None else memory_of(device)
     plan = plan_run(config, gpu_bytes, allow_download=device.type == "cuda")
     planned = f"{config.run_name} plans for {format_gb(plan.max_bytes)} ({plan.binding_phase} phase)"
     if device.type == "cpu":
@@ -46,12 +59,3 @@ def check_hardware_and_plan(config: RunConfig) -> tuple[MemoryPlan, torch.device
             "allow_oversubscription=true starts all the same",
         )
     return plan, device
-
-
-def _card_bytes(config: RunConfig, device: torch.device) -> int:
-    """Memory to plan for: `gpu_gb` if set, else what the driver reports, else this machine's RAM."""
-    if config.gpu_gb is not None:
-        return int(config.gpu_gb * 1e9)
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total

@@ -7,6 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
+from core.units import gb
+from models.host import ModelHost
+from planner.plan import MemoryPlan
 from trainers.run_folder import METRICS_FILE, write_summary
 
 _WINDOW = 5
@@ -18,7 +21,19 @@ _EVAL_ROWS = {
 }
 
 
-def summarise(run_dir: Path) -> dict[str, Any]:
+def memory_by_phase(plan: MemoryPlan, host: ModelHost) -> dict[str, Any]:
+    """Predicted and measured peak of each phase in decimal GB; on a CPU the measured one is the process's RSS."""
+    return {
+        "measured": "reserved on the GPU" if host.device.type == "cuda" else "RSS of the process (no GPU)",
+        "phases": {
+            str(phase): {"predicted_gb": gb(plan.peak_bytes(phase)), "measured_gb": gb(use.peak_reserved_bytes)}
+            for phase, use in host.checkpoint_use().items()
+            if use.peak_reserved_bytes
+        },
+    }
+
+
+def summarise(run_dir: Path, memory: dict[str, Any]) -> dict[str, Any]:
     """Read `metrics.jsonl`, write `summary.json`, return it.
 
     Training figures are means of the first and the last five logged steps (fewer in a short run); held-out ones are
@@ -39,18 +54,31 @@ def summarise(run_dir: Path) -> dict[str, Any]:
         kinds = {k for line in (evaluations[0], evaluations[-1]) for k in line if k.startswith("eval_share/")}
         for key in [*keys, *sorted(kinds)]:
             summary[key] = {"before": evaluations[0].get(key, 0.0), "after": evaluations[-1].get(key, 0.0)}
+    summary["memory"] = memory
     write_summary(run_dir, summary)
     return summary
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    table = Table(title=f"after {summary['steps']} steps", title_justify="left")
+    table = Table(title=f"after {summary['steps']} steps", title_justify="left", caption_justify="left")
+    if summary["logp_difference"] is not None:
+        table.caption = f"generator and trainer: {summary['logp_difference']:.4f} nats a token apart"
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
     names = {"reward": "reward (first and last steps)", **_EVAL_ROWS}
     for key, value in summary.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and "before" in value:
             name = names.get(key, key.replace("eval_share/", "explanations: "))
             before, after = value["before"], value["after"]
             table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+    return table
+
+
+def memory_table(summary: dict[str, Any]) -> Table:
+    memory = summary["memory"]
+    table = Table(title="peak memory, GB", title_justify="left")
+    for column in ("phase", "predicted for a GPU", memory["measured"]):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for phase, peak in memory["phases"].items():
+        table.add_row(phase, f"{peak['predicted_gb']:.2f}", f"{peak['measured_gb']:.2f}")
     return table

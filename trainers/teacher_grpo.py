@@ -26,9 +26,11 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from core.types import Completion, Phase
+from core.units import gb
 from generation.base import Generator
 from generation.canary import Canary
 from models.host import REFERENCE_ADAPTER, ModelHost
+from planner.plan import MemoryPlan
 from rewards import EXTRA_REWARDS, RolloutScorer
 from rewards.format import is_well_formed
 from schemas.run import RunConfig
@@ -57,6 +59,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
         config: the run.
         args: TRL's arguments (`build_grpo_args(config)`).
         host: owns teacher, student, reference and the engine's sleep.
+        plan: the memory plan that the run is held to; logged beside what is measured.
         generator: samples explanations; None with `use_vllm_server` (TRL's client then does).
         canary: compares generator and trainer after every swap and wake-up; None without a generator.
         scorer: the RLT reward of sampled token ids.
@@ -70,6 +73,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
         config: RunConfig,
         args: GRPOConfig,
         host: ModelHost,
+        plan: MemoryPlan,
         generator: Generator | None,
         canary: Canary | None,
         scorer: RolloutScorer,
@@ -80,7 +84,8 @@ class TeacherGRPOTrainer(GRPOTrainer):
         classify_explanation: Callable[[str, str, str], str] | None = None,
         on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> None:
-        self.config, self.host, self.generator, self.canary, self.scorer = config, host, generator, canary, scorer
+        self.config, self.host, self.plan = config, host, plan
+        self.generator, self.canary, self.scorer = generator, canary, scorer
         self._classify_explanation, self._on_progress = classify_explanation, on_progress
         self._synced_step = self._evaluated_step = -1
         self._sampled: list[Completion] = []
@@ -245,7 +250,7 @@ class TeacherGRPOTrainer(GRPOTrainer):
         }
         self._evaluated_step = self.state.global_step
         Trainer.log(self, dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _explanation_shares(self, rows: dict[str, list[str]], explanations: Sequence[str]) -> dict[str, float]:
@@ -269,15 +274,18 @@ class TeacherGRPOTrainer(GRPOTrainer):
         super().log(logs, start_time)
 
     def _phase_metrics(self) -> dict[str, float]:
-        """Seconds of each phase since the last log, peak memory so far, and tokens/s of generation and training."""
+        """Seconds of each phase since the last log, peak memory so far beside the plan's, and tokens/s.
+
+        On a CPU the measured memory is this process's resident set (`rss`), and the plan's stays that of a GPU.
+        """
         use, before = self.host.checkpoint_use(), self._reported_use
         self._reported_use = use
         seconds = {phase: use[phase].seconds - before[phase].seconds for phase in use}
         metrics = {f"time/{phase}_s": seconds[phase] for phase in use if seconds[phase] > 0}
         kind = "reserved" if self.host.device.type == "cuda" else "rss"
-        metrics |= {
-            f"memory/{p}_{kind}_gb": u.peak_reserved_bytes / 1e9 for p, u in use.items() if u.peak_reserved_bytes
-        }
+        for phase in (p for p in use if use[p].peak_reserved_bytes):
+            metrics[f"memory/{phase}_{kind}_gb"] = gb(use[phase].peak_reserved_bytes)
+            metrics[f"memory/{phase}_predicted_gb"] = gb(self.plan.peak_bytes(phase))
         sampled_tokens = sum(len(c.token_ids) for c in self._sampled)
         if sampled_tokens and self.args.logging_steps == 1:
             for phase in (Phase.GENERATE, Phase.SCORE, Phase.TRAIN):

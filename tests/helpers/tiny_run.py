@@ -7,9 +7,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from models.tiny import build_tokenizer
 from schemas.compose import compose_run_config
-from schemas.run import load_run_config
 from trainers.build import build_trainer, check_before_loading
-from trainers.preflight import check_hardware_and_plan
+from trainers.preflight import check_hardware_and_plan, load_for_this_machine
 from trainers.teacher_grpo import TeacherGRPOTrainer
 
 SMALL = (
@@ -49,5 +48,5 @@ def make_trainer(model: Path, output_dir: Path, *overrides: str) -> TeacherGRPOT
     """A trainer as `train.py` builds it."""
     words = [f"model_name_or_path={model}", f"student_model={model}", f"output_dir={output_dir}", *SMALL, *overrides]
     values = compose_run_config("teacher_rlt_tiny", words)
-    config = load_run_config(values)
+    config = load_for_this_machine(values)
     return build_trainer(check_before_loading(config, values, *check_hardware_and_plan(config)))
