@@ -16,9 +16,7 @@ from transformers import (
 from core.errors import UserError
 from models.int8_checkpointing import release_int8_activations
 from models.tiny import ensure_tiny_model
-from schemas.model import ModelArgs
-
-EMBEDDED_MODEL = "tiny"
+from schemas.model import EMBEDDED_MODEL, ModelArgs
 
 
 def pick_device(device_map: str | None) -> torch.device:

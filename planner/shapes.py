@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from schemas.model import EMBEDDED_MODEL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ def load_shape(name_or_path: str, *, allow_download: bool = False) -> ModelShape
         UserError: nothing of that name is at hand, or it is not a dense decoder.
     """
     folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() and name_or_path != EMBEDDED_MODEL:
         return _shape_from_folder(name_or_path, folder)
     if (known := known_shapes().get(name_or_path.lower())) is not None:
         return known

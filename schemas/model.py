@@ -5,6 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+EMBEDDED_MODEL = "tiny"
+"""The model name that stands for the embedded model, made locally on first use."""
+
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
