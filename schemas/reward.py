@@ -41,7 +41,7 @@ class RewardConfig:
     teacher_logprobs: Literal["sampler", "forward"] = "sampler"
     """Teacher log-probs of the explanation: those the sampler returned (free), or one more forward of the trainer."""
     extra_rewards: list[Literal["format", "correctness"]] = field(default_factory=list)
-    """More reward functions (0 or 1 each) that TRL adds to the RLT reward, weighted by its `reward_weights` [rlt, ...]."""
+    """More reward functions (0 or 1 each) that TRL adds to the RLT reward, weighted by `reward_weights` [rlt, ...]."""
 
     def __post_init__(self) -> None:
         for coeff_name, reduction_name in (

@@ -18,6 +18,7 @@ from schemas.compose import (
     to_hydra_overrides,
     to_values,
 )
+from schemas.document import PAGE, page
 from schemas.run import _DERIVED_TRL_FIELDS, ConfigError, load_run_config, own_field_names
 from schemas.trl_fields import trl_fields
 from trainers.grpo_args import build_grpo_args
@@ -221,3 +222,7 @@ def test_a_run_that_needs_a_gpu_says_what_it_plans_for(tmp_path):
     done = run_train(f"--config-name={MONO}", cwd=tmp_path)
     assert done.returncode == 2
     assert "no CUDA device" in done.stdout and " GB (" in done.stdout and "./launch_mono.sh" in done.stdout
+
+
+def test_the_page_of_settings_is_current():
+    assert PAGE.read_text() == page(), "python -m schemas.document"

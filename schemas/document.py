@@ -1,0 +1,60 @@
+"""docs/configuration.md from the schemas: `python -m schemas.document [--check]`."""
+
+import ast
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "configuration.md"
+_MODULES = ("model", "data", "generation", "reward", "trainer", "optimization")
+_HEAD = """# Settings
+
+Written by `python -m schemas.document` from `schemas/`; the field is the one place where a setting is declared. All are
+flat on the command line (`key=value`), those of the section `model_args` as `model_args.key=value`. Every field of TRL's
+[GRPOConfig](https://huggingface.co/docs/trl/grpo_trainer) is a setting too; `cfgs/trainer_cfg/grpo.yaml` names those
+whose default differs from the published run.
+"""
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    sections = [_HEAD]
+    for module in _MODULES:
+        path = ROOT / "schemas" / f"{module}.py"
+        if path.exists():
+            tree = ast.parse(path.read_text())
+            sections += [_section(node) for node in tree.body if isinstance(node, ast.ClassDef) and _fields(node)]
+    return "\n".join(sections)
+
+
+def _section(node: ast.ClassDef) -> str:
+    title = "model_args.*" if node.name == "ModelArgs" else node.name
+    rows = [f"| `{name}` | `{kind}` | {default} | {text} |" for name, kind, default, text in _fields(node)]
+    head = "| setting | type | default | meaning |\n|---|---|---|---|"
+    return "\n".join([f"## {title}", "", ast.get_docstring(node) or "", "", head, *rows, ""])
+
+
+def _fields(node: ast.ClassDef) -> list[tuple[str, str, str, str]]:
+    """(name, type, default, explanation) of the annotated fields that have an explanation below them."""
+    found = []
+    for field, below in zip(node.body, node.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            assert isinstance(field.target, ast.Name)
+            default = "required" if field.value is None else f"`{_default(field.value)}`"
+            text = " ".join(str(below.value.value).split()).replace("|", "\\|")
+            found.append((field.target.id, ast.unparse(field.annotation).replace("|", "\\|"), default, text))
+    return found
+
+
+def _default(value: ast.expr) -> str:
+    """The value itself; for `field(default_factory=...)` what the factory makes."""
+    if isinstance(value, ast.Call):
+        factory = next(kw.value for kw in value.keywords if kw.arg == "default_factory")
+        return ast.unparse(factory.body if isinstance(factory, ast.Lambda) else factory)
+    return ast.unparse(value)
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv[1:]:
+        sys.exit(0 if PAGE.exists() and PAGE.read_text() == page() else f"{PAGE} is stale: python -m schemas.document")
+    PAGE.write_text(page())
