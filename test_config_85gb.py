@@ -43,6 +43,7 @@ from planner.readiness import (
     check_disk,
     check_generator,
     check_gpu,
+    check_host_ram,
     check_loggers,
     check_models,
     check_packages,
@@ -179,7 +180,7 @@ def main(words: list[str] | None = None) -> int:
     if plans:
         asked = next((p for p in plans if p.name == arguments.config_name), plans[0])
         checks += [check_generator(asked.config), *check_gpu(gpu, asked.plan), check_disk(asked.values, asked.plan)]
-        checks += [*check_models(asked.config), check_loggers(asked.config)]
+        checks += [check_host_ram(asked.plan), *check_models(asked.config), check_loggers(asked.config)]
     console.print()
     show_checks(checks)
     ready = all(check.status != "failure" for check in checks)

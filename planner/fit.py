@@ -19,8 +19,8 @@ from planner.shapes import known_shapes
 from schemas.run import ConfigError, load_run_config
 
 AUTO = "auto"
-# Cards of run configurations whose name does not say one.
-_OTHER_CARDS_GB = {"teacher_rlt_mono_basic": 40.0, "teacher_rlt_tiny": 8.0}
+# Cards of run configurations whose name does not say one, by the start of the name.
+_OTHER_CARDS_GB = {"teacher_rlt_mono_basic": 40.0, "teacher_rlt_tiny": 8.0, "": 85.0}
 _CONTEXT_STEP = 256
 _FAMILY = "Qwen/Qwen2.5-{}-Instruct"
 _WORTH_BYTES = 1e8
@@ -51,7 +51,9 @@ def resolve_auto(values: Mapping[str, Any], gpu_bytes: int | None) -> dict[str, 
 def card_gb(run_name: str) -> float:
     """Decimal GB of the card that a run configuration is named after: 85 for teacher_rlt_mono_85gb_aggressive."""
     match = re.search(r"_(\d+)gb", run_name)
-    return float(match[1]) if match else _OTHER_CARDS_GB.get(run_name, 85.0)
+    if match is not None:
+        return float(match[1])
+    return next(card for start, card in _OTHER_CARDS_GB.items() if run_name.startswith(start))
 
 
 def divisors(number: int) -> list[int]:

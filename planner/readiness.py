@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 from packaging.requirements import Requirement
 
 from core.units import format_gb
@@ -168,6 +169,19 @@ def check_disk(values: Mapping[str, Any], plan: MemoryPlan) -> Check:
             remedy="set output_dir to a larger disk, or save_total_limit=1",
         )
     return Check(name="disk", status="ok", detail=f"{format_gb(free)} free, the run writes about {format_gb(needed)}")
+
+
+def check_host_ram(plan: MemoryPlan) -> Check:
+    """vLLM keeps its sleeping weights in pinned host memory."""
+    free = psutil.virtual_memory().available
+    if free < plan.host_bytes:
+        return Check(
+            name="host RAM",
+            status="warning",
+            detail=f"{format_gb(free)} free, the generator's sleeping weights need {format_gb(plan.host_bytes)}",
+            remedy="close other programs, or set generator=transformers",
+        )
+    return Check(name="host RAM", status="ok", detail=f"{format_gb(free)} free, {format_gb(plan.host_bytes)} needed")
 
 
 def check_models(config: RunConfig) -> Iterator[Check]:

@@ -28,7 +28,7 @@ def table() -> str:
     lines += [_row(_cells(name)) for name in sorted(run_config_names(), key=card_gb)]
     phases = " / ".join(phase.value for phase in _SHOWN_PHASES)
     note = (
-        "All figures are predicted GB, none is measured. Card: the one it is made for, and the peak there. Larger cards: "
+        "All figures are predicted GB, none is measured. Card: its own, and the peak there. Larger cards: "
         f"{phases}, the highest in **bold**; the KV cache grows with the card up to what the batch needs. "
         "Batch: completions per step, per prompt, per micro-batch. Context: prompt + completion."
     )
