@@ -29,6 +29,9 @@ TrainerLogprobs = Callable[[Sequence[Sequence[int]], bool], list[list[float]]]
 Vector = NDArray[np.float64]
 
 _NUM_STANDARD_ERRORS = 5.0
+# A stop needs a generator within a quarter of the way from the suspected state, and surely short of three quarters: the
+# noise of LLM.int8 is not Gaussian (outlier columns come and go with the batch), and a false alarm costs a run.
+_STALE_BELOW = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +115,7 @@ class Canary:
     def _refuse(self, state: str, now: _Check, suspect: Vector, offset: Vector | float) -> bool:
         """Raise if the generator is in the suspected state; True if it provably is not, False if one cannot tell."""
         position, error = _position(now, suspect, offset)
-        if position < 0.5 and position + error < 1.0:
+        if position < _STALE_BELOW and position + error < 1 - _STALE_BELOW:
             raise CanaryError(
                 f"the generator ({self._generator.name}) serves {state}: its probe log-probs went {position:.2f} +- "
                 f"{error:.2f} of the way from there to the trainer's (1 expected; mean difference "

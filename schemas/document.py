@@ -9,10 +9,10 @@ PAGE = ROOT / "docs" / "configuration.md"
 _MODULES = ("model", "data", "generation", "reward", "trainer", "optimization")
 _HEAD = """# Settings
 
-Written by `python -m schemas.document` from `schemas/`; the field is the one place where a setting is declared. All are
-flat on the command line (`key=value`), those of the section `model_args` as `model_args.key=value`. Every field of TRL's
-[GRPOConfig](https://huggingface.co/docs/trl/grpo_trainer) is a setting too; `cfgs/trainer_cfg/grpo.yaml` names those
-whose default differs from the published run.
+Written by `python -m schemas.document` from `schemas/`; the field is the one place where a setting is declared. All
+are flat on the command line (`key=value`), those of the section `model_args` as `model_args.key=value`. Every field of
+TRL's [GRPOConfig](https://huggingface.co/docs/trl/grpo_trainer) is a setting too; `cfgs/trainer_cfg/grpo.yaml` names
+those whose default differs from the published run.
 """
 
 

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from schemas.data import DataConfig
 from schemas.generation import GenerationConfig
 from schemas.model import ModelArgs, ModelConfig
+from schemas.optimization import OptimizationConfig
 from schemas.reward import RewardConfig
 from schemas.trainer import TrainerConfig
 from schemas.trl_fields import grpo_args_model, trl_fields
@@ -36,7 +37,7 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(ModelConfig, DataConfig, GenerationConfig, RewardConfig, TrainerConfig):
+class RunConfig(ModelConfig, DataConfig, GenerationConfig, RewardConfig, TrainerConfig, OptimizationConfig):
     """One run. Components take the base class that they need, e.g. `RLTReward(config: RewardConfig)`."""
 
     __pydantic_config__ = {"extra": "forbid"}

@@ -1,0 +1,39 @@
+"""Knobs of what makes a run faster, smaller or sturdier; `optimization/README.md` says what each is worth.
+
+Optimizer, learning rate and gradient checkpointing are TRL's (`optim`, `learning_rate`, `gradient_checkpointing`).
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from schemas.model import PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    allow_tf32: bool = False
+    """Float32 matrix products on the GPU in TF32 (10 bits of mantissa); products in 16 bits are not touched."""
+    sdpa_backend: Literal["auto", "cudnn", "flash", "efficient"] = "auto"
+    """Kernel that torch's scaled-dot-product attention tries first on a GPU; the others stay as fall-backs."""
+    use_flash_attention: bool = False
+    """Replace `sdpa` by Flash Attention 3 or 2 where the package and the card are there: padding is then not computed."""
+    expandable_segments: bool = False
+    """Let the trainer's allocator grow its segments: less memory lost between tensors of varying sizes."""
+    offload_checkpoints: bool = False
+    """Keep the layer inputs that gradient checkpointing saves in pinned host memory, copied beside the computation."""
+    mlp_tile_tokens: PositiveInt | None = None
+    """Run the MLPs on this many tokens at a time; their wide activations then exist for one tile only."""
+    preallocate_memory: bool = False
+    """Take the planned peak from the card before anything is loaded: a card that is too full fails in the first second."""
+    use_fp8: bool = False
+    """On a card with fp8: KV cache and an unquantised generator in fp8, and frozen models of their own scored in fp8."""
+    compile_models: bool = False
+    """torch.compile for the forward of a student and a reference of their own (GPU; takes a minute once)."""
+    recover_from_nan: bool = False
+    """Get past non-finite losses, gradients and rewards: skip the step, then lower the rate, then roll back."""
+    max_recoveries: PositiveInt = 8
+    """Bad steps after which a run with `recover_from_nan` stops all the same."""
+    lr_backoff: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Factor of the learning rate at each backing off."""

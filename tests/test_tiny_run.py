@@ -1,0 +1,78 @@
+"""The embedded run from end to end, as a newcomer starts it."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from schemas.compose import CONFIG_ROOT
+
+pytestmark = pytest.mark.slow
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+ROOT = CONFIG_ROOT.parent
+
+
+def train(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "train.py"), "--config-name=teacher_rlt_tiny", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900)
+
+
+def assert_learned(summary: dict) -> None:
+    assert summary["reward"]["after"] - summary["reward"]["before"] >= 0.6
+    likelihood = summary["eval_solution_log_prob"]
+    assert likelihood["after"] - likelihood["before"] >= 0.35
+    assert summary["eval_format_rate"]["after"] >= 0.95
+    assert summary["eval_explanation_tokens"]["after"] >= 10
+
+
+def test_the_default_run_learns_and_generator_and_trainer_agree(tmp_path):
+    done = train(tmp_path, "seed=5")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    summary = json.loads((tmp_path / "results/teacher_rlt_tiny/summary.json").read_text())
+    assert_learned(summary)
+    assert summary["logp_difference"] < 0.05
+    assert "explanations: honest" in done.stdout and "change" in done.stdout
+    assert not (tmp_path / "results/teacher_rlt_tiny/generator_base").exists()
+
+
+def test_a_ten_line_file_of_ones_own_trains(tmp_path):
+    rows = [{"question": f"What is {i} times three?", "solution": f"It is {3 * i}."} for i in range(10)]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = train(tmp_path, "dataset_id_or_path=my.jsonl", "max_steps=2")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = (tmp_path / "results/teacher_rlt_tiny/metrics.jsonl").read_text().splitlines()
+    assert sum("loss" in json.loads(line) for line in lines) == 2
+
+
+_SKIP_THE_THIRD_SWAP = """
+import sys
+from generation.vllm_engine import VLLMGenerator
+from tests.helpers.tiny_run import make_trainer
+
+swap, calls = VLLMGenerator.sync_adapter, []
+
+def swap_unless_third(self, model):
+    calls.append(model)
+    if len(calls) != 3:
+        swap(self, model)
+
+VLLMGenerator.sync_adapter = swap_unless_third
+trainer = make_trainer(
+    "tiny", sys.argv[1], "generator=vllm", "train_batch_size=32", "num_generations=8", "max_completion_length=48",
+    "max_steps=6", "eval_strategy=no", "canary_tolerance=0.15",
+)
+trainer.train()
+"""
+
+
+@needs_vllm
+def test_a_swap_that_does_not_happen_stops_the_run(tmp_path):
+    command = [sys.executable, "-c", _SKIP_THE_THIRD_SWAP, str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1
+    assert "CanaryError" in done.stderr and "earlier" in done.stderr
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
