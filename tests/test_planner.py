@@ -327,3 +327,14 @@ def test_every_built_in_shape_can_be_planned(values: dict) -> None:
     for shape in known_shapes().values():
         memory_plan = plan(replace(settings, teacher=shape, student=None))
         assert all(memory_plan.peak_bytes(phase) > 0 for phase in Phase)
+
+
+def test_readme_has_the_present_table() -> None:
+    assert main(["--check"]) == 0, "run python -m planner.readme_table"
+
+
+def test_the_embedded_model_has_the_built_in_shape() -> None:
+    from models.tiny import _model_config, build_tokenizer
+
+    config = _model_config(build_tokenizer()).to_dict()
+    assert replace(shape_from_config("tiny", config), name="tiny") == load_shape("tiny")
