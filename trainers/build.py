@@ -23,6 +23,7 @@ from rewards.rollout import RolloutScorer
 from schemas.run import RunConfig
 from trainers.callbacks import ConsoleProgress, MemoryWatch, MetricsFile
 from trainers.grpo_args import build_grpo_args
+from trainers.loggers import prepare_loggers
 from trainers.run_folder import RunFolder, open_run_folder
 from trainers.teacher_grpo import TeacherGRPOTrainer
 
@@ -62,6 +63,7 @@ def check_before_loading(
     Raises:
         UserError, ConfigError: the run cannot work; no model was loaded and the run folder was not touched.
     """
+    prepare_loggers(config.grpo.report_to, Path(config.grpo.output_dir))
     build_grpo_args(config, use_cpu=device.type == "cpu")
     tokenizer = load_tokenizer(config.model_name_or_path, config.model_args)
     student_tokenizer = None

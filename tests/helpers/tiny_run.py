@@ -19,7 +19,6 @@ SMALL = (
     "max_completion_length=8",
     "num_eval_prompts=4",
     "canary_tolerance=0.5",
-    "report_to=none",
 )
 
 
