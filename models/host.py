@@ -119,6 +119,8 @@ class ModelHost:
         self._open_phases.append(phase)
         try:
             if wakes_engine:
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()  # vLLM maps its memory anew, and cannot use what the trainer only caches
                 self._engine.wake()  # type: ignore[union-attr]
             yield
         finally:

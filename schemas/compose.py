@@ -80,7 +80,13 @@ def command_line(words: Sequence[str]) -> list[str]:
     names = [words[i + 1] for i, word in enumerate(words[:-1]) if word in ("--config-name", "-cn")]
     names += [word.partition("=")[2] for word in words if word.startswith("--config-name=")]
     name = names[-1].removesuffix(".yaml").rpartition("/")[2] if names else "train"
-    return to_hydra_overrides([*words, *([] if _sets_run_name(words) else [f"run_name={name}"])])
+    words = [*words, *([] if _sets_run_name(words) else [f"run_name={name}"])]
+    # Hydra's parser wants the overrides in one piece; people write them before and after the options.
+    return to_hydra_overrides(sorted(words, key=_is_override))
+
+
+def _is_override(word: str) -> bool:
+    return word.startswith(("~", "+")) or ("=" in word and not word.startswith("-"))
 
 
 def _sets_run_name(words: Sequence[str]) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from schemas.compose import (
@@ -19,8 +20,8 @@ from schemas.compose import (
     to_values,
 )
 from schemas.document import PAGE, page
-from schemas.run import _DERIVED_TRL_FIELDS, ConfigError, load_run_config, own_field_names
-from schemas.trl_fields import trl_fields
+from schemas.run import METHODS, ConfigError, load_run_config
+from schemas.trl_fields import argument_fields
 from trainers.grpo_args import build_grpo_args
 
 ROOT = CONFIG_ROOT.parent
@@ -98,20 +99,24 @@ def test_grpo_settings_are_those_of_the_published_run():
     assert {key: getattr(grpo, key) for key in published} == published
 
 
-def test_parsed_trl_fields_are_those_of_the_imported_dataclass():
-    fields = {field.name: field for field in dataclasses.fields(GRPOConfig) if field.init}
-    assert set(trl_fields()) >= set(fields)
-    for name, (kind, default) in trl_fields().items():
+@pytest.mark.parametrize("arguments_class", [GRPOConfig, TrainingArguments])
+def test_parsed_fields_are_those_of_the_imported_dataclass(arguments_class):
+    fields = {field.name: field for field in dataclasses.fields(arguments_class) if field.init}
+    parsed = argument_fields(arguments_class.__name__)
+    assert set(parsed) >= set(fields)
+    for name, (kind, default) in parsed.items():
         if kind in (int, float, bool) and fields[name].default is not dataclasses.MISSING:
             assert default == fields[name].default, name
 
 
-def test_no_knob_is_declared_by_trl_and_by_us():
-    assert not own_field_names() & set(trl_fields())
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_no_knob_is_declared_by_the_library_and_by_us(method):
+    assert not method.own_field_names() & set(argument_fields(method.arguments_class))
 
 
-def test_refused_trl_fields_exist():
-    assert set(_DERIVED_TRL_FIELDS) <= set(trl_fields())
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_refused_fields_of_the_library_exist(method):
+    assert set(method.derived) <= set(argument_fields(method.arguments_class))
 
 
 @pytest.mark.parametrize(
@@ -173,6 +178,12 @@ def test_groups_are_mounted_at_the_root_and_settings_need_no_plus():
 )
 def test_run_name_is_the_name_of_the_configuration_unless_set(words, name):
     assert f"++run_name={name}" in command_line(words)
+
+
+def test_options_and_settings_may_come_in_any_order():
+    words = command_line(["max_steps=1", "-m", "learning_rate=1e-3,2e-3", "--config-name", "teacher_rlt_tiny"])
+    options = ["-m", "--config-name", "teacher_rlt_tiny"]
+    assert words == [*options, "++max_steps=1", "++learning_rate=1e-3,2e-3", "++run_name=teacher_rlt_tiny"]
 
 
 def run_train(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
