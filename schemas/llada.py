@@ -34,8 +34,8 @@ class NewModelShape:
     def __post_init__(self) -> None:
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
-                f"`new_model.hidden_size` {self.hidden_size} does not split into {self.num_attention_heads} heads of an "
-                "even width. Use a multiple of twice `new_model.num_attention_heads`."
+                f"`new_model.hidden_size` {self.hidden_size} does not split into {self.num_attention_heads} heads of "
+                "an even width. Use a multiple of twice `new_model.num_attention_heads`."
             )
 
 
@@ -153,8 +153,8 @@ def _check_lengths(config: MaskedDiffusionRunConfig) -> None:
     num_blocks = length // block
     if steps % num_blocks or steps > length:
         raise ValueError(
-            f"`sampling_steps` {steps} does not split evenly among {num_blocks} blocks of {block} tokens. Use a multiple "
-            f"of {num_blocks} up to {length}."
+            f"`sampling_steps` {steps} does not split evenly among {num_blocks} blocks of {block} tokens. Use a "
+            f"multiple of {num_blocks} up to {length}."
         )
     if length % config.response_multiple:
         raise ValueError(

@@ -3,31 +3,34 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from schemas.data import DataConfig
 from schemas.generation import GenerationConfig
+from schemas.llada import MaskedDiffusionRunConfig
 from schemas.model import ModelArgs, ModelConfig
 from schemas.optimization import OptimizationConfig
 from schemas.reward import RewardConfig
 from schemas.trainer import TrainerConfig
-from schemas.trl_fields import grpo_args_model, trl_fields
+from schemas.trl_fields import ArgumentsClass, argument_fields, arguments_model
 
-# TRL's knobs that follow from ours. Setting one directly would contradict the knob named here.
-_DERIVED_TRL_FIELDS = {
+# The libraries' knobs that follow from ours. Setting one directly would contradict the knob named here.
+_DERIVED_TRANSFORMERS_FIELDS = {
+    "gradient_accumulation_steps": "train_batch_size and per_device_train_batch_size",
+    "resume_from_checkpoint": "resume=auto|never|FOLDER",
+    "per_device_eval_batch_size": "per_device_train_batch_size",
+}
+_DERIVED_TRL_FIELDS = _DERIVED_TRANSFORMERS_FIELDS | {
     "use_vllm": "generator=vllm|transformers",
     "vllm_mode": "use_vllm_server=true|false",
     "vllm_importance_sampling_correction": "importance_sampling_correction=auto|true|false",
-    "gradient_accumulation_steps": "train_batch_size and per_device_train_batch_size",
     "steps_per_generation": "train_batch_size (one generation phase per optimizer step)",
     "generation_batch_size": "train_batch_size (one generation phase per optimizer step)",
-    "resume_from_checkpoint": "resume=auto|never|FOLDER",
     "model_init_kwargs": "model_args.*",
     "trust_remote_code": "model_args.trust_remote_code",
     "num_generations_eval": "nothing: evaluation samples one explanation per held-out question",
-    "per_device_eval_batch_size": "per_device_train_batch_size",
     "auto_find_batch_size": "per_device_train_batch_size (halving it would break prompt groups)",
 }
 
@@ -42,6 +45,8 @@ class RunConfig(ModelConfig, DataConfig, GenerationConfig, RewardConfig, Trainer
 
     __pydantic_config__ = {"extra": "forbid"}
 
+    method: Literal["rlt"] = "rlt"
+    """What the run trains: `rlt` (a teacher) or `masked_diffusion` (schemas/llada.py)."""
     grpo: Any
     """TRL's own knobs (GRPOConfig field -> value), with TRL's defaults where the configuration says nothing."""
 
@@ -117,34 +122,63 @@ def _check_combinations(config: RunConfig) -> None:
         )
 
 
-def own_field_names() -> set[str]:
-    return {field.name for field in fields(RunConfig)} - {"grpo"}
+AnyRunConfig = RunConfig | MaskedDiffusionRunConfig
 
 
-def load_run_config(values: Mapping[str, Any]) -> RunConfig:
-    """Validate a composed, resolved configuration (plain containers, flat keys) into a `RunConfig`.
+@dataclass(frozen=True)
+class _Method:
+    """What a run of one `method` is validated as."""
+
+    config_class: type
+    arguments_class: ArgumentsClass
+    arguments_field: str
+    """Field of `config_class` that holds the library's own knobs."""
+    derived: Mapping[str, str]
+    """Knobs of the library that may not be set -> what to set instead."""
+
+    def own_field_names(self) -> set[str]:
+        return {field.name for field in fields(self.config_class)} - {self.arguments_field}
+
+
+METHODS = {
+    "rlt": _Method(RunConfig, "GRPOConfig", "grpo", _DERIVED_TRL_FIELDS),
+    "masked_diffusion": _Method(MaskedDiffusionRunConfig, "TrainingArguments", "args", _DERIVED_TRANSFORMERS_FIELDS),
+}
+DEFAULT_METHOD = "rlt"
+
+
+def load_run_config(values: Mapping[str, Any]) -> AnyRunConfig:
+    """Validate a composed, resolved configuration (plain containers, flat keys).
+
+    Returns:
+        A `RunConfig`, or where the key `method` says so a `MaskedDiffusionRunConfig`.
 
     Raises:
         ConfigError: unknown key, wrong type, value out of range or impossible combination; every problem is listed.
     """
-    own, theirs = own_field_names(), set(trl_fields())
+    name = values.get("method", DEFAULT_METHOD)
+    if name not in METHODS:
+        raise ConfigError(f"- `method` is {name!r}. Use {' or '.join(METHODS)}.")
+    method = METHODS[name]
+    own, theirs = method.own_field_names(), set(argument_fields(method.arguments_class))
     problems = []
     for key in values:
-        if key in _DERIVED_TRL_FIELDS:
-            problems.append(f"`{key}` follows from other settings. Use {_DERIVED_TRL_FIELDS[key]}.")
+        if key in method.derived:
+            problems.append(f"`{key}` follows from other settings. Use {method.derived[key]}.")
         elif key not in own and key not in theirs:
             near = difflib.get_close_matches(key, own | theirs, n=2)
             hint = f"Did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else "Remove it."
             problems.append(f"`{key}` is not a setting. {hint}")
-    grpo = None
+    arguments = None
     try:
-        grpo = grpo_args_model()(**{key: value for key, value in values.items() if key in theirs})
+        arguments_model_class = arguments_model(method.arguments_class)
+        arguments = arguments_model_class(**{key: value for key, value in values.items() if key in theirs})
     except ValidationError as error:
         problems += _describe(error)
     own_values = {key: value for key, value in values.items() if key in own}
-    if grpo is not None:
+    if arguments is not None:
         try:
-            config = TypeAdapter(RunConfig).validate_python(own_values | {"grpo": grpo})
+            config: AnyRunConfig = TypeAdapter(method.config_class).validate_python(own_values | {method.arguments_field: arguments})
         except ValidationError as error:
             problems += _describe(error)
     if problems:

@@ -1,4 +1,4 @@
-"""Knobs of the run that TRL's GRPOConfig does not declare."""
+"""Knobs of the run that TRL and transformers do not declare."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,7 +11,7 @@ from schemas.model import PositiveInt
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     train_batch_size: PositiveInt
-    """Completions per optimizer step = prompts x `num_generations`; gradient accumulation follows from it."""
+    """Rows per optimizer step (a teacher's: prompts x `num_generations`); gradient accumulation follows from it."""
     resume: str = "auto"
     """`auto` continues an unfinished run of the same configuration in `output_dir`, `never` starts anew (the old folder
     is kept beside it), anything else is the checkpoint folder to continue from."""

@@ -1,8 +1,9 @@
-"""Names, types and defaults of TRL's GRPOConfig, read from its source without importing it.
+"""Names, types and defaults of a trainer's own arguments, read from their source without importing it.
 
-TRL declares its own knobs; we do not declare them again. Importing GRPOConfig takes seconds (torch, transformers);
-composing a configuration or planning memory should take a fraction of one. So the dataclass bodies are parsed instead.
-Fields of a type other than plain builtins accept anything here and are checked by GRPOConfig itself when it is built.
+TRL and transformers declare their knobs; we do not declare them again. Importing GRPOConfig takes seconds (torch,
+transformers); composing a configuration or planning memory should take a fraction of one. So the dataclass bodies are
+parsed instead. Fields of a type other than plain builtins accept anything here and are checked by the class itself when
+it is built.
 """
 
 import ast
@@ -13,12 +14,18 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, create_model
 
+ArgumentsClass = Literal["TrainingArguments", "GRPOConfig"]
+
 # From the most basic class to the most derived one: a later declaration of the same name wins, as in Python.
-_SOURCES = (
-    ("transformers", "training_args.py", "TrainingArguments"),
-    ("trl", "trainer/base_config.py", "_BaseConfig"),
-    ("trl", "trainer/grpo_config.py", "GRPOConfig"),
-)
+_TRAINING_ARGUMENTS = ("transformers", "training_args.py", "TrainingArguments")
+_SOURCES: dict[ArgumentsClass, tuple[tuple[str, str, str], ...]] = {
+    "TrainingArguments": (_TRAINING_ARGUMENTS,),
+    "GRPOConfig": (
+        _TRAINING_ARGUMENTS,
+        ("trl", "trainer/base_config.py", "_BaseConfig"),
+        ("trl", "trainer/grpo_config.py", "GRPOConfig"),
+    ),
+}
 _PLAIN_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "dict": dict, "list": list, "None": None}
 
 
@@ -51,10 +58,10 @@ def _default(value: ast.expr | None) -> Any:
 
 
 @functools.cache
-def trl_fields() -> dict[str, tuple[Any, Any]]:
-    """Field name -> (type, default) of the installed TRL's GRPOConfig."""
+def argument_fields(arguments_class: ArgumentsClass) -> dict[str, tuple[Any, Any]]:
+    """Field name -> (type, default) of the installed version of the class."""
     fields: dict[str, tuple[Any, Any]] = {}
-    for package, path, class_name in _SOURCES:
+    for package, path, class_name in _SOURCES[arguments_class]:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(f"{package} is not installed; run ./launch_mono.sh or `make install` once")
@@ -67,10 +74,10 @@ def trl_fields() -> dict[str, tuple[Any, Any]]:
 
 
 @functools.cache
-def grpo_args_model() -> Any:
-    """A pydantic model with GRPOConfig's plain fields; unknown names and wrong types are errors."""
+def arguments_model(arguments_class: ArgumentsClass) -> Any:
+    """A pydantic model with the plain fields of the class; unknown names and wrong types are errors."""
     definitions: dict[str, Any] = {
         name: (kind if default is not None or kind is Any else kind | None, Field(default=default))
-        for name, (kind, default) in trl_fields().items()
+        for name, (kind, default) in argument_fields(arguments_class).items()
     }
-    return create_model("GRPOArgs", __config__=ConfigDict(extra="forbid", frozen=True), **definitions)
+    return create_model(arguments_class, __config__=ConfigDict(extra="forbid", frozen=True), **definitions)
