@@ -16,25 +16,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import UserError
 from core.log import configure_logging, console, log
-from schemas.compose import command_line, register_search_path, run_config_names, to_values
+from schemas.compose import command_line, register_search_path, run_config_names, to_values, with_sweep_folders
 from schemas.run import ConfigError, RunConfig
 
 
 @hydra.main(config_path="cfgs", config_name="train", version_base="1.3")
 def compose(composed: DictConfig) -> None:
     """Hydra's part: one call for a run, several for a sweep (`-m`)."""
-    values = to_values(composed)
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        values["output_dir"] += f"/{HydraConfig.get().job.override_dirname}"
-    _composed.append(values)
+    _composed.append(to_values(composed))
 
 
 _composed: list[dict[str, Any]] = []
@@ -43,7 +38,7 @@ _composed: list[dict[str, Any]] = []
 def _train_all(composed: list[dict[str, Any]]) -> None:
     from trainers.preflight import load_for_this_machine
 
-    for config, values in [(load_for_this_machine(values), values) for values in composed]:
+    for config, values in [(load_for_this_machine(values), values) for values in with_sweep_folders(composed)]:
         train_teacher(config, values)
 
 

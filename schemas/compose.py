@@ -85,6 +85,20 @@ def command_line(words: Sequence[str]) -> list[str]:
     return to_hydra_overrides(sorted(words, key=_is_override))
 
 
+def with_sweep_folders(composed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of a sweep, each with a folder of its own that is named after the settings in which they differ."""
+    if len(composed) == 1:
+        return list(composed)
+    swept = sorted(key for key in composed[0] if any(values.get(key) != composed[0][key] for values in composed))
+    return [
+        {
+            **values,
+            "output_dir": "/".join([values["output_dir"], ",".join(f"{key}={values.get(key)}" for key in swept)]),
+        }
+        for values in composed
+    ]
+
+
 def _is_override(word: str) -> bool:
     return word.startswith(("~", "+")) or ("=" in word and not word.startswith("-"))
 

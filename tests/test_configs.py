@@ -18,6 +18,7 @@ from schemas.compose import (
     run_config_names,
     to_hydra_overrides,
     to_values,
+    with_sweep_folders,
 )
 from schemas.document import PAGE, page
 from schemas.run import METHODS, ConfigError, load_run_config
@@ -184,6 +185,13 @@ def test_options_and_settings_may_come_in_any_order():
     words = command_line(["max_steps=1", "-m", "learning_rate=1e-3,2e-3", "--config-name", "teacher_rlt_tiny"])
     options = ["-m", "--config-name", "teacher_rlt_tiny"]
     assert words == [*options, "++max_steps=1", "++learning_rate=1e-3,2e-3", "++run_name=teacher_rlt_tiny"]
+
+
+def test_the_runs_of_a_sweep_have_folders_named_after_what_differs():
+    runs = [compose_run_config(MONO, [f"learning_rate={lr}", "max_steps=3"]) for lr in ("1e-5", "2e-5")]
+    folders = [values["output_dir"] for values in with_sweep_folders(runs)]
+    assert folders == [f"results/{MONO}/learning_rate=1e-05", f"results/{MONO}/learning_rate=2e-05"]
+    assert with_sweep_folders(runs[:1]) == runs[:1]
 
 
 def run_train(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
