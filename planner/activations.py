@@ -21,6 +21,8 @@ def train_activation_bytes(settings: PlanSettings) -> float:
     num_tokens = settings.micro_batch * settings.row_len
     if settings.checkpointing == "none":
         kept = shape.num_layers * _layer_kept(settings) * num_tokens + _layer_masks(settings) * shape.num_layers
+        if settings.mlp_tile_tokens is not None:  # each tile is checkpointed: none of its activations outlives it
+            kept -= (shape.num_layers - 1) * 8 * _mlp_width(settings, shape, num_tokens) * num_tokens
         if settings.adapter_bytes_per_param == 4:
             kept += 2 * _num_adapter_params(settings)  # autocast keeps its 16-bit copies
         moment = max(_last_layer_forward(settings) * num_tokens, _head_moment(settings))
@@ -47,6 +49,12 @@ def _is_recast(settings: PlanSettings) -> bool:
     return settings.precision in ("bf16", "fp8", "fp32") and settings.adapter_bytes_per_param == 4
 
 
+def _mlp_width(settings: PlanSettings, shape: ModelShape, num_tokens: int) -> float:
+    """MLP columns that are alive per token of the forward: all, or those of one tile spread over all tokens."""
+    tile_tokens = settings.mlp_tile_tokens or num_tokens
+    return shape.intermediate * min(1.0, tile_tokens / num_tokens)
+
+
 def _layer_kept(settings: PlanSettings) -> float:
     """Bytes per token that autograd keeps of one block.
 
@@ -54,7 +62,8 @@ def _layer_kept(settings: PlanSettings) -> float:
     The low-rank activations of the seven adapters.
     """
     shape = settings.teacher
-    h, i, q, kv = shape.hidden, shape.intermediate, shape.q_dim, shape.kv_dim
+    h, q, kv = shape.hidden, shape.q_dim, shape.kv_dim
+    i = _mlp_width(settings, shape, settings.micro_batch * settings.row_len)
     kept = 12.0 * h + 4 * q + 4 * kv + 8 * i + 2 * settings.lora_r * (len(settings.lora_targets) or 7)
     if shape.qk_norm:
         kept += 4 * q + 4 * kv
@@ -69,7 +78,7 @@ def _layer_moment(settings: PlanSettings) -> float:
     """Checkpointing: the peak while one block is recomputed and differentiated; its incoming gradient is 2h."""
     shape = settings.teacher
     num_tokens = settings.micro_batch * settings.row_len
-    h, i = shape.hidden, shape.intermediate
+    h, i = shape.hidden, _mlp_width(settings, shape, num_tokens)
     kept = 2 * h + _layer_kept(settings)
     if settings.precision == "int8":
         threshold_is_on = settings.int8_threshold > 0
@@ -82,7 +91,7 @@ def _layer_moment(settings: PlanSettings) -> float:
     moments = [per_token * num_tokens]
     if settings.precision in ("int8", "nf4"):
         # Backward of down_proj: its whole weight in 16 bits beside the gradient of the product.
-        moments.append((kept + 2 * i) * num_tokens + 2 * h * i)
+        moments.append((kept + 2 * i) * num_tokens + 2 * h * shape.intermediate)
     if settings.attention == "eager":
         scores = shape.num_heads * settings.micro_batch * settings.row_len**2
         moments[0] += 6 * scores
@@ -93,7 +102,8 @@ def _layer_moment(settings: PlanSettings) -> float:
 
 def _last_layer_forward(settings: PlanSettings) -> float:
     """No checkpointing: bytes per token that the last block's MLP needs for a moment beside what it keeps."""
-    h, i = settings.teacher.hidden, settings.teacher.intermediate
+    h = settings.teacher.hidden
+    i = _mlp_width(settings, settings.teacher, settings.micro_batch * settings.row_len)
     if settings.precision == "int8":
         return 2 * h + (6 * i if settings.int8_threshold > 0 else 4 * i)
     return 10 * h + 6 * i if _is_recast(settings) else 2 * h + 4 * i
@@ -146,8 +156,9 @@ def score_activation_bytes(settings: PlanSettings) -> float:
 
 def forward_bytes(settings: PlanSettings, shape: ModelShape, num_rows: int, *, adapter: bool) -> float:
     """Peak of the blocks' forward without gradients over full rows; nothing is kept from block to block."""
-    h, i, q, kv = shape.hidden, shape.intermediate, shape.q_dim, shape.kv_dim
+    h, q, kv = shape.hidden, shape.q_dim, shape.kv_dim
     num_tokens = num_rows * settings.row_len
+    i = _mlp_width(settings, shape, num_tokens)
     mask = _mask_bytes(settings, num_rows)
     if settings.precision == "int8":
         mlp = (9.0 * h + 10 * i) * num_tokens
@@ -155,7 +166,7 @@ def forward_bytes(settings: PlanSettings, shape: ModelShape, num_rows: int, *, a
         recast = 4 * h if adapter and _is_recast(settings) else 0
         mlp = (8.0 * h + recast + (8 if adapter else 6) * i) * num_tokens
         if settings.precision == "nf4":
-            mlp = max(mlp, (8.0 * h + (6 if adapter else 4) * i) * num_tokens + 2 * h * i)
+            mlp = max(mlp, (8.0 * h + (6 if adapter else 4) * i) * num_tokens + 2 * h * shape.intermediate)
     attention = 0.0
     if settings.attention == "masked_sdpa":
         attention = (6.0 * h + 8 * q + 4 * kv) * num_tokens + 3 * mask

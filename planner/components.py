@@ -57,9 +57,9 @@ VLLM_KV_BLOCK_TOKENS = 128
 """vLLM hands out its KV cache in blocks of 16 tokens on a GPU and 128 on a CPU, and keeps one to itself."""
 
 
-def kv_bytes_per_token(shape: ModelShape) -> int:
-    """Keys and values of every layer, 16 bits."""
-    return 2 * 2 * shape.num_layers * shape.kv_dim
+def kv_bytes_per_token(shape: ModelShape, bytes_per_value: int = 2) -> int:
+    """Keys and values of every layer, 16 bits unless the cache is narrower."""
+    return 2 * bytes_per_value * shape.num_layers * shape.kv_dim
 
 
 def kv_needed_bytes(settings: PlanSettings) -> int:
@@ -69,12 +69,13 @@ def kv_needed_bytes(settings: PlanSettings) -> int:
     num_tokens = groups * prompt_len + groups * group * completion_len + VLLM_KV_BLOCK_TOKENS
     if settings.generator == "transformers":
         num_tokens = groups * group * settings.row_len
-    return kv_bytes_per_token(settings.teacher) * num_tokens
+    return kv_bytes_per_token(settings.teacher, settings.kv_bytes_per_value) * num_tokens
 
 
 def kv_minimum_bytes(settings: PlanSettings) -> int:
     """One row of full length; vLLM refuses to start with less."""
-    return kv_bytes_per_token(settings.teacher) * (_whole_blocks(settings.row_len) + VLLM_KV_BLOCK_TOKENS)
+    num_tokens = _whole_blocks(settings.row_len) + VLLM_KV_BLOCK_TOKENS
+    return kv_bytes_per_token(settings.teacher, settings.kv_bytes_per_value) * num_tokens
 
 
 def _whole_blocks(num_tokens: int) -> int:

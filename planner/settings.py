@@ -67,6 +67,10 @@ class PlanSettings:
     attention: Attention = "masked_sdpa"
     """`masked_sdpa`: sdpa over padded rows, with a [rows, length, length] mask and keys repeated per query head."""
     expandable_segments: bool = False
+    mlp_tile_tokens: int | None = None
+    """MLPs run on this many tokens at a time (optimization/memory_optim.py); None: on all of them."""
+    kv_bytes_per_value: int = 2
+    """Of vLLM's cache: 16 bits, or 1 for fp8."""
 
     @property
     def row_len(self) -> int:
@@ -117,11 +121,20 @@ def settings_from_config(config: RunConfig, *, allow_download: bool = False) -> 
         aggregation_steps=config.generation_aggregation_steps,
         max_prompt_len=config.max_prompt_length,
         max_completion_len=grpo.max_completion_length,
-        checkpointing="layers" if grpo.gradient_checkpointing else "none",
+        checkpointing=_checkpointing(config),
         int8_threshold=args.llm_int8_threshold,
         attention=_ATTENTION[args.attn_implementation],
-        expandable_segments="expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", ""),
+        expandable_segments=config.expandable_segments
+        or "expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", ""),
+        mlp_tile_tokens=config.mlp_tile_tokens,
+        kv_bytes_per_value=1 if config.kv_cache_dtype == "fp8" else 2,
     )
+
+
+def _checkpointing(config: RunConfig) -> Checkpointing:
+    if not config.grpo.gradient_checkpointing:
+        return "none"
+    return "layers_offloaded" if config.offload_checkpoints else "layers"
 
 
 def _generator(config: RunConfig) -> Literal["vllm", "transformers", "server"]:

@@ -18,6 +18,8 @@ class GenerationConfig:
     """Prompt groups handed to the generator at once; the last call of a step may be smaller."""
     kv_cache_gb: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """vLLM's KV cache in decimal GB; `auto`: what the batch needs, capped by `vllm_gpu_memory_utilization`."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Keys and values of vLLM's cache: the activations' dtype, or fp8 (half the bytes; Ada, Hopper and later)."""
     importance_sampling_correction: bool | Literal["auto"] = "auto"
     """Weight tokens by p_trainer / p_generator; `auto`: only where the generator's weights differ."""
     vllm_enforce_eager: bool = False

@@ -62,5 +62,7 @@ class ModelConfig:
     """Student whose likelihood of the solution is the reward; null: the teacher's own base without its adapter."""
     reference_model: Literal["shared", "separate"] = "shared"
     """`shared`: the teacher's own base with the adapter off (0 GB); `separate`: one more copy of the base."""
+    scoring_weights: Literal["auto", "fp8"] = "auto"
+    """Weights of a student and a reference of their own: as `model_args` says, or fp8 with one scale an output row."""
     model_args: ModelArgs = field(default_factory=ModelArgs)
     """How they are loaded."""

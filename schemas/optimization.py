@@ -15,8 +15,8 @@ from schemas.model import PositiveInt
 class OptimizationConfig:
     allow_tf32: bool = False
     """Float32 matrix products on the GPU in TF32 (10 bits of mantissa); products in 16 bits are not touched."""
-    sdpa_backend: Literal["auto", "cudnn", "flash", "efficient"] = "auto"
-    """Kernel that torch's scaled-dot-product attention tries first on a GPU; the others stay as fall-backs."""
+    sdpa_backend: Literal["torch", "auto", "cudnn", "flash", "efficient"] = "torch"
+    """Kernel that torch's attention tries first on a GPU, the others being fall-backs; `auto`: cuDNN from Hopper on."""
     use_flash_attention: bool = False
     """Replace `sdpa` by Flash Attention 3 or 2 where the package and the card are there: padding is then not computed."""
     expandable_segments: bool = False

@@ -1,0 +1,30 @@
+"""Models by family and size, as `--model` and `--size` name them."""
+
+from core.errors import UserError
+
+MODELS: dict[str, dict[str, str]] = {
+    "qwen2.5": {size: f"Qwen/Qwen2.5-{size.upper()}-Instruct" for size in ("0.5b", "1.5b", "3b", "7b", "14b", "32b")},
+    "llama": {
+        "1b": "meta-llama/Llama-3.2-1B-Instruct",
+        "3b": "meta-llama/Llama-3.2-3B-Instruct",
+        "8b": "meta-llama/Llama-3.1-8B-Instruct",
+        "70b": "meta-llama/Llama-3.1-70B-Instruct",
+    },
+}
+
+
+def model_overrides(family: str, size: str) -> list[str]:
+    """`key=value` words that put this model in a run: by name, its own base as the student (0 GB).
+
+    Raises:
+        UserError: unknown family or size, with the list of known ones.
+    """
+    family, size = family.lower(), size.lower()
+    if size not in MODELS.get(family, {}):
+        known = [f"{name} ({', '.join(sizes)})" for name, sizes in MODELS.items()]
+        raise UserError(
+            f"model {family} of size {size}",
+            expected="a known model: " + "; ".join(known),
+            remedy="choose one of them, or name any hub id or folder with model_name_or_path=... in a run configuration",
+        )
+    return [f"model_name_or_path={MODELS[family][size]}", "student_model=null"]

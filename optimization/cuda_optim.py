@@ -1,0 +1,160 @@
+"""Settings of torch on an NVIDIA GPU: TF32, attention kernels, and what the card is doing.
+
+`torch.backends.cudnn.benchmark` is left alone: it tunes convolutions, and these models have none. cuDNN serves as an
+attention kernel (`optimize_attention_operations`).
+"""
+
+import contextlib
+import os
+from typing import Literal
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from core.log import console
+from core.units import format_gb
+from optimization.card import NO_CARD, Card, find_card, is_installed
+from optimization.record import AppliedOptimization, Change, nothing
+
+SdpaBackend = Literal["torch", "auto", "cudnn", "flash", "efficient"]
+AttentionImplementation = Literal["sdpa", "flash_attention_2", "flash_attention_3"]
+
+_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_AMPERE, _HOPPER = (8, 0), (9, 0)
+
+
+def setup_cuda_optimizations(
+    *, allow_tf32: bool = True, sdpa_backend: SdpaBackend = "auto", card: Card | None = None
+) -> AppliedOptimization:
+    """TF32 for float32 products and the order of attention kernels. `card`: the one to choose for, found if None."""
+    card = card or find_card()
+    parts = [_allow_tf32(card)] if allow_tf32 else []
+    parts.append(optimize_attention_operations(sdpa_backend, card=card))
+    reasons = list(dict.fromkeys(part.skipped for part in parts if part.skipped))
+    return AppliedOptimization(
+        name="cuda",
+        changes=tuple(change for part in parts for change in part.changes),
+        effect="; ".join(part.effect for part in parts if part.effect),
+        skipped="; ".join(reasons) or None,
+        undo_steps=[part.undo for part in parts],
+    )
+
+
+def _allow_tf32(card: Card | None) -> AppliedOptimization:
+    if card is None:
+        return nothing("tf32", NO_CARD)
+    if card.capability < _AMPERE:
+        return nothing("tf32", f"{card} has no TF32 (compute 8.0 and above)")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    return AppliedOptimization(
+        name="tf32",
+        changes=(Change(what="float32 products", before=before, after="high (TF32)"),),
+        effect="float32 products up to 8 times as fast by the A100's data sheet; a run's speed with it: not measured",
+        undo_steps=[lambda: torch.set_float32_matmul_precision(before)],
+    )
+
+
+def optimize_attention_operations(backend: SdpaBackend = "auto", *, card: Card | None = None) -> AppliedOptimization:
+    """Which kernel `scaled_dot_product_attention` tries first; one that cannot take the inputs hands on to the next.
+
+    `auto` puts cuDNN first on Hopper and later and leaves torch's order elsewhere; `torch` leaves it everywhere. Flash cannot take the mask of
+    padded rows, which is why it is never the choice of `auto`.
+    """
+    card = card or find_card()
+    if backend == "torch":
+        return nothing("attention", "sdpa_backend=torch keeps torch's own order")
+    if card is None:
+        return nothing("attention", NO_CARD)
+    if backend == "auto" and card.capability < _HOPPER:
+        return nothing("attention", f"torch's own order is kept below compute 9.0, and this is {card}")
+    first = "cudnn" if backend == "auto" else backend
+    rest = [name for name in ("flash", "efficient", "cudnn", "math") if name != first]
+    order = [_BACKENDS[name] for name in (first, *rest)]
+    context = contextlib.ExitStack()
+    context.enter_context(sdpa_kernel(order, set_priority=True))
+    return AppliedOptimization(
+        name="attention",
+        changes=(Change(what="first attention kernel", before="torch's choice", after=first),),
+        effect="not measured",
+        undo_steps=[context.close],
+    )
+
+
+def enable_flash_attention(*, current: str = "sdpa", card: Card | None = None) -> AppliedOptimization:
+    """The setting `model_args.attn_implementation` for this machine: Flash Attention 3, 2, or what is set already.
+
+    3 needs a Hopper card and the package flash_attn_interface, 2 needs Ampere or later and flash_attn.
+    """
+    card = card or find_card()
+    if current != "sdpa":
+        return nothing("flash attention", f"attn_implementation={current} was chosen by the configuration")
+    if card is None:
+        return nothing("flash attention", f"{NO_CARD}; sdpa stays")
+    wanted: AttentionImplementation
+    if card.capability[0] == _HOPPER[0] and is_installed("flash_attn_interface"):
+        wanted = "flash_attention_3"
+    elif card.capability >= _AMPERE and is_installed("flash_attn"):
+        wanted = "flash_attention_2"
+    else:
+        reason = "compute 8.0 or above" if card.capability < _AMPERE else "the package flash_attn"
+        return nothing("flash attention", f"it needs {reason}, and this is {card}; sdpa stays")
+    return AppliedOptimization(
+        name="flash attention",
+        changes=(Change(what="model_args.attn_implementation", before=current, after=wanted),),
+        effect="padding is not computed, no mask in memory",
+    )
+
+
+def autoconfigure_environment(*, card: Card | None = None) -> AppliedOptimization:
+    """Environment variables that torch, tokenizers and OpenMP read in this process and its children.
+
+    Call before torch computes anything: OpenMP reads its policy when its threads start. Variables that are already set
+    are kept.
+    """
+    card = card or find_card()
+    wanted = {
+        "OMP_WAIT_POLICY": "PASSIVE",  # idle threads sleep, so that torch and vLLM can share a CPU
+        "TOKENIZERS_PARALLELISM": "false",  # tokenizers' threads do not survive the fork of data workers
+    }
+    if card is not None:
+        wanted["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # device numbers are those of nvidia-smi
+    new = {name: value for name, value in wanted.items() if name not in os.environ}
+    if not new:
+        return nothing("environment", "every variable is set already: " + ", ".join(wanted))
+    os.environ.update(new)
+
+    def remove(name: str) -> None:
+        os.environ.pop(name, None)
+
+    return AppliedOptimization(
+        name="environment",
+        changes=tuple(Change(what=name, before="not set", after=value) for name, value in new.items()),
+        effect="not measured",
+        skipped=None if card is not None else f"the variables of a GPU: {NO_CARD}",
+        undo_steps=[lambda name=name: remove(name) for name in new],  # type: ignore[misc]
+    )
+
+
+def print_gpu_stats() -> AppliedOptimization:
+    """Name, memory and allocator state of the GPU on the console; changes nothing."""
+    card = find_card()
+    if card is None:
+        console.print(f"GPU: none ({NO_CARD})")
+        return nothing("gpu stats", NO_CARD)
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    lines = {
+        "GPU": str(card),
+        "free": f"{format_gb(free_bytes)} of {format_gb(total_bytes)}",
+        "allocated by torch": f"{format_gb(torch.cuda.memory_allocated())}, at most "
+        f"{format_gb(torch.cuda.max_memory_allocated())} so far",
+        "reserved by torch": format_gb(torch.cuda.memory_reserved()),
+    }
+    for label, value in lines.items():
+        console.print(f"{label}: {value}", highlight=False)
+    return AppliedOptimization(name="gpu stats", effect=lines["free"] + " free")

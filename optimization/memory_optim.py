@@ -1,0 +1,184 @@
+"""Memory of the card: allocator, what autograd keeps, what an MLP needs for a moment, cleaning.
+
+Letters: B rows, T tokens, H hidden size.
+"""
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from core.errors import UserError
+from core.units import format_gb
+from optimization.card import NO_CARD, Card, find_card
+from optimization.record import AppliedOptimization, Change, nothing
+
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_EXPANDABLE = "expandable_segments"
+_MIN_OFFLOADED_BYTES = 1 << 20
+"""Smaller saved tensors (masks, positions, norms' statistics) stay on the card: their copies would only cost launches."""
+_MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
+
+
+def optimize_memory_for_device(*, expandable_segments: bool = True, card: Card | None = None) -> AppliedOptimization:
+    """Let the trainer's allocator map pages into growing segments instead of keeping blocks of every size it ever saw.
+
+    vLLM's sleeping memory is a pool of its own in which vLLM (0.26 and later) switches the setting off, so the two do
+    not meet. The live allocator is told as well as the environment: torch reads that only once.
+    """
+    card = card or find_card()
+    if not expandable_segments:
+        return nothing("allocator", "expandable_segments is off")
+    if card is None:
+        return nothing("allocator", f"{NO_CARD}; the allocator of the CPU has no segments")
+    name = next((variable for variable in _ALLOCATOR_VARIABLES if variable in os.environ), _ALLOCATOR_VARIABLES[0])
+    before = os.environ.get(name)
+    if _EXPANDABLE in (before or ""):
+        return nothing("allocator", f"{name}={before} was set outside and is kept")
+    settings = ",".join(part for part in (before, f"{_EXPANDABLE}:True") if part)
+    _set_allocator(name, settings)
+    return AppliedOptimization(
+        name="allocator",
+        changes=(Change(what=name, before=before or "not set", after=settings),),
+        effect="reserved over allocated memory of what comes and goes: 1.06 instead of 1.20 (simulated)",
+        undo_steps=[lambda: _set_allocator(name, before, f"{_EXPANDABLE}:False")],
+    )
+
+
+def _set_allocator(variable: str, value: str | None, live: str | None = None) -> None:
+    if value is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = value
+    if torch.cuda.is_available():
+        torch._C._accelerator_setAllocatorSettings(live or value or "")
+
+
+def clean_memory() -> AppliedOptimization:
+    """Drop unreachable objects and give the allocator's unused blocks back to the driver."""
+    collected = gc.collect()
+    if not torch.cuda.is_available():
+        return AppliedOptimization(
+            name="cleaning",
+            changes=(Change(what="unreachable objects", before=collected, after=0),) if collected else (),
+            skipped=f"no blocks to give back: {NO_CARD}",
+        )
+    before = torch.cuda.memory_reserved()
+    torch.cuda.empty_cache()
+    torch.cuda.ipc_collect()
+    after = torch.cuda.memory_reserved()
+    return AppliedOptimization(
+        name="cleaning",
+        changes=(Change(what="reserved by torch", before=format_gb(before), after=format_gb(after)),),
+        effect=f"{format_gb(before - after)} given back (measured just now)",
+    )
+
+
+def preallocate_cuda_memory(num_bytes: int, *, keep: bool = False) -> AppliedOptimization:
+    """Take `num_bytes` from the card in one piece, to find out at once whether they are there.
+
+    `keep` leaves them in torch's cache, so that nobody else takes them. A vLLM in this process is somebody else: it
+    allocates past torch's cache, so a run with one gives them back.
+
+    Raises:
+        UserError: the card has less than that free.
+    """
+    if not torch.cuda.is_available():
+        return nothing("preallocation", NO_CARD)
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    if num_bytes > free_bytes + torch.cuda.memory_reserved() - torch.cuda.memory_allocated():
+        raise UserError(
+            f"{format_gb(num_bytes)} to preallocate, and the card has {format_gb(free_bytes)} free",
+            expected=f"the peak of the memory plan within the card's {format_gb(total_bytes)}",
+            remedy="nvidia-smi lists what else runs on the card; stop it, or plan for less (per_device_train_batch_size)",
+        )
+    block = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
+    del block
+    if not keep:
+        torch.cuda.empty_cache()
+    what = "kept in torch's cache" if keep else "taken and given back"
+    return AppliedOptimization(
+        name="preallocation",
+        changes=(Change(what="memory of the card", before="free", after=f"{format_gb(num_bytes)} {what}"),),
+        effect="a card that is too full fails now; saves no memory",
+        undo_steps=[torch.cuda.empty_cache],
+    )
+
+
+def tile_mlps(model: nn.Module, tile_tokens: int) -> AppliedOptimization:
+    """Run every gated MLP of `model` on `tile_tokens` tokens at a time.
+
+    An MLP works on each token alone, so the result is that of the whole (LLM.int8 looks for outlier columns in each
+    tile, a finer choice than over all tokens). With gradients each tile is checkpointed: the activations of width I
+    exist for one tile only, in forward and in backward, for one more MLP forward. Idea: ALST, arXiv 2506.13996.
+    """
+    mlps = [module for module in model.modules() if all(hasattr(module, name) for name in _MLP_LINEARS)]
+    if not mlps:
+        return nothing("tiled MLP", f"{type(model).__name__} has no gated MLP ({', '.join(_MLP_LINEARS)})")
+    for mlp in mlps:
+        mlp.forward = _tiled(mlp.forward, tile_tokens)  # type: ignore[method-assign]
+
+    def undo() -> None:
+        for mlp in mlps:
+            del mlp.forward
+
+    return AppliedOptimization(
+        name="tiled MLP",
+        changes=(Change(what=f"tokens at a time in {len(mlps)} MLPs", before="all", after=tile_tokens),),
+        effect="MLP activations of one tile instead of all tokens, for one more MLP forward; time not measured",
+        undo_steps=[undo],
+    )
+
+
+def _tiled(forward: Any, tile_tokens: int) -> Any:
+    def run(hidden_BTH: Tensor) -> Tensor:
+        num_tokens = hidden_BTH.shape[:-1].numel()
+        if num_tokens <= tile_tokens:
+            return forward(hidden_BTH)
+        tiles = hidden_BTH.reshape(1, num_tokens, hidden_BTH.shape[-1]).split(tile_tokens, dim=1)
+        if torch.is_grad_enabled():
+            outputs = [checkpoint(forward, tile, use_reentrant=False) for tile in tiles]
+        else:
+            outputs = [forward(tile) for tile in tiles]
+        return torch.cat(outputs, dim=1).view_as(hidden_BTH)
+
+    return run
+
+
+class CheckpointOffload:
+    """Saved activations above 1 MiB go to pinned host memory and come back for backward, on a stream of their own.
+
+    Enter it around forward and backward of a micro-batch. With gradient checkpointing what is saved are the layers'
+    inputs: 2 * H bytes a token and layer (0.2 MB a token on a 7B).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from trl.models.activation_offloading import OffloadActivations
+
+        self._offload: Any = OffloadActivations(
+            use_pin_memory=True, use_streams=True, min_offload_size=_MIN_OFFLOADED_BYTES
+        )
+        self._offload.update_model_params(model)
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._offload:
+            yield
+
+
+def offload_checkpoints(*, gradient_checkpointing: bool) -> AppliedOptimization:
+    """Whether layer inputs can go to host memory here; `CheckpointOffload` does it around each micro-batch."""
+    if not torch.cuda.is_available():
+        return nothing("checkpoint offload", f"{NO_CARD}; the layer inputs are in host memory already")
+    if not gradient_checkpointing:
+        return nothing("checkpoint offload", "gradient_checkpointing is off: set it to true, then there are checkpoints")
+    return AppliedOptimization(
+        name="checkpoint offload",
+        changes=(Change(what="layer inputs", before="on the card", after="in pinned host memory"),),
+        effect="2 * hidden * layers bytes a token less on the card; time not measured",
+    )

@@ -1,0 +1,254 @@
+"""Batch size from the memory plan, compiled forwards, optimizers that can be had, prefetching, getting past NaN."""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.errors import UserError
+from core.units import format_gb
+from optimization.card import NO_CARD, Card, find_card, is_installed
+from optimization.catalogue import model_overrides
+from optimization.record import AppliedOptimization, Change, nothing
+from planner.fit import card_gb, largest_micro_batch
+from planner.plan import plan_run
+from schemas.compose import compose_run_config
+from schemas.run import RunConfig, load_run_config
+
+DEFAULT_RUN = "teacher_rlt_mono_85gb"
+"""Batch and lengths of a run whose model was chosen by family and size."""
+
+_LIBRARY_OF_OPTIMIZER = {
+    "lomo": "lomo_optim",
+    "adalomo": "lomo_optim",
+    "galore": "galore_torch",
+    "apollo": "apollo_torch",
+    "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree",
+    "stable_adamw": "optimi",
+    "adamw_torch_4bit": "torchao",
+    "adamw_torch_8bit": "torchao",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchChoice:
+    """A micro-batch that fits, and the accumulation that keeps the completions of an optimizer step."""
+
+    batch_size: int
+    """Completions of one forward and backward (`per_device_train_batch_size`)."""
+    gradient_accumulation_steps: int
+    peak_bytes: int
+    """Of the phase that needs most, predicted."""
+    card_bytes: int
+    reason: str
+    """What was planned, for which card."""
+
+
+def choose_batch_size(config: RunConfig, card_bytes: int, where: str) -> BatchChoice:
+    """The largest micro-batch of `config` that the planner fits into a card; prompt groups and the step stay whole.
+
+    Raises:
+        UserError: not even one row at a time fits.
+    """
+    plan = plan_run(config, card_bytes)
+    micro_batch = largest_micro_batch(plan.settings, card_bytes)
+    if micro_batch is None:
+        raise UserError(
+            f"{config.model_name_or_path} on {where} ({format_gb(card_bytes)}): {format_gb(plan.max_bytes)} planned",
+            expected="a run of which at least one row at a time fits",
+            remedy="python test_config_85gb.py shows which settings would make it fit; or choose a smaller size",
+        )
+    fitted = plan_run(_with_micro_batch(config, micro_batch), card_bytes)
+    return BatchChoice(
+        batch_size=micro_batch,
+        gradient_accumulation_steps=config.train_batch_size // micro_batch,
+        peak_bytes=fitted.max_bytes,
+        card_bytes=card_bytes,
+        reason=f"{config.model_name_or_path}, {config.train_batch_size} completions a step, on {where}",
+    )
+
+
+def _with_micro_batch(config: RunConfig, micro_batch: int) -> RunConfig:
+    from dataclasses import replace
+
+    return replace(config, grpo=config.grpo.model_copy(update={"per_device_train_batch_size": micro_batch}))
+
+
+def planned_card(config: RunConfig, card: Card | None) -> tuple[int, str]:
+    """Bytes and description of the card to plan for: `gpu_gb`, the one that is here, or the configuration's own."""
+    if config.gpu_gb is not None:
+        return int(config.gpu_gb * 1e9), f"the card of gpu_gb={config.gpu_gb:g}"
+    if card is not None:
+        return card.total_bytes, str(card)
+    size_gb = card_gb(config.run_name)
+    return int(size_gb * 1e9), f"a card of {size_gb:g} GB, which {config.run_name} is for ({NO_CARD})"
+
+
+def get_optimal_batch_size_for_gpu(
+    model_type: str = "qwen2.5", size: str = "7b", *, gpu_gb: float | None = None, run: str = DEFAULT_RUN
+) -> BatchChoice:
+    """Micro-batch and accumulation for a model by family and size with the batch and lengths of the run `run`.
+
+    `gpu_gb: None` plans for the card that is here, without one for the card of the run.
+
+    Raises:
+        UserError: family or size is not known (the known ones are listed), or it does not fit.
+    """
+    words = model_overrides(model_type, size) + ([f"gpu_gb={gpu_gb}"] if gpu_gb is not None else [])
+    config = load_run_config(compose_run_config(run, words))
+    return choose_batch_size(config, *planned_card(config, find_card()))
+
+
+def enable_torch_compile(model: nn.Module | None, *, backend: str = "inductor") -> AppliedOptimization:
+    """Compile the forward of a frozen model's body in place, for any length (`dynamic`).
+
+    Not for a model with an adapter that is trained or switched: each switch would compile anew. On a CPU nothing is
+    done with the default backend: the runs there are over before it has compiled.
+    """
+    if model is None:
+        return nothing("torch.compile", "student and reference are the teacher's own base, whose adapter is switched")
+    body = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if backend == "inductor" and next(model.parameters()).device.type != "cuda":
+        return nothing("torch.compile", "the model is on a CPU, where compiling takes longer than it gives back")
+    body.compile(backend=backend, dynamic=True)
+
+    def undo() -> None:
+        body._compiled_call_impl = None
+
+    return AppliedOptimization(
+        name="torch.compile",
+        changes=(Change(what=f"forward of {type(body).__name__}", before="eager", after=f"compiled ({backend})"),),
+        effect="not measured",
+        undo_steps=[undo],
+    )
+
+
+def check_optimizer(config: RunConfig) -> AppliedOptimization:
+    """Whether `optim` can work here; changes nothing.
+
+    Raises:
+        UserError: its library is not installed, or it cannot accumulate gradients and the step is split.
+    """
+    optimizer = str(config.grpo.optim)
+    for prefix, package in _LIBRARY_OF_OPTIMIZER.items():
+        if optimizer.startswith(prefix) and not is_installed(package):
+            raise UserError(
+                f"optim={optimizer}, and the package {package} is not installed",
+                expected="the optimizer's library in this environment",
+                remedy=f"pip install {package.replace('_', '-')}, or optim=paged_adamw_8bit",
+            )
+    if optimizer in ("lomo", "adalomo") and config.gradient_accumulation_steps > 1:
+        raise UserError(
+            f"optim={optimizer} with {config.gradient_accumulation_steps} micro-batches a step",
+            expected="one micro-batch a step: it updates inside backward and keeps no gradient to add up",
+            remedy=f"per_device_train_batch_size={config.train_batch_size}, or optim=paged_adamw_8bit",
+        )
+    return AppliedOptimization(name="optimizer", effect=f"{optimizer}: nothing is missing")
+
+
+def recover_from_nan(*, max_recoveries: int = 8, lr_backoff: float = 0.5) -> AppliedOptimization:
+    """The settings with which the trainer gets past non-finite values (`trainers/recovery.py` does it)."""
+    return AppliedOptimization(
+        name="recovery from NaN",
+        changes=(
+            Change(what="recover_from_nan", before=False, after=True),
+            Change(what="max_recoveries", before=None, after=max_recoveries),
+            Change(what="lr_backoff", before=None, after=lr_backoff),
+        ),
+        effect="one bad step no longer ends a run; one check of loss and gradient norm a step",
+    )
+
+
+class AsyncDataLoader:
+    """Batches of `loader`, fetched by a thread while the last one is being used, and copied to `device` beside it.
+
+    On a GPU tensors are pinned and copied on a stream of their own. Worth it where a batch takes time to make; the
+    GRPO loop's batches are a few prompts. An exception of the loader is raised to the consumer; leaving the loop early
+    stops the thread.
+
+    Args:
+        loader: anything that can be iterated more than once.
+        device: where tensors (also inside dicts, lists and tuples) go; None leaves them where they are.
+        num_prefetched: batches that may wait.
+    """
+
+    def __init__(
+        self, loader: Iterable[Any], *, device: torch.device | str | None = None, num_prefetched: int = 2
+    ) -> None:
+        self.loader, self.num_prefetched = loader, num_prefetched
+        self.device = torch.device(device) if device is not None else None
+        self._stream = torch.cuda.Stream(self.device) if self.device and self.device.type == "cuda" else None
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        waiting: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(self.num_prefetched)
+        stopped = threading.Event()
+        thread = threading.Thread(target=self._fetch, args=(waiting, stopped), daemon=True)
+        thread.start()
+        try:
+            while True:
+                batch, error = waiting.get()
+                if error is not None:
+                    if isinstance(error, StopIteration):
+                        return
+                    raise error
+                yield self._ready(batch)
+        finally:
+            stopped.set()
+            thread.join()
+
+    def _fetch(self, waiting: queue.Queue, stopped: threading.Event) -> None:
+        try:
+            for batch in self.loader:
+                if not _put(waiting, (self._copied(batch), None), stopped):
+                    return
+            end: BaseException = StopIteration()
+        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+            end = error
+        _put(waiting, (None, end), stopped)
+
+    def _copied(self, batch: Any) -> Any:
+        if self._stream is None:
+            return _map_tensors(batch, lambda t: t.to(self.device)) if self.device is not None else batch
+        with torch.cuda.stream(self._stream):
+            copied = _map_tensors(batch, lambda t: t.pin_memory().to(self.device, non_blocking=True))
+            done = self._stream.record_event()
+        return copied, done
+
+    def _ready(self, batch: Any) -> Any:
+        """On a GPU: the consumer's stream waits for the copy, and the allocator learns who uses it."""
+        if self._stream is None:
+            return batch
+        batch, done = batch
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(done)
+        _map_tensors(batch, lambda t: t.record_stream(stream))
+        return batch
+
+
+def _put(waiting: queue.Queue, item: Any, stopped: threading.Event) -> bool:
+    """False once the consumer is gone."""
+    while not stopped.is_set():
+        try:
+            waiting.put(item, timeout=0.1)
+            return True
+        except queue.Full:
+            continue
+    return False
+
+
+def _map_tensors(value: Any, function: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(item, function) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_tensors(item, function) for item in value)
+    return value
