@@ -1,4 +1,4 @@
-"""The embedded model: a Qwen2 of 0.1 M parameters that can add digits, made on this machine in about 40 seconds.
+"""The embedded model: a Qwen2 of 0.2 M parameters that can add digits, made on this machine in about 40 seconds.
 
 One checkpoint serves as the teacher's base and as the frozen student; the system prompt tells them apart. As a student
 it works a sum out step by step and reads the solution off its own steps. As a teacher it is careless: only some of its
@@ -14,7 +14,6 @@ solution, and filler or a leaked solution are text that it would not have though
 Letters: B rows, T tokens.
 """
 
-import math
 import os
 import random
 import shutil
@@ -39,9 +38,9 @@ from data.arithmetic import (
 )
 from data.formats import PromptFormat, encode
 
-MODEL_FOLDER = "arithmetic-qwen2-v2"
+MODEL_FOLDER = "arithmetic-qwen2-v3"
 """Folder name in the cache. The number changes with anything that changes the weights."""
-TEACHER_MIX: dict[Style, float] = {"honest": 0.25, "wrong": 0.25, "skip": 0.15, "leak": 0.2, "filler": 0.15}
+TEACHER_MIX: dict[Style, float] = {"honest": 0.3, "wrong": 0.25, "skip": 0.15, "leak": 0.15, "filler": 0.15}
 """Shares of the explanation styles in the teacher texts."""
 MIN_STUDENT_ACCURACY = 0.9
 """Share of held-out sums that the student must solve given the honest explanation."""
@@ -52,11 +51,12 @@ _SEED = 0
 _NUM_TRAIN_ROWS = 20_000
 _NUM_GATE_ROWS = 256
 _BATCH_SIZE = 32
-_NUM_FACTS_STEPS, _NUM_HONEST_STEPS, _NUM_CARELESS_STEPS = 100, 350, 200
+_NUM_FACTS_STEPS, _NUM_HONEST_STEPS, _NUM_CARELESS_STEPS = 60, 250, 200
 _MAX_ROUNDS = 4
 _MIN_HONEST_FRAC_BEFORE_CARELESS = 0.9
 _MATRIX_LR, _VECTOR_LR = 0.02, 6e-3
 _NUM_WARMUP_STEPS = 20
+_DECAY_FRAC = 0.3
 _MAX_NEW_TOKENS = 48
 _IGNORED = -100  # label of a token without loss
 
@@ -180,11 +180,11 @@ def _model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
     """Heads of 32: vLLM's CPU attention takes no smaller ones."""
     return Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=160,
+        hidden_size=96,
+        intermediate_size=192,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        num_attention_heads=3,
+        num_key_value_heads=3,
         max_position_embeddings=tokenizer.model_max_length,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
@@ -258,7 +258,7 @@ def _teacher_example(tokenizer: PreTrainedTokenizerBase, row: Row, explanation: 
 def _optimize(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, num_steps: int, draws: tuple[Draw, ...]
 ) -> Iterator[None]:
-    """One yield a step. Muon for the matrices, Adam for the rest; short warm-up, then a cosine to zero.
+    """One yield a step. Muon for the matrices, Adam for the rest; short warm-up, constant, linear decay at the end.
 
     Muon learns the task in a third of the steps that Adam takes alone.
     """
@@ -283,7 +283,7 @@ def _optimize(
 
 
 def _lr_factor(step: int, num_steps: int) -> float:
-    return min(1.0, (step + 1) / _NUM_WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+    return min(1.0, (step + 1) / _NUM_WARMUP_STEPS, (num_steps - step) / (_DECAY_FRAC * num_steps))
 
 
 def _collate(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
