@@ -253,6 +253,38 @@ def test_the_order_of_an_epoch_does_not_depend_on_earlier_epochs():
     assert orders[0] != orders[1]
 
 
+def test_a_vllm_server_samples_through_trls_client(model, tmp_path, monkeypatch):
+    class Server:
+        """Stands in for TRL's VLLMGeneration, whose constructor connects to a server."""
+
+        def __init__(self, **settings):
+            self.mode, self.num_syncs = settings["mode"], 0
+
+        def sync_weights(self):
+            self.num_syncs += 1
+
+        def generate(self, prompts, images, num_generations, profiler):
+            assert len(prompts) % num_generations == 0
+            return None, [[5, 6, 7]] * len(prompts), [[[-0.5]] * 3] * len(prompts), None
+
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Server)
+    monkeypatch.setattr(Server, "vllm_client", None, raising=False)
+    trainer = make_trainer(
+        model,
+        tmp_path / "run",
+        "max_steps=2",
+        "use_vllm_server=true",
+        "model_args.load_in_8bit=false",
+        "num_eval_prompts=0",
+    )
+    trainer.train()
+    assert trainer.generator is None
+    assert (trainer.vllm_generation.mode, trainer.vllm_generation.num_syncs) == ("server", 2)
+    steps = [line for line in metrics_of(trainer) if "loss" in line]
+    assert [step["completions/mean_length"] for step in steps] == [3.0, 3.0]
+    assert all("rlt/reasoning_kl_mean" in step and "sampling/logp_difference" in step for step in steps)
+
+
 def test_prompts_are_generated_in_groups_in_the_order_of_the_batch(finished):
     calls = []
 

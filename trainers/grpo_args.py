@@ -22,7 +22,7 @@ def build_grpo_args(config: RunConfig, *, use_cpu: bool, resuming: bool = False)
         "use_cpu": use_cpu,
         "use_vllm": config.use_vllm_server,
         "vllm_mode": "server",
-        "vllm_importance_sampling_correction": config.importance_sampling_correction is not False,
+        "vllm_importance_sampling_correction": config.importance_sampling_correction is True,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "steps_per_generation": config.gradient_accumulation_steps,
         "per_device_eval_batch_size": config.grpo.per_device_train_batch_size,

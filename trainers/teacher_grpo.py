@@ -35,6 +35,7 @@ from rewards import EXTRA_REWARDS, RolloutScorer
 from rewards.format import is_well_formed
 from schemas.run import RunConfig
 from trainers.callbacks import SyncReferenceAdapter
+from trainers.recovery import RecoveryMixin
 from trainers.run_folder import STAGING_FOLDER, publish_checkpoint
 
 _TRAIN_STREAM, _EVAL_STREAM = 0, 1
@@ -52,7 +53,7 @@ class EpochRepeatSampler(RepeatSampler):
         self.generator.manual_seed(self.seed + epoch)
 
 
-class TeacherGRPOTrainer(GRPOTrainer):
+class TeacherGRPOTrainer(RecoveryMixin, GRPOTrainer):
     """Trains the teacher's adapter with GRPO on the RLT reward.
 
     Args:
@@ -112,6 +113,8 @@ class TeacherGRPOTrainer(GRPOTrainer):
             )
             # In TRL 1.16 `use_vllm` gates the correction; generation itself goes through `_generate_single_turn`.
             self.use_vllm = self.vllm_importance_sampling_correction
+        if config.recover_from_nan:
+            self.start_recovery(max_recoveries=config.max_recoveries, lr_backoff=config.lr_backoff)
 
     def _restore_float32_adapter(self, trained: dict[str, torch.Tensor]) -> None:
         """TRL casts the adapter of a quantised base to bfloat16, where small updates vanish: undo that."""
@@ -144,8 +147,6 @@ class TeacherGRPOTrainer(GRPOTrainer):
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, *_: Any, **__: Any
     ) -> tuple[list[list[int]], list[list[float]]]:
-        if self.generator is None:
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations)
         prompts_P_T = prompt_ids[::num_generations]
         seeds = sampling_seeds(
             self.args.seed, stream=_TRAIN_STREAM, step=self.state.global_step, num_rows=len(prompt_ids)
@@ -154,8 +155,22 @@ class TeacherGRPOTrainer(GRPOTrainer):
         return [c.token_ids for c in self._sampled], [c.logprobs for c in self._sampled]
 
     def _sample(self, prompts_P_T: list[list[int]], num_generations: int, seeds: list[int]) -> list[Completion]:
-        """[B] completions of the current policy, after the canary has seen that the generator holds it."""
-        assert self.generator is not None and self.canary is not None
+        """[B] completions of the current policy, after the canary has seen that the generator holds it.
+
+        Without a generator of ours, TRL's client of a vLLM server samples; it takes no seed for each row.
+        """
+        if self.generator is None or self.canary is None:
+            rows_B_T = [prompt for prompt in prompts_P_T for _ in range(num_generations)]
+            with self.host.phase(Phase.GENERATE):
+                ids_B_T, logprobs_B_T = super()._generate_single_turn(rows_B_T, None, {}, num_generations)
+            return [
+                Completion(
+                    token_ids=list(ids_T),
+                    logprobs=list(logprobs_T),
+                    finish_reason="stop" if ids_T[-1] in self.eos_token_ids else "length",
+                )
+                for ids_T, logprobs_T in zip(ids_B_T, logprobs_B_T, strict=True)
+            ]
         with self.host.phase(Phase.GENERATE):
             with self.host.phase(Phase.SYNC):
                 if self._synced_step != self.state.global_step:
@@ -213,6 +228,13 @@ class TeacherGRPOTrainer(GRPOTrainer):
             difference = (self._policy_logps_BT - sampler_logps_BT).abs()[mask_BT]
             self._metrics["train"]["sampling/logp_difference"].append(difference.mean().item())
         return loss
+
+    def _pass_over_micro_batch(self) -> None:
+        self._step += 1
+
+    def _forget_unfinished_step(self) -> None:
+        self._step, self._buffered_inputs, self._sampled = 0, None, []
+        self._metrics["train"].clear()
 
     # Evaluation
 
