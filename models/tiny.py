@@ -38,7 +38,7 @@ from data.arithmetic import (
 )
 from data.formats import PromptFormat, encode
 
-MODEL_FOLDER = "arithmetic-qwen2-v3"
+MODEL_FOLDER = "arithmetic-qwen2-v4"
 """Folder name in the cache. The number changes with anything that changes the weights."""
 TEACHER_MIX: dict[Style, float] = {"honest": 0.3, "wrong": 0.25, "skip": 0.15, "leak": 0.15, "filler": 0.15}
 """Shares of the explanation styles in the teacher texts."""
