@@ -176,7 +176,9 @@ def offload_checkpoints(*, gradient_checkpointing: bool) -> AppliedOptimization:
     if not torch.cuda.is_available():
         return nothing("checkpoint offload", f"{NO_CARD}; the layer inputs are in host memory already")
     if not gradient_checkpointing:
-        return nothing("checkpoint offload", "gradient_checkpointing is off: set it to true, then there are checkpoints")
+        return nothing(
+            "checkpoint offload", "gradient_checkpointing is off: set it to true, then there are checkpoints"
+        )
     return AppliedOptimization(
         name="checkpoint offload",
         changes=(Change(what="layer inputs", before="on the card", after="in pinned host memory"),),

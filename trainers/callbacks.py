@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,14 @@ class MemoryWatch(TrainerCallback):
 
     def __init__(self, host: ModelHost, *, limit_bytes: int, max_steps: int, max_warnings: int) -> None:
         self.host = host
-        self.watchdog = GrowthWatchdog(limit_bytes=limit_bytes, max_steps=max_steps, max_warnings=max_warnings)
+        self._new_watchdog = partial(
+            GrowthWatchdog, limit_bytes=limit_bytes, max_steps=max_steps, max_warnings=max_warnings
+        )
+        self.watchdog = self._new_watchdog()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After a roll-back steps are counted anew."""
+        self.watchdog = self._new_watchdog()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         peak = self.host.take_recent_peak()
@@ -97,6 +105,8 @@ class ConsoleProgress(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._first_step, self._start_s = state.global_step, time.perf_counter()
+        for task in self._progress.task_ids:  # training starts again after a roll-back
+            self._progress.remove_task(task)
         self._run = self._progress.add_task("steps", total=state.max_steps, completed=state.global_step, note="")
         self._phase = self._progress.add_task("", total=None, visible=False, note="")
         self._progress.start()

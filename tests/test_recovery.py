@@ -1,0 +1,184 @@
+"""Non-finite values at chosen steps of a tiny run: it goes on, lowers the rate, rolls back, or stops; and says so."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from core.errors import NonFiniteError
+from tests.helpers.tiny_run import make_trainer, write_random_model
+from trainers.recovery import last_good_checkpoint
+
+RATE = 2e-3
+RUN = ("max_steps=8", "save_steps=2", "eval_strategy=no", f"learning_rate={RATE}", "recover_from_nan=true")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_random_model(tmp_path_factory.mktemp("model"))
+
+
+class Injected:
+    """A run in which the named quantity is NaN at the named steps, once each (`again`: every time)."""
+
+    def __init__(self, model: Path, folder: Path, what: str, steps: set[int], *words: str, again: bool = False) -> None:
+        self.left, self.again = set(steps), again
+        self.trainer = make_trainer(model, folder / "run", *RUN, *words)
+        self.updates: dict[int, bool] = {}
+        getattr(self, f"_inject_{what}")()
+        self._watch_updates()
+
+    def _is_due(self) -> bool:
+        step = self.trainer.state.global_step + 1
+        if step not in self.left:
+            return False
+        self.left -= set() if self.again else {step}
+        return True
+
+    def _inject_loss(self) -> None:
+        compute = self.trainer._compute_loss
+        self.trainer._compute_loss = lambda *args: compute(*args) * (math.nan if self._is_due() else 1.0)
+
+    def _inject_gradient(self) -> None:
+        clip = self.trainer._clip_grad_norm
+
+        def poisoned(model):
+            if self._is_due():
+                next(p for p in model.parameters() if p.grad is not None).grad[0, 0] = math.inf
+            return clip(model)
+
+        self.trainer._clip_grad_norm = poisoned
+
+    def _inject_reward(self) -> None:
+        score = self.trainer.scorer._score
+
+        def poisoned(role, rows, temperature):
+            scored = score(role, rows, temperature)
+            return [tuple(span * math.nan for span in row) for row in scored] if self._is_due() else scored
+
+        self.trainer.scorer._score = poisoned
+
+    def _watch_updates(self) -> None:
+        """Whether the adapter moved in each step that ended."""
+        end_of_step = self.trainer.callback_handler.on_step_end
+        parameters = [p for p in self.trainer.host.teacher.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in parameters]
+
+        def watched(args, state, control):
+            self.updates[state.global_step] = any(
+                not torch.equal(a, b) for a, b in zip(before, parameters, strict=True)
+            )
+            before[:] = [p.detach().clone() for p in parameters]
+            return end_of_step(args, state, control)
+
+        self.trainer.callback_handler.on_step_end = watched
+
+    @property
+    def lines(self) -> list[dict]:
+        text = Path(self.trainer.args.output_dir, "metrics.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    @property
+    def story(self) -> list[tuple[int, str]]:
+        return [(line["step"], line["recovery/action"]) for line in self.lines if "recovery/action" in line]
+
+    def finish(self) -> "Injected":
+        self.trainer.train()
+        self.trainer.finish()
+        adapter = load_file(Path(self.trainer.args.output_dir, "adapter_model.safetensors"))
+        assert all(tensor.isfinite().all() for tensor in adapter.values())
+        assert self.trainer.state.global_step == 8
+        return self
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "reward"])
+def test_one_bad_step_is_skipped_and_the_run_goes_on_as_before(what, model, tmp_path):
+    run = Injected(model, tmp_path, what, {3}).finish()
+    assert run.story == [(3, "skip")]
+    assert [step for step, moved in run.updates.items() if not moved] == [3]
+    assert [line["learning_rate"] for line in run.lines if "loss" in line] == pytest.approx([RATE] * 8)
+    causes = {"loss": "the loss is nan", "gradient": "the gradient norm is", "reward": "log-probs of row 0: nan"}
+    assert causes[what] in next(line for line in run.lines if "recovery/cause" in line)["recovery/cause"]
+
+
+def test_a_skipped_step_leaves_the_optimizer_state_alone(model, tmp_path):
+    run = Injected(model, tmp_path, "gradient", {3})
+    states = []
+    optimizer_step = run.trainer.callback_handler.on_optimizer_step
+
+    def watched(args, state, control):
+        optimizer = run.trainer.optimizer
+        states.append([v.clone() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)])
+        return optimizer_step(args, state, control)
+
+    run.trainer.callback_handler.on_optimizer_step = watched
+    run.finish()
+    assert all(torch.equal(a, b) for a, b in zip(states[1], states[2], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(states[2], states[3], strict=True))
+
+
+def test_two_bad_steps_lower_the_rate(model, tmp_path):
+    run = Injected(model, tmp_path, "loss", {3, 4}).finish()
+    assert run.story == [(3, "skip"), (4, "lower rate")]
+    rates = {line["step"]: line["learning_rate"] for line in run.lines if "loss" in line}
+    assert rates[2] == pytest.approx(RATE) and rates[5] == rates[8] == pytest.approx(RATE / 2)
+
+
+def test_a_third_rolls_back_to_the_last_good_checkpoint_and_the_run_finishes(model, tmp_path):
+    run = Injected(model, tmp_path, "loss", {3, 4, 5, 6}, "sync_ref_model=true", "ref_model_sync_steps=2")
+    good: dict[str, torch.Tensor] = {}
+    begins, steps_seen = run.trainer.callback_handler.on_train_begin, []
+
+    def watched(args, state, control):
+        steps_seen.append(state.global_step)
+        parameters = {n: p for n, p in run.trainer.host.teacher.named_parameters() if "lora" in n}
+        if state.global_step == 2:
+            saved = load_file(Path(args.output_dir, "checkpoint-2", "adapter_model.safetensors"))
+            good.update(saved)
+            assert all(
+                torch.equal(p, saved[n.replace(".default", "")]) for n, p in parameters.items() if "default" in n
+            )
+            assert run.trainer._synced_step == -1
+        return begins(args, state, control)
+
+    run.trainer.callback_handler.on_train_begin = watched
+    run.finish()
+    assert steps_seen == [0, 2] and good
+    assert run.story == [(3, "skip"), (4, "lower rate"), (5, "roll back"), (6, "skip")]
+    trained = [line for line in run.lines if "loss" in line]
+    assert [line["step"] for line in trained] == [1, 2, 3, 4, 3, 4, 5, 6, 7, 8]
+    assert trained[-1]["learning_rate"] == pytest.approx(RATE / 4)
+
+
+def test_bad_steps_before_the_first_checkpoint_go_back_to_the_start(model, tmp_path):
+    run = Injected(model, tmp_path, "reward", {1, 2, 3}, "save_steps=100").finish()
+    assert run.story[-1] == (3, "roll back")
+    assert [line["step"] for line in run.lines if "loss" in line][:4] == [1, 2, 1, 2]
+
+
+def test_what_never_becomes_finite_ends_the_run_with_its_cause(model, tmp_path):
+    run = Injected(model, tmp_path, "loss", set(range(3, 9)), "max_recoveries=5", again=True)
+    with pytest.raises(NonFiniteError, match="the loss is nan; 5 bad steps were forgiven"):
+        run.trainer.train()
+    assert run.story[-1][1] == "stop" and len(run.story) == 6
+    assert last_good_checkpoint(run.trainer.args.output_dir).name == "checkpoint-2"
+
+
+def test_without_the_knob_a_bad_reward_stops_the_run(model, tmp_path):
+    run = Injected(model, tmp_path, "reward", {3}, "recover_from_nan=false")
+    with pytest.raises(NonFiniteError, match="log-probs of row 0"):
+        run.trainer.train()
+
+
+def test_a_checkpoint_with_a_broken_adapter_is_passed_over(model, tmp_path):
+    run = Injected(model, tmp_path, "loss", set()).finish()
+    from safetensors.torch import save_file
+
+    newest = Path(run.trainer.args.output_dir, "checkpoint-8", "adapter_model.safetensors")
+    broken = load_file(newest)
+    next(iter(broken.values()))[0, 0] = math.nan
+    save_file(broken, newest)
+    assert last_good_checkpoint(run.trainer.args.output_dir).name == "checkpoint-6"
