@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import random
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -66,8 +68,7 @@ class VLLMGenerator:
         self._sampling = sampling
         self._rows_per_call = config.rows_per_call
         self._on_gpu = config.on_gpu
-        shared_memory = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
-        self._scratch = tempfile.TemporaryDirectory(prefix="rlt-adapter-", dir=shared_memory)
+        self._scratch = _adapter_folder(_SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None)
         self._adapter_folder = Path(self._scratch.name)
         self._adapter_request: Any = None
         self._num_swaps = self._num_requests = 0
@@ -199,6 +200,14 @@ class VLLMGenerator:
                 if finished and on_finished is not None:
                     on_finished(len(outputs))
         return [outputs[first + offset] for offset in range(len(prompts))]
+
+
+def _adapter_folder(parent: Path | None) -> "tempfile.TemporaryDirectory[str]":
+    """A folder for the adapter that goes with this process; those of processes that were killed are removed now."""
+    for folder in (parent or Path(tempfile.gettempdir())).glob("rlt-adapter-*"):
+        if not psutil.pid_exists(int(folder.name.split("-")[2])):
+            shutil.rmtree(folder, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"rlt-adapter-{os.getpid()}-", dir=parent)
 
 
 def lora_rank_slot(rank: int) -> int:

@@ -1,6 +1,7 @@
 """Which engine and which base the configuration leads to."""
 
 import importlib.metadata
+import os
 
 import pytest
 import torch
@@ -107,3 +108,14 @@ def test_the_adapter_slot_is_the_smallest_that_holds_the_rank():
     assert [lora_rank_slot(rank) for rank in (1, 8, 9, 64, 200, 512)] == [8, 8, 16, 64, 256, 512]
     with pytest.raises(UserError, match="lora_r"):
         lora_rank_slot(513)
+
+
+def test_adapter_folders_of_killed_processes_are_removed_and_those_of_living_ones_kept(tmp_path):
+    from generation.vllm_engine import _adapter_folder
+
+    dead, living = tmp_path / "rlt-adapter-999999999-x", tmp_path / f"rlt-adapter-{os.getpid()}-x"
+    dead.mkdir()
+    living.mkdir()
+    with _adapter_folder(tmp_path) as own:
+        assert own.startswith(str(tmp_path / f"rlt-adapter-{os.getpid()}-"))
+        assert living.exists() and not dead.exists()
