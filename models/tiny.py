@@ -1,4 +1,4 @@
-"""The embedded model: a Qwen2 of 0.2 M parameters that can add digits, made on this machine in about 40 seconds.
+"""The embedded model: a Qwen2 of 0.2 M parameters that can add digits, made on this machine in about a minute.
 
 One checkpoint serves as the teacher's base and as the frozen student; the system prompt tells them apart. As a student
 it works a sum out step by step and reads the solution off its own steps. As a teacher it is careless: only some of its
@@ -177,7 +177,7 @@ def teacher_honest_frac(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerB
 
 
 def _model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
-    """Heads of 32: vLLM's CPU attention takes no smaller ones."""
+    """Heads of 32: vLLM's CPU attention takes no smaller ones. Three of them find the operands far sooner than two."""
     return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=96,
