@@ -177,7 +177,7 @@ def teacher_honest_frac(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerB
 
 
 def _model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
-    """Heads of 32: vLLM's CPU attention takes no smaller ones. Three of them find the operands far sooner than two."""
+    """Heads of 32, a size that vLLM's CPU attention accepts. Three of them find the operands far sooner than two."""
     return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=96,
