@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from core.errors import UserError
+from core.errors import NonFiniteError, UserError
 from core.log import configure_logging, console, log
 from schemas.compose import command_line, register_search_path, run_config_names, to_values, with_sweep_folders
 from schemas.run import ConfigError, RunConfig
@@ -36,10 +36,12 @@ _composed: list[dict[str, Any]] = []
 
 
 def _train_all(composed: list[dict[str, Any]]) -> None:
+    from optimization import optimized
     from trainers.preflight import load_for_this_machine
 
     for config, values in [(load_for_this_machine(values), values) for values in with_sweep_folders(composed)]:
-        train_teacher(config, values)
+        with optimized(config) as config:
+            train_teacher(config, values)
 
 
 def train_teacher(config: RunConfig, values: dict[str, Any]) -> None:
@@ -78,6 +80,9 @@ def main() -> int:
         return _refuse("this run cannot start", str(error))
     except (HydraException, OmegaConfBaseException) as error:
         return _refuse("the configuration cannot be composed", f"{error}\nshipped: {', '.join(run_config_names())}")
+    except NonFiniteError as error:
+        _refuse("training stopped", str(error))
+        return 1
     except KeyboardInterrupt:
         log.warning("interrupted; whole checkpoints are kept, and the same command continues from the last one")
         return 130

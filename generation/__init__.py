@@ -16,6 +16,7 @@ from generation.canary import Canary
 from generation.transformers_engine import TransformersGenerator
 from generation.vllm_engine import VLLMEngineConfig, VLLMGenerator, lora_rank_slot
 from models.export import export_for_vllm
+from optimization.fp8_optim import check_fp8_support
 from schemas.generation import GenerationConfig
 
 __all__ = [
@@ -29,9 +30,6 @@ __all__ = [
 ]
 
 Precision = Literal["int8", "nf4", "bf16"]
-
-# The first NVIDIA generation (Ada, Hopper) that multiplies in fp8.
-_FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +69,8 @@ def make_generator(
     if engine == "transformers":
         log.info("generator: transformers, the trainer's own weights (%s)", reason)
         return TransformersGenerator(model, sampling, rows_per_call)
+    if config.kv_cache_dtype == "fp8":
+        _require_fp8("kv_cache_dtype", on_gpu=model.device.type == "cuda")
     base = prepare_base(config.generator_weights, model, tokenizer, base_checkpoint, export_folder)
     kv_cache_bytes = planned_kv_cache_bytes if config.kv_cache_gb == "auto" else int(config.kv_cache_gb * BYTES_PER_GB)
     log.info("generator: vllm, %s, KV cache %s (%s)", base.weights, format_gb(kv_cache_bytes), reason)
@@ -86,6 +86,7 @@ def make_generator(
         rows_per_call=rows_per_call,
         max_lora_rank=lora_rank_slot(max([peft_config.r, *peft_config.rank_pattern.values()])),
         kv_cache_bytes=kv_cache_bytes,
+        kv_cache_dtype=config.kv_cache_dtype,
         gpu_memory_utilization=gpu_memory_utilization,
         enforce_eager=config.vllm_enforce_eager,
         trust_remote_code=trust_remote_code,
@@ -117,12 +118,7 @@ def prepare_base(
         weights = f"{wanted} values of the trainer, {'packed, ' if on_gpu else 'dequantised, '}16-bit activations"
         return BaseForVLLM(checkpoint=str(folder), weights=weights, shares_trainer_weights=True)
     if wanted == "fp8":
-        if not on_gpu or torch.cuda.get_device_capability() < _FP8_CAPABILITY:
-            raise UserError(
-                f"generator_weights=fp8 on {torch.cuda.get_device_name() if on_gpu else 'a CPU'}",
-                expected="an NVIDIA GPU that multiplies in fp8 (compute capability 8.9: Ada, Hopper or later)",
-                remedy="set generator_weights=auto (the trainer's own values)",
-            )
+        _require_fp8("generator_weights", on_gpu)
         return BaseForVLLM(
             checkpoint=base_checkpoint,
             weights="original weights rounded to fp8",
@@ -132,6 +128,16 @@ def prepare_base(
     return BaseForVLLM(
         checkpoint=base_checkpoint, weights="original 16-bit weights", shares_trainer_weights=trainer == "bf16"
     )
+
+
+def _require_fp8(setting: str, on_gpu: bool) -> None:
+    reason = check_fp8_support().skipped if on_gpu else "the teacher is on a CPU"
+    if reason is not None:
+        raise UserError(
+            f"{setting}=fp8: {reason}",
+            expected="an NVIDIA GPU that multiplies in fp8 (compute capability 8.9: Ada, Hopper or later)",
+            remedy=f"set {setting}=auto, or use_fp8=true, which asks the card first",
+        )
 
 
 def trainer_precision(model: Any) -> Precision:

@@ -51,6 +51,7 @@ class VLLMEngineConfig:
     """Rows handed to the engine at once, and decoded at the same time where the KV cache holds them."""
     max_lora_rank: int
     kv_cache_bytes: int
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     gpu_memory_utilization: float
     """Share of the card that the engine may take in all; `kv_cache_bytes` is to fit in it. Unused on a CPU."""
     enforce_eager: bool = False
@@ -257,6 +258,7 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
         max_loras=1,
         max_lora_rank=config.max_lora_rank,
         kv_cache_memory_bytes=config.kv_cache_bytes,
+        kv_cache_dtype=config.kv_cache_dtype,
         gpu_memory_utilization=gpu_memory_utilization,
         enforce_eager=config.enforce_eager or not config.on_gpu,
         enable_sleep_mode=config.on_gpu,

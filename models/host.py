@@ -19,7 +19,7 @@ from trl.trainer.utils import use_adapter
 from core.log import log
 from core.types import Phase, Role, ScoringRow
 from models.evaluation import evaluation_mode
-from models.load import add_adapter, load_base, pick_device
+from models.load import add_adapter, load_base, load_frozen, pick_device
 from models.logprobs import score_spans
 from schemas.model import ModelConfig
 
@@ -64,10 +64,10 @@ class ModelHost:
         with self.phase(Phase.LOAD):
             self.teacher: PeftModel = add_adapter(load_base(config.model_name_or_path, args, self.device), args)
             self.student: PreTrainedModel | None = (
-                load_base(config.student_model, args, self.device) if config.student_model is not None else None
+                load_frozen(config.student_model, config, self.device) if config.student_model is not None else None
             )
             self.reference: PreTrainedModel | None = (
-                load_base(config.model_name_or_path, args, self.device)
+                load_frozen(config.model_name_or_path, config, self.device)
                 if config.reference_model == "separate"
                 else None
             )

@@ -1,5 +1,6 @@
 """Loading a base model in the run's precision, and putting a LoRA adapter on the teacher's."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,8 @@ from transformers import (
 from core.errors import UserError
 from models.int8_checkpointing import release_int8_activations
 from models.tiny import ensure_tiny_model
-from schemas.model import EMBEDDED_MODEL, ModelArgs
+from optimization.fp8_optim import check_fp8_support, quantise_to_fp8
+from schemas.model import EMBEDDED_MODEL, ModelArgs, ModelConfig
 
 
 def pick_device(device_map: str | None) -> torch.device:
@@ -88,6 +90,28 @@ def load_base(name_or_path: str, args: ModelArgs, device: torch.device) -> PreTr
     except (OSError, ValueError) as error:
         raise _unloadable(name_or_path, error) from error
     return model.requires_grad_(False)
+
+
+def load_frozen(name_or_path: str, config: ModelConfig, device: torch.device) -> PreTrainedModel:
+    """A model of its own that is only scored, in the precision of `config.scoring_weights`.
+
+    fp8 is made on the CPU, so that the card never holds the 16-bit weights.
+
+    Raises:
+        UserError: the model cannot be found or read, or fp8 is asked of a card without it.
+    """
+    if config.scoring_weights == "auto":
+        return load_base(name_or_path, config.model_args, device)
+    if device.type == "cuda" and (reason := check_fp8_support().skipped):
+        raise UserError(
+            f"scoring_weights=fp8: {reason}",
+            expected="an NVIDIA GPU that multiplies in fp8 (compute 8.9 and above)",
+            remedy="set scoring_weights=auto, or use_fp8=true, which asks the card first",
+        )
+    args = replace(config.model_args, load_in_8bit=False, load_in_4bit=False)
+    model = load_base(name_or_path, args, torch.device("cpu"))
+    quantise_to_fp8(model)
+    return model.to(device)
 
 
 def add_adapter(base: PreTrainedModel, args: ModelArgs) -> PeftModel:

@@ -25,6 +25,6 @@ def model_overrides(family: str, size: str) -> list[str]:
         raise UserError(
             f"model {family} of size {size}",
             expected="a known model: " + "; ".join(known),
-            remedy="choose one of them, or name any hub id or folder with model_name_or_path=... in a run configuration",
+            remedy="choose one of them, or name any hub id or folder with model_name_or_path=...",
         )
     return [f"model_name_or_path={MODELS[family][size]}", "student_model=null"]

@@ -63,8 +63,8 @@ def _allow_tf32(card: Card | None) -> AppliedOptimization:
 def optimize_attention_operations(backend: SdpaBackend = "auto", *, card: Card | None = None) -> AppliedOptimization:
     """Which kernel `scaled_dot_product_attention` tries first; one that cannot take the inputs hands on to the next.
 
-    `auto` puts cuDNN first on Hopper and later and leaves torch's order elsewhere; `torch` leaves it everywhere. Flash cannot take the mask of
-    padded rows, which is why it is never the choice of `auto`.
+    `auto` puts cuDNN first on Hopper and later and leaves torch's order elsewhere; `torch` leaves it everywhere. Flash
+    cannot take the mask of padded rows, which is why it is never the choice of `auto`.
     """
     card = card or find_card()
     if backend == "torch":

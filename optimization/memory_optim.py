@@ -21,7 +21,7 @@ from optimization.record import AppliedOptimization, Change, nothing
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _EXPANDABLE = "expandable_segments"
 _MIN_OFFLOADED_BYTES = 1 << 20
-"""Smaller saved tensors (masks, positions, norms' statistics) stay on the card: their copies would only cost launches."""
+"""Smaller saved tensors (masks, positions, statistics of norms) stay on the card: their copies would only cost time."""
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -95,7 +95,7 @@ def preallocate_cuda_memory(num_bytes: int, *, keep: bool = False) -> AppliedOpt
         raise UserError(
             f"{format_gb(num_bytes)} to preallocate, and the card has {format_gb(free_bytes)} free",
             expected=f"the peak of the memory plan within the card's {format_gb(total_bytes)}",
-            remedy="nvidia-smi lists what else runs on the card; stop it, or plan for less (per_device_train_batch_size)",
+            remedy="nvidia-smi lists what else runs on the card; stop it, or lower per_device_train_batch_size",
         )
     block = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
     del block
@@ -176,9 +176,7 @@ def offload_checkpoints(*, gradient_checkpointing: bool) -> AppliedOptimization:
     if not torch.cuda.is_available():
         return nothing("checkpoint offload", f"{NO_CARD}; the layer inputs are in host memory already")
     if not gradient_checkpointing:
-        return nothing(
-            "checkpoint offload", "gradient_checkpointing is off: set it to true, then there are checkpoints"
-        )
+        return nothing("checkpoint offload", "gradient_checkpointing is off, so there are no checkpoints")
     return AppliedOptimization(
         name="checkpoint offload",
         changes=(Change(what="layer inputs", before="on the card", after="in pinned host memory"),),

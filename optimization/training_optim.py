@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,8 +74,6 @@ def choose_batch_size(config: RunConfig, card_bytes: int, where: str) -> BatchCh
 
 
 def _with_micro_batch(config: RunConfig, micro_batch: int) -> RunConfig:
-    from dataclasses import replace
-
     return replace(config, grpo=config.grpo.model_copy(update={"per_device_train_batch_size": micro_batch}))
 
 
@@ -104,17 +102,24 @@ def get_optimal_batch_size_for_gpu(
     return choose_batch_size(config, *planned_card(config, find_card()))
 
 
+def compile_obstacle(*, has_own_model: bool, on_gpu: bool) -> str | None:
+    """Why a forward is not compiled; None if it can be."""
+    if not has_own_model:
+        return "this role is played by the teacher's own base, whose adapter is switched"
+    return None if on_gpu else "the model is on a CPU, where compiling takes longer than it gives back"
+
+
 def enable_torch_compile(model: nn.Module | None, *, backend: str = "inductor") -> AppliedOptimization:
     """Compile the forward of a frozen model's body in place, for any length (`dynamic`).
 
     Not for a model with an adapter that is trained or switched: each switch would compile anew. On a CPU nothing is
     done with the default backend: the runs there are over before it has compiled.
     """
-    if model is None:
-        return nothing("torch.compile", "student and reference are the teacher's own base, whose adapter is switched")
-    body = model.get_decoder() if hasattr(model, "get_decoder") else model
-    if backend == "inductor" and next(model.parameters()).device.type != "cuda":
-        return nothing("torch.compile", "the model is on a CPU, where compiling takes longer than it gives back")
+    on_gpu = model is not None and next(model.parameters()).device.type == "cuda"
+    obstacle = compile_obstacle(has_own_model=model is not None, on_gpu=on_gpu or backend != "inductor")
+    if model is None or obstacle is not None:
+        return nothing("torch.compile", str(obstacle))
+    body: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
     body.compile(backend=backend, dynamic=True)
 
     def undo() -> None:
@@ -210,7 +215,7 @@ class AsyncDataLoader:
                 if not _put(waiting, (self._copied(batch), None), stopped):
                     return
             end: BaseException = StopIteration()
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+        except BaseException as error:  # handed to the consumer, which raises it
             end = error
         _put(waiting, (None, end), stopped)
 

@@ -12,12 +12,14 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from core.errors import UserError
+from core.log import console
 from data.arithmetic import classify_explanation
 from data.dataset import prepare_datasets
 from data.formats import PromptFormat, encode
 from generation import Canary, Generator, SamplingSettings, make_generator
 from models.host import ModelHost
 from models.load import load_tokenizer, memory_of, resolve_model_path
+from optimization import optimize_models, preallocate_planned, records_table
 from planner.plan import MemoryPlan
 from rewards.rollout import RolloutScorer
 from schemas.run import RunConfig
@@ -101,7 +103,11 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
     set_verbosity_error()
     set_seed(config.grpo.seed)  # the adapter's initial values
     row_len = config.max_prompt_length + config.grpo.max_completion_length
+    optimisations = preallocate_planned(config, run.plan)
     host = ModelHost(config, max_score_tokens=config.grpo.per_device_train_batch_size * row_len)
+    optimisations += optimize_models(config, host.teacher, host.student, host.reference)
+    if optimisations:
+        console.print(records_table(optimisations, "optimisations of the models"))
     scorer = RolloutScorer(
         tokenizer=run.tokenizer,
         prompt_format=run.prompt_format,

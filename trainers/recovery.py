@@ -89,7 +89,7 @@ class Recovery(TrainerCallback):
             raise NonFiniteError(
                 f"step {state.global_step}: {cause}; {self.max_recoveries} bad steps were forgiven (max_recoveries) "
                 f"with {self.num_roll_backs} roll-backs, at the end at {self._lr_scale:g} of the learning rate. "
-                f"The checkpoints in {args.output_dir} are good: lower learning_rate or max_grad_norm and go on from one."
+                f"The checkpoints in {args.output_dir} are good: go on from one with a lower learning_rate."
             )
         if self._num_in_a_row >= _STEPS_UNTIL_LOWER:
             self._lr_scale *= self.lr_backoff

@@ -9,6 +9,7 @@ Letters: P prompts, G generations per prompt, B = P*G rows, T tokens.
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,6 +31,7 @@ from core.units import gb
 from generation.base import Generator
 from generation.canary import Canary
 from models.host import REFERENCE_ADAPTER, ModelHost
+from optimization.memory_optim import CheckpointOffload
 from planner.plan import MemoryPlan
 from rewards import EXTRA_REWARDS, RolloutScorer
 from rewards.format import is_well_formed
@@ -113,6 +115,8 @@ class TeacherGRPOTrainer(RecoveryMixin, GRPOTrainer):
             )
             # In TRL 1.16 `use_vllm` gates the correction; generation itself goes through `_generate_single_turn`.
             self.use_vllm = self.vllm_importance_sampling_correction
+        offloads = config.offload_checkpoints and args.gradient_checkpointing and host.device.type == "cuda"
+        self._offload = CheckpointOffload(host.teacher) if offloads else nullcontext
         if config.recover_from_nan:
             self.start_recovery(max_recoveries=config.max_recoveries, lr_backoff=config.lr_backoff)
 
@@ -211,6 +215,10 @@ class TeacherGRPOTrainer(RecoveryMixin, GRPOTrainer):
             return super()._calculate_rewards(inputs, *args)
 
     # Loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self._offload():
+            return super().training_step(*args, **kwargs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():

@@ -1,0 +1,179 @@
+"""The optimisations of a run configuration, in order: on the process, then on the models once they are loaded."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from core.log import console
+from optimization.card import Card, find_card
+from optimization.cuda_optim import autoconfigure_environment, enable_flash_attention, setup_cuda_optimizations
+from optimization.fp8_optim import choose_fp8
+from optimization.memory_optim import (
+    offload_checkpoints,
+    optimize_memory_for_device,
+    preallocate_cuda_memory,
+    tile_mlps,
+)
+from optimization.record import AppliedOptimization, records_table, undo_all
+from optimization.training_optim import (
+    DEFAULT_RUN,
+    check_optimizer,
+    choose_batch_size,
+    compile_obstacle,
+    enable_torch_compile,
+    planned_card,
+)
+from planner.constants import CUDA_CONTEXT_BYTES
+from planner.plan import MemoryPlan, plan_run
+from schemas.compose import compose_run_config
+from schemas.run import RunConfig, load_run_config
+
+
+def apply_optimizations(config: RunConfig, *, card: Card | None = None) -> tuple[RunConfig, list[AppliedOptimization]]:
+    """What can be done before the memory plan is made: settings of torch and its allocator, choices of the card.
+
+    Returns the configuration with those choices (attention kernel, fp8) and one record for each knob that is on; undo
+    them with `undo_all` once the run is over.
+
+    Raises:
+        UserError: the optimizer cannot work here.
+    """
+    card = card or find_card()
+    check_optimizer(config)
+    records = []
+    if config.expandable_segments:
+        records.append(optimize_memory_for_device(card=card))
+    if config.allow_tf32 or config.sdpa_backend != "torch":
+        records.append(
+            setup_cuda_optimizations(allow_tf32=config.allow_tf32, sdpa_backend=config.sdpa_backend, card=card)
+        )
+    choices = []
+    if config.use_flash_attention:
+        choices.append(enable_flash_attention(current=config.model_args.attn_implementation, card=card))
+    if config.use_fp8:
+        choices.append(choose_fp8(config, card=card))
+    for choice in choices:
+        config = with_settings(config, choice.settings)
+    return config, records + choices
+
+
+@contextlib.contextmanager
+def optimized(config: RunConfig) -> Iterator[RunConfig]:
+    """`apply_optimizations` for the length of a run: says what was done, and undoes it at the end."""
+    config, records = apply_optimizations(config)
+    if records:
+        console.print(records_table(records))
+    try:
+        yield config
+    finally:
+        undo_all(records)
+
+
+def with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
+    """The configuration with some of our own settings changed, those of `model_args` by their dotted name."""
+    section = "model_args."
+    args = {key.removeprefix(section): value for key, value in settings.items() if key.startswith(section)}
+    own = {key: value for key, value in settings.items() if not key.startswith(section)}
+    return replace(config, model_args=replace(config.model_args, **args), **own)
+
+
+def preallocate_planned(config: RunConfig, plan: MemoryPlan) -> list[AppliedOptimization]:
+    """Take the plan's peak before anything is loaded, where `preallocate_memory` is on."""
+    if not config.preallocate_memory:
+        return []
+    num_bytes = plan.max_bytes - int(CUDA_CONTEXT_BYTES.value)
+    return [preallocate_cuda_memory(num_bytes, keep=plan.settings.generator != "vllm")]
+
+
+def optimize_models(
+    config: RunConfig, teacher: nn.Module, student: nn.Module | None, reference: nn.Module | None
+) -> list[AppliedOptimization]:
+    """What is done to the loaded models; None for a role that the teacher's own base plays."""
+    own = {"teacher": teacher, "student": student, "reference": reference}
+    records = []
+    if config.mlp_tile_tokens is not None:
+        records += [_named(tile_mlps(m, config.mlp_tile_tokens), role) for role, m in own.items() if m is not None]
+    if config.offload_checkpoints:
+        records.append(offload_checkpoints(gradient_checkpointing=config.grpo.gradient_checkpointing))
+    if config.compile_models:
+        records += [_named(enable_torch_compile(own[role]), role) for role in ("student", "reference")]
+    return records
+
+
+def _named(record: AppliedOptimization, role: str) -> AppliedOptimization:
+    record.name = f"{record.name}, {role}"
+    return record
+
+
+def announce_models(config: RunConfig) -> list[AppliedOptimization]:
+    """What `optimize_models` will do on this machine, before anything is loaded."""
+    records = []
+    if config.mlp_tile_tokens is not None:
+        records.append(
+            AppliedOptimization(name="tiled MLP", effect=f"{config.mlp_tile_tokens} tokens at a time, once loaded")
+        )
+    if config.offload_checkpoints:
+        records.append(offload_checkpoints(gradient_checkpointing=config.grpo.gradient_checkpointing))
+    if config.compile_models:
+        has_own = config.student_model is not None or config.reference_model == "separate"
+        obstacle = compile_obstacle(has_own_model=has_own, on_gpu=find_card() is not None)
+        records.append(AppliedOptimization(name="torch.compile", effect="compiled once loaded", skipped=obstacle))
+    if config.preallocate_memory and find_card() is None:
+        records.append(preallocate_cuda_memory(0))
+    if config.recover_from_nan:
+        records.append(AppliedOptimization(name="recovery from NaN", effect=f"up to {config.max_recoveries} bad steps"))
+    return records
+
+
+def configure_all_optimizations(
+    *,
+    use_fp8: bool = True,
+    prealloc_memory: bool = False,
+    optimize_batch: bool = True,
+    optimize_memory: bool = True,
+    use_tf32: bool = True,
+    use_flash_attention: bool = True,
+    recover_nan: bool = True,
+    run: str = DEFAULT_RUN,
+    gpu_gb: float | None = None,
+) -> dict[str, Any]:
+    """Apply everything to this process for the run configuration `run`, e.g. in a notebook.
+
+    Returns `batch_size` (micro-batch) and `gradient_accumulation_steps`, from the memory plan for the card that is here
+    (`gpu_gb`: for one of that many decimal GB) or, without `optimize_batch`, as `run` has them; `settings` (key ->
+    value, for `train.py`); `applied` (records; `undo_all` puts everything back).
+
+    Raises:
+        UserError: the run does not fit the card.
+    """
+    card = find_card()
+    settings: dict[str, Any] = {
+        "use_fp8": use_fp8,
+        "preallocate_memory": prealloc_memory,
+        "expandable_segments": optimize_memory,
+        "offload_checkpoints": optimize_memory,
+        "allow_tf32": use_tf32,
+        "sdpa_backend": "auto" if use_tf32 else "torch",
+        "use_flash_attention": use_flash_attention,
+        "recover_from_nan": recover_nan,
+        **({"gpu_gb": gpu_gb} if gpu_gb is not None else {}),
+    }
+    config = load_run_config(compose_run_config(run) | settings)
+    applied = [autoconfigure_environment(card=card)]
+    config, records = apply_optimizations(config, card=card)
+    applied += records
+    micro_batch, accumulation = config.grpo.per_device_train_batch_size, config.gradient_accumulation_steps
+    if optimize_batch:
+        choice = choose_batch_size(config, *planned_card(config, card))
+        micro_batch, accumulation = choice.batch_size, choice.gradient_accumulation_steps
+        applied.append(AppliedOptimization(name="batch size", effect=f"{choice.reason}: {micro_batch} at a time"))
+    applied += preallocate_planned(config, plan_run(config, card.total_bytes if card else None))
+    return {
+        "batch_size": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "settings": settings | {"per_device_train_batch_size": micro_batch},
+        "applied": applied,
+    }
