@@ -18,6 +18,7 @@ from core.errors import UserError
 from models.int8_checkpointing import release_int8_activations
 from models.tiny import ensure_tiny_model
 from optimization.fp8_optim import check_fp8_support, quantise_to_fp8
+from optimization.nf4_cpu import fix_cpu_dequantization
 from schemas.model import EMBEDDED_MODEL, ModelArgs, ModelConfig
 
 
@@ -77,6 +78,8 @@ def load_base(name_or_path: str, args: ModelArgs, device: torch.device) -> PreTr
     dtype = getattr(torch, args.torch_dtype)
     if args.load_in_8bit:
         release_int8_activations()
+    if args.load_in_4bit:
+        fix_cpu_dequantization()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path,

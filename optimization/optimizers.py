@@ -64,7 +64,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__(matrices + others, {"lr": lr})
         self.param_groups = [*muon.param_groups, *adamw.param_groups]  # a scheduler changes the parts' own groups
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:
         for part in self._parts:
             part.step()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
+from optimization.nf4_cpu import fix_cpu_dequantization
 
 _OUTLIER_THRESHOLD = 6.0  # LLM.int8: activation columns with a larger magnitude are multiplied in 16 bits
 _NF4_BLOCK = 64
@@ -121,6 +122,7 @@ def _llm_int8(linear: nn.Linear) -> nn.Module:
 def _nf4(linear: nn.Linear) -> nn.Module:
     import bitsandbytes as bnb
 
+    fix_cpu_dequantization()
     has_bias = linear.bias is not None
     nf4 = bnb.nn.Linear4bit(
         linear.in_features,

@@ -50,7 +50,7 @@ class Recommendation:
 def recommend_config(vram_gb: float, training: Training | bool = True) -> Recommendation:
     """The largest model that a card of `vram_gb` decimal GB trains or serves, with batch, length and optimisations.
 
-    `scratch` (or True): all parameters of one of `Efficient`'s sizes, vocabulary 32,000, 8 or more rows of 1,024 tokens.
+    `scratch` (or True): all parameters of one of `Efficient`'s sizes, vocabulary 32,000, 8 rows or more.
     `teacher`: the shipped RLT run configuration with the largest teacher that fits, and the largest micro-batch.
     `none` (or False): serving a Qwen2.5 with 8 sequences of 4,096 tokens.
 
