@@ -7,7 +7,6 @@ adapter model is put right in `__init__`, each in one commented place.
 Letters: P prompts, G generations per prompt, B = P*G rows, T tokens.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +21,6 @@ from safetensors.torch import load_file
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
@@ -37,8 +35,8 @@ from rewards import EXTRA_REWARDS, RolloutScorer
 from rewards.format import is_well_formed
 from schemas.run import RunConfig
 from trainers.callbacks import SyncReferenceAdapter
+from trainers.checkpoints import WholeCheckpoints
 from trainers.recovery import RecoveryMixin
-from trainers.run_folder import STAGING_FOLDER, publish_checkpoint
 
 _TRAIN_STREAM, _EVAL_STREAM = 0, 1
 
@@ -55,7 +53,7 @@ class EpochRepeatSampler(RepeatSampler):
         self.generator.manual_seed(self.seed + epoch)
 
 
-class TeacherGRPOTrainer(RecoveryMixin, GRPOTrainer):
+class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, GRPOTrainer):
     """Trains the teacher's adapter with GRPO on the RLT reward.
 
     Args:
@@ -93,7 +91,6 @@ class TeacherGRPOTrainer(RecoveryMixin, GRPOTrainer):
         self._synced_step = self._evaluated_step = -1
         self._sampled: list[Completion] = []
         self._policy_logps_BT: torch.Tensor | None = None
-        self._staging_dir: str | None = None
         self._reported_use = host.checkpoint_use()
         trained = {name: p.data for name, p in host.teacher.named_parameters() if p.requires_grad}
         super().__init__(
@@ -344,24 +341,6 @@ class TeacherGRPOTrainer(RecoveryMixin, GRPOTrainer):
         return EpochRepeatSampler(
             plain.data_source, plain.mini_repeat_count, plain.batch_size, plain.repeat_count, seed=plain.seed
         )
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._staging_dir or super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write to a staging folder, then publish under the final name: a folder `checkpoint-N` is always whole."""
-        output_dir = Path(self.args.output_dir)
-        staging = output_dir / STAGING_FOLDER
-        shutil.rmtree(staging, ignore_errors=True)
-        self._staging_dir = str(staging)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging_dir = None
-        name = f"checkpoint-{self.state.global_step}"
-        publish_checkpoint(staging / name, output_dir / name)
-        staging.rmdir()
-        rotate_checkpoints(output_dir=str(output_dir), save_total_limit=self.args.save_total_limit)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load the adapters in place. The inherited method skips the trained one when a second one lies beside it."""
