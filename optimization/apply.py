@@ -17,7 +17,7 @@ from optimization.memory_optim import (
     preallocate_cuda_memory,
     tile_mlps,
 )
-from optimization.record import AppliedOptimization, records_table, undo_all
+from optimization.record import AppliedOptimization, Change, nothing, records_table, undo_all
 from optimization.training_optim import (
     DEFAULT_RUN,
     check_optimizer,
@@ -112,20 +112,25 @@ def announce_models(config: RunConfig) -> list[AppliedOptimization]:
     """What `optimize_models` will do on this machine, before anything is loaded."""
     records = []
     if config.mlp_tile_tokens is not None:
-        records.append(
-            AppliedOptimization(name="tiled MLP", effect=f"{config.mlp_tile_tokens} tokens at a time, once loaded")
-        )
+        records.append(_once_loaded("tiled MLP", "tokens at a time in the MLPs", "all", config.mlp_tile_tokens))
     if config.offload_checkpoints:
         records.append(offload_checkpoints(gradient_checkpointing=config.grpo.gradient_checkpointing))
     if config.compile_models:
         has_own = config.student_model is not None or config.reference_model == "separate"
         obstacle = compile_obstacle(has_own_model=has_own, on_gpu=find_card() is not None)
-        records.append(AppliedOptimization(name="torch.compile", effect="compiled once loaded", skipped=obstacle))
+        compiled = _once_loaded("torch.compile", "forward of frozen models", "eager", "compiled")
+        records.append(compiled if obstacle is None else nothing("torch.compile", obstacle))
     if config.preallocate_memory and find_card() is None:
         records.append(preallocate_cuda_memory(0))
     if config.recover_from_nan:
-        records.append(AppliedOptimization(name="recovery from NaN", effect=f"up to {config.max_recoveries} bad steps"))
+        records.append(_once_loaded("recovery from NaN", "bad steps that are forgiven", 0, config.max_recoveries))
     return records
+
+
+def _once_loaded(name: str, what: str, before: object, after: object) -> AppliedOptimization:
+    return AppliedOptimization(
+        name=name, changes=(Change(what=what, before=before, after=after),), effect="done once the models are loaded"
+    )
 
 
 def configure_all_optimizations(

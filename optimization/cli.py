@@ -1,0 +1,192 @@
+"""./optimize.sh: chosen optimisations, what they would change, what they give, and training with them.
+
+Without --train nothing runs: the settings, what applies to this machine and what it gives are printed.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from core.errors import UserError
+from core.log import configure_logging, console
+from core.units import format_gb
+from schemas.compose import CONFIG_ROOT, compose_run_config, run_config_names
+from schemas.run import ConfigError, RunConfig, load_run_config
+
+DEFAULT_RUN = "teacher_rlt_tiny"
+"""What ./launch_mono.sh trains; a model chosen by --model takes batch and lengths of the 85 GB run instead."""
+
+GROUPS = {
+    "memory": "expandable segments, checkpoints in host memory, tiled MLP, paged 8-bit optimizer",
+    "cuda": "TF32 and the order of attention kernels",
+    "fp8": "fp8 KV cache, generator and scoring, on a card that has it",
+    "attention": "the attention kernel that torch tries first",
+    "flash_attention": "Flash Attention 3 or 2 where it is installed",
+    "prealloc": "take the planned memory at once, to fail early",
+    "compile": "compiled forwards of a student and a reference of their own",
+    "recover_nan": "past non-finite losses, gradients and rewards",
+}
+"""Flag (with - for _) -> what cfgs/optimization_cfg/NAME.yaml sets."""
+_GIVES = {
+    "allow_tf32": "faster float32 products (16-bit ones are as they were)",
+    "compile_models": "fewer launches in scoring; speed not measured",
+    "optim": "states may move to host memory when the card is full",
+    "per_device_train_batch_size": "fewer, larger forwards",
+    "preallocate_memory": "a card that is too full fails in the first second",
+    "recover_from_nan": "a bad step does not end the run",
+    "sdpa_backend": "a faster attention kernel from Hopper on; speed not measured",
+    "use_flash_attention": "padding is not computed, no mask in memory, where it applies",
+    "use_fp8": "half the bytes of the KV cache, faster scoring, where it applies; speed not measured",
+}
+"""What a setting is for, apart from memory."""
+_KEY_VALUE = re.compile(r"^[A-Za-z_][\w.@]*=")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags as in --help; unknown ones end with a message and status 2."""
+    parse = argparse.ArgumentParser(
+        prog="./optimize.sh",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parse.add_argument("words", nargs="*", metavar="RUN | key=value", help="a run configuration and settings of it")
+    parse.add_argument("--all", action="store_true", help="everything below but --stats, with --auto-batch")
+    for name, text in GROUPS.items():
+        parse.add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
+    parse.add_argument("--auto-batch", action="store_true", help="micro-batch and accumulation from the memory plan")
+    parse.add_argument("--stats", action="store_true", help="what the GPU is and what is free on it")
+    parse.add_argument("--setup-only", action="store_true", help="install what is missing, and stop")
+    parse.add_argument("--train", action="store_true", help="start train.py with the result")
+    parse.add_argument("--model", metavar="M", help="family of the teacher, e.g. qwen2.5; its own base is the student")
+    parse.add_argument("--size", metavar="S", help="size in the family, e.g. 7b")
+    parse.add_argument("--output-dir", metavar="D", help="folder of the run")
+    return parse
+
+
+def run_and_words(options: argparse.Namespace) -> tuple[str, list[str]]:
+    """The run configuration and the `key=value` words that the flags stand for; the user's own words come last.
+
+    Raises:
+        UserError: a word that is neither, two runs, or a model without a size.
+    """
+    from optimization.catalogue import model_overrides
+    from optimization.training_optim import DEFAULT_RUN as RUN_OF_A_CHOSEN_MODEL
+
+    own = [word for word in options.words if _KEY_VALUE.match(word)]
+    names = [Path(word).name.removesuffix(".yaml") for word in options.words if not _KEY_VALUE.match(word)]
+    if len(names) > 1 or any(name not in run_config_names() for name in names):
+        raise UserError(
+            f"{' '.join(names)!r} as the run configuration",
+            expected="at most one of " + ", ".join(run_config_names()),
+            remedy="settings are written key=value, flags begin with --",
+        )
+    if (options.model is None) != (options.size is None):
+        raise UserError("--model and --size", expected="both or none", remedy="e.g. --model qwen2.5 --size 7b")
+    words: dict[str, Any] = {}
+    for name in GROUPS:
+        if options.all or getattr(options, name):
+            words |= yaml.safe_load((CONFIG_ROOT / "optimization_cfg" / f"{name}.yaml").read_text())
+    chosen = model_overrides(options.model, options.size) if options.model else []
+    folder = [f"output_dir={options.output_dir}"] if options.output_dir else []
+    run = names[0] if names else RUN_OF_A_CHOSEN_MODEL if options.model else DEFAULT_RUN
+    return run, [*chosen, *folder, *(f"{key}={_word(value)}" for key, value in words.items()), *own]
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def choose_batch(config: RunConfig) -> list[str]:
+    """The planned micro-batch as a word, said with its accumulation and peak."""
+    from optimization.card import find_card
+    from optimization.training_optim import choose_batch_size, planned_card
+
+    choice = choose_batch_size(config, *planned_card(config, find_card()))
+    console.print(
+        f"batch {choice.batch_size}, accumulation {choice.gradient_accumulation_steps}: {choice.reason}; "
+        f"predicted peak {format_gb(choice.peak_bytes)} of {format_gb(choice.card_bytes)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return [f"per_device_train_batch_size={choice.batch_size}"]
+
+
+def settings_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
+    """Each setting that differs, and what that change alone gives; memory as the plan predicts it for a GPU."""
+    table = Table(title="settings", title_justify="left")
+    for column in ("setting", "from", "to", "alone gives (memory: predicted for a GPU)"):
+        table.add_column(column, overflow="fold")
+    config = load_run_config(before)
+    for key in sorted(key for key in after if after[key] != before.get(key)):
+        old = getattr(config if hasattr(config, key) else config.grpo, key)
+        gives = [part for part in (_saving(before, {key: after[key]}), _GIVES.get(key)) if part]
+        table.add_row(key, _word(old), _word(after[key]), "; ".join(gives))
+    return table
+
+
+def _saving(before: dict[str, Any], change: dict[str, Any]) -> str:
+    """`train -2.7 GB` for each phase whose predicted peak a change lowers by at least 1 MB."""
+    from core.types import Phase
+    from planner.plan import plan_run
+
+    plans = [plan_run(load_run_config(values), None) for values in (before, before | change)]
+    saved = {phase: plans[0].peak_bytes(phase) - plans[1].peak_bytes(phase) for phase in Phase}
+    parts = [f"{phase} -{num_bytes / 1e9:.3g} GB" for phase, num_bytes in saved.items() if num_bytes >= 1e6]
+    return ", ".join(parts)
+
+
+def show(run: str, words: Sequence[str]) -> None:
+    """What the words change in the run, and what of it applies to this machine. Everything is undone again."""
+    from optimization.apply import announce_models, apply_optimizations
+    from optimization.record import records_table, undo_all
+
+    before, after = compose_run_config(run), compose_run_config(run, words)
+    config, records = apply_optimizations(load_run_config(after))
+    undo_all(records)
+    changed = settings_table(before, after)
+    console.print(changed if changed.row_count else "no setting differs from the run configuration's own")
+    records += announce_models(config)
+    if records:
+        console.print(records_table(records, "on this machine"))
+    console.print("to train with it:", highlight=False)
+    console.print(f"  ./launch_mono.sh {run} {' '.join(words)}", highlight=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    configure_logging()
+    if not arguments:
+        arguments = ["--help"]
+    options = parser().parse_intermixed_args(arguments)
+    try:
+        run, words = run_and_words(options)
+        if options.stats or options.setup_only:
+            from optimization.cuda_optim import print_gpu_stats
+
+            print_gpu_stats()
+            if options.setup_only:
+                console.print("the environment is ready; ./launch_mono.sh trains the embedded model", highlight=False)
+                return 0
+        if options.auto_batch or options.all:
+            words = choose_batch(load_run_config(compose_run_config(run, words))) + words
+        if not options.train:
+            show(run, words)
+            return 0
+    except (UserError, ConfigError) as error:
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        return 2
+    command = [sys.executable, str(CONFIG_ROOT.parent / "train.py"), f"--config-name={run}", *words]
+    console.print("starting train.py", " ".join(command[2:]), highlight=False, soft_wrap=True)
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
