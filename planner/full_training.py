@@ -68,7 +68,7 @@ def plan_full_training(training: FullTraining) -> FullTrainingPlan:
     num_tokens = training.batch * training.length
     embedding = shape.vocab * shape.hidden * width
     is_fused = training.optimizer == "adalomo"  # updates in backward: the gradient of one parameter at a time
-    gradients = 2 * embedding if is_fused else shape.num_params * width
+    gradients = embedding if is_fused else shape.num_params * width
     layer = _layer_kept_per_token(training) * num_tokens
     layer_weights = 2 * (shape.num_linear_params // shape.num_layers) if training.precision == "mixed" else 0
     moment = layer + layer_weights + _backward_per_token(training) * num_tokens
