@@ -62,7 +62,7 @@ def swap_unless_third(self, model):
 VLLMGenerator.sync_adapter = swap_unless_third
 trainer = make_trainer(
     "tiny", sys.argv[1], "generator=vllm", "train_batch_size=32", "num_generations=8", "max_completion_length=48",
-    "max_steps=6", "eval_strategy=no", "canary_tolerance=0.15",
+    "max_steps=6", "learning_rate=2e-3", "eval_strategy=no", "canary_tolerance=0.15",
 )
 trainer.train()
 """
