@@ -1,0 +1,219 @@
+"""Optimisations of the process: each changes what it says, puts it back, and says why it does nothing."""
+
+import gc
+import os
+import weakref
+
+import pytest
+import torch
+
+from core.errors import UserError
+from optimization import (
+    AppliedOptimization,
+    Change,
+    autoconfigure_environment,
+    check_fp8_support,
+    clean_memory,
+    enable_flash_attention,
+    optimize_attention_operations,
+    optimize_memory_for_device,
+    preallocate_cuda_memory,
+    print_gpu_stats,
+    recover_from_nan,
+    setup_cuda_optimizations,
+    undo_all,
+)
+from optimization import cuda_optim as cuda_optim_module
+from optimization.card import Card
+from optimization.record import records_table
+from schemas.compose import compose_run_config
+from schemas.run import load_run_config
+from tests.helpers.console import shown
+
+H100 = Card(name="H100", capability=(9, 0), total_bytes=85_000_000_000)
+A100 = Card(name="A100", capability=(8, 0), total_bytes=42_000_000_000)
+T4 = Card(name="T4", capability=(7, 5), total_bytes=16_000_000_000)
+no_gpu_here = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TOKENIZERS_PARALLELISM", "CUDA_DEVICE_ORDER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+
+
+def test_tf32_and_the_first_attention_kernel_change_and_come_back():
+    precision, order = torch.get_float32_matmul_precision(), torch._C._get_sdp_priority_order()
+    record = setup_cuda_optimizations(sdpa_backend="auto", card=H100)
+    assert torch.get_float32_matmul_precision() == "high"
+    assert torch._C._get_sdp_priority_order()[0] == int(torch.nn.attention.SDPBackend.CUDNN_ATTENTION)
+    assert {change.what for change in record.changes} == {"float32 products", "first attention kernel"}
+    record.undo()
+    assert (torch.get_float32_matmul_precision(), torch._C._get_sdp_priority_order()) == (precision, order)
+
+
+def test_a_card_gets_what_it_can_do_and_a_reason_for_the_rest():
+    older = setup_cuda_optimizations(sdpa_backend="auto", card=A100)
+    assert [change.what for change in older.changes] == ["float32 products"] and "below compute 9.0" in older.skipped
+    older.undo()
+    oldest = setup_cuda_optimizations(sdpa_backend="auto", card=T4)
+    assert not oldest.applied and "no TF32" in oldest.skipped
+
+
+@pytest.mark.parametrize("backend", ["flash", "efficient", "cudnn"])
+def test_the_chosen_kernel_is_first_and_the_others_stay_as_fall_backs(backend):
+    record = optimize_attention_operations(backend, card=A100)
+    order = torch._C._get_sdp_priority_order()
+    enabled = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    record.undo()
+    assert torch.nn.attention.SDPBackend(order[0]).name.lower().startswith(backend)
+    assert enabled == (True, True)
+
+
+def test_expandable_segments_join_what_is_set_and_leave_with_undo(monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    record = optimize_memory_for_device(card=A100)
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:512,expandable_segments:True"
+    record.undo()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:512"
+
+
+def test_the_allocator_setting_of_the_user_is_kept(monkeypatch):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")
+    record = optimize_memory_for_device(card=A100)
+    assert not record.applied and "set outside" in record.skipped
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:False"
+
+
+@pytest.mark.gpu
+def test_the_live_allocator_has_expandable_segments_until_undone():
+    record = optimize_memory_for_device()
+    assert torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]
+    record.undo()
+    assert not torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]
+
+
+@pytest.mark.parametrize(
+    ("card", "packages", "wanted"),
+    [
+        (H100, {"flash_attn_interface", "flash_attn"}, "flash_attention_3"),
+        (H100, {"flash_attn"}, "flash_attention_2"),
+        (A100, {"flash_attn_interface", "flash_attn"}, "flash_attention_2"),
+        (A100, set(), None),
+        (T4, {"flash_attn"}, None),
+    ],
+)
+def test_flash_attention_follows_card_and_package(card, packages, wanted, monkeypatch):
+    monkeypatch.setattr(cuda_optim_module, "is_installed", packages.__contains__)
+    record = enable_flash_attention(card=card)
+    assert record.settings == ({"model_args.attn_implementation": wanted} if wanted else {})
+    assert bool(record.skipped) == (wanted is None)
+
+
+def test_an_attention_kernel_of_the_configuration_is_kept():
+    assert "was chosen" in enable_flash_attention(current="eager", card=H100).skipped
+
+
+def test_environment_variables_are_set_unless_the_user_set_them():
+    record = autoconfigure_environment(card=H100)
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false" and os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    record.undo()
+    assert "TOKENIZERS_PARALLELISM" not in os.environ and "CUDA_DEVICE_ORDER" not in os.environ
+
+
+def test_fp8_is_told_by_the_compute_level():
+    ada = Card(name="4090", capability=(8, 9), total_bytes=25_000_000_000)
+    assert check_fp8_support(card=H100).skipped is None and check_fp8_support(card=ada).skipped is None
+    assert "not on this card" in check_fp8_support(card=A100).skipped
+
+
+class _Cyclic:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_cleaning_frees_what_only_refers_to_itself():
+    gc.disable()
+    try:
+        alive = weakref.ref(_Cyclic())
+        assert alive() is not None
+        assert clean_memory().applied
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+def test_cleaning_gives_the_allocators_blocks_back():
+    block = torch.empty(200_000_000, dtype=torch.uint8, device="cuda")
+    del block
+    before = torch.cuda.memory_reserved()
+    clean_memory()
+    assert torch.cuda.memory_reserved() <= before - 200_000_000
+
+
+@pytest.mark.gpu
+def test_preallocation_keeps_or_gives_back_and_refuses_what_is_not_there():
+    clean_memory()
+    preallocate_cuda_memory(1_000_000_000, keep=False)
+    assert torch.cuda.memory_reserved() < 1_000_000_000
+    kept = preallocate_cuda_memory(1_000_000_000, keep=True)
+    assert torch.cuda.memory_reserved() >= 1_000_000_000
+    kept.undo()
+    assert torch.cuda.memory_reserved() < 1_000_000_000
+    with pytest.raises(UserError, match="to preallocate"):
+        preallocate_cuda_memory(10**13)
+
+
+@no_gpu_here
+@pytest.mark.parametrize(
+    "function",
+    [
+        setup_cuda_optimizations,
+        optimize_attention_operations,
+        optimize_memory_for_device,
+        enable_flash_attention,
+        check_fp8_support,
+        print_gpu_stats,
+        lambda: preallocate_cuda_memory(1),
+    ],
+)
+def test_without_a_gpu_nothing_fails_and_the_reason_is_said(function):
+    record = function()
+    assert not record.applied and "torch sees no CUDA device" in record.skipped
+    record.undo()
+
+
+@no_gpu_here
+def test_stats_without_a_gpu_say_so(capsys):
+    print_gpu_stats()
+    assert "GPU: none" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_stats_name_the_card_and_what_is_free(capsys):
+    assert "free" in print_gpu_stats().effect
+    assert torch.cuda.get_device_name() in capsys.readouterr().out
+
+
+def test_recovery_settings_are_those_of_a_run_configuration():
+    settings = recover_from_nan(max_recoveries=3, lr_backoff=0.25).settings
+    config = load_run_config(compose_run_config("teacher_rlt_tiny") | settings)
+    assert (config.recover_from_nan, config.max_recoveries, config.lr_backoff) == (True, 3, 0.25)
+
+
+def test_undo_goes_backwards_once():
+    seen: list[int] = []
+    records = [AppliedOptimization(name=str(i), undo_steps=[lambda i=i: seen.append(i)]) for i in range(3)]
+    undo_all(records)
+    undo_all(records)
+    assert seen == [2, 1, 0]
+
+
+def test_the_table_says_what_changed_and_why_not():
+    done = AppliedOptimization(name="one", changes=(Change(what="x", before=1, after=2),), effect="3 GB")
+    text = shown(records_table([done, AppliedOptimization(name="two", skipped="no card")]))
+    assert "x: 1 -> 2" in text and "3 GB" in text and "no card" in text
