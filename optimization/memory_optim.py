@@ -121,7 +121,7 @@ def tile_mlps(model: nn.Module, tile_tokens: int) -> AppliedOptimization:
     if not mlps:
         return nothing("tiled MLP", f"{type(model).__name__} has no gated MLP ({', '.join(_MLP_LINEARS)})")
     for mlp in mlps:
-        mlp.forward = _tiled(mlp.forward, tile_tokens)  # type: ignore[method-assign]
+        mlp.forward = _tiled(mlp.forward, tile_tokens)
 
     def undo() -> None:
         for mlp in mlps:

@@ -119,7 +119,7 @@ def enable_torch_compile(model: nn.Module | None, *, backend: str = "inductor") 
     obstacle = compile_obstacle(has_own_model=model is not None, on_gpu=on_gpu or backend != "inductor")
     if model is None or obstacle is not None:
         return nothing("torch.compile", str(obstacle))
-    body: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+    body: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model
     body.compile(backend=backend, dynamic=True)
 
     def undo() -> None:

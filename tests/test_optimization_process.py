@@ -3,10 +3,13 @@
 import gc
 import os
 import weakref
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 
+import optimization
 from core.errors import UserError
 from optimization import (
     AppliedOptimization,
@@ -26,7 +29,8 @@ from optimization import (
 from optimization import cuda_optim as cuda_optim_module
 from optimization.card import Card
 from optimization.record import records_table
-from schemas.compose import compose_run_config
+from schemas.compose import CONFIG_ROOT, compose_run_config
+from schemas.optimization import OptimizationConfig
 from schemas.run import load_run_config
 from tests.helpers.console import shown
 
@@ -217,3 +221,23 @@ def test_the_table_says_what_changed_and_why_not():
     done = AppliedOptimization(name="one", changes=(Change(what="x", before=1, after=2),), effect="3 GB")
     text = shown(records_table([done, AppliedOptimization(name="two", skipped="no card")]))
     assert "x: 1 -> 2" in text and "3 GB" in text and "no card" in text
+
+
+OLD_SCRIPTS = (
+    *("ada_fp8_utils.py", "install_ada_fp8.sh", "install_fp8_support.sh", "gpu_optimization.py"),
+    *("gpu_optimization_advanced.py", "train_fp8.sh", "train_max_gpu.sh", "train_optimized.sh", "recover_from_nan.sh"),
+)
+
+
+def test_the_readme_names_every_function_and_every_setting():
+    text = (Path(optimization.__file__).parent / "README.md").read_text()
+    helpers = {"AppliedOptimization", "BatchChoice", "Change", "records_table", "optimized", "optimize_models"}
+    helpers |= {"apply_optimizations", "preallocate_planned"}
+    for name in set(optimization.__all__) - helpers | {field.name for field in fields(OptimizationConfig)}:
+        assert name in text, name
+
+
+@pytest.mark.parametrize("script", OLD_SCRIPTS)
+def test_the_old_names_are_mapped(script):
+    rows = (CONFIG_ROOT.parent / "docs" / "optimisations.md").read_text().splitlines()
+    assert any(script in row and "./optimize.sh --" in row for row in rows)

@@ -1,5 +1,6 @@
 """Non-finite values at chosen steps of a tiny run: it goes on, lowers the rate, rolls back, or stops; and says so."""
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -148,6 +149,16 @@ def test_a_third_rolls_back_to_the_last_good_checkpoint_and_the_run_finishes(mod
     trained = [line for line in run.lines if "loss" in line]
     assert [line["step"] for line in trained] == [1, 2, 3, 4, 3, 4, 5, 6, 7, 8]
     assert trained[-1]["learning_rate"] == pytest.approx(RATE / 4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_samples_from_the_adapter_that_was_restored(model, tmp_path):
+    """The canary compares generator and trainer at every step; a generator that was left behind would stop the run."""
+    words = ("generator=vllm", "learning_rate=2e-2", "canary_tolerance=0.15")
+    run = Injected(model, tmp_path, "loss", {3, 4, 5}, *words).finish()
+    assert run.story[-1] == (5, "roll back")
+    run.trainer.close()
 
 
 def test_bad_steps_before_the_first_checkpoint_go_back_to_the_start(model, tmp_path):

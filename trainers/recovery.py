@@ -138,12 +138,12 @@ def last_good_checkpoint(output_dir: str) -> Path:
     raise NonFiniteError(f"no checkpoint in {output_dir} has a finite adapter to go back to")
 
 
-class RecoveryMixin:
-    """The hooks of `Recovery` in a transformers `Trainer`; put it before the trainer class. Off until it is started."""
+class RecoveryMixin(Trainer):
+    """The hooks of `Recovery`: a first base class, before the trainer that it extends. Off until it is started."""
 
     recovery: Recovery | None = None
 
-    def start_recovery(self: Any, *, max_recoveries: int, lr_backoff: float) -> None:
+    def start_recovery(self, *, max_recoveries: int, lr_backoff: float) -> None:
         self.recovery = Recovery(
             max_recoveries=max_recoveries,
             lr_backoff=lr_backoff,
@@ -152,7 +152,7 @@ class RecoveryMixin:
         )
         self.add_callback(self.recovery)
 
-    def train(self: Any, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train; a roll-back starts the loop again from the last good checkpoint."""
         while True:
             try:
@@ -164,7 +164,7 @@ class RecoveryMixin:
                 self.args.eval_on_start = False
                 self._forget_unfinished_step()
 
-    def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch; the rest of a bad step is passed over."""
         if self.recovery is None:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -178,7 +178,7 @@ class RecoveryMixin:
         self._pass_over_micro_batch()
         return torch.zeros((), device=self.args.device)
 
-    def _get_grad_norm(self: Any, model: Any, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called once a step, after clipping and right before the optimizer; a bad step has no gradients after it."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if self.recovery is None or (self.recovery.check("the gradient norm", grad_norm) and not self.recovery.cause):
