@@ -9,6 +9,7 @@ configuration cannot work (nothing was started), 130 interrupted (the same call 
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from typing import Any
 
 # Read when torch is loaded: idle threads sleep instead of spinning, so that torch and vLLM can share a CPU.
@@ -23,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from core.errors import NonFiniteError, UserError
 from core.log import configure_logging, console, log
 from schemas.compose import command_line, register_search_path, run_config_names, to_values, with_sweep_folders
+from schemas.llada import MaskedDiffusionRunConfig
 from schemas.run import ConfigError, RunConfig
 
 
@@ -41,7 +43,7 @@ def _train_all(composed: list[dict[str, Any]]) -> None:
 
     for config, values in [(load_for_this_machine(values), values) for values in with_sweep_folders(composed)]:
         with optimized(config) as config:
-            train_teacher(config, values)
+            _TRAIN[config.method](config, values)
 
 
 def train_teacher(config: RunConfig, values: dict[str, Any]) -> None:
@@ -65,6 +67,15 @@ def train_teacher(config: RunConfig, values: dict[str, Any]) -> None:
     summary = summarise(prepared.folder.path, memory_by_phase(plan, trainer.host))
     console.print(summary_table(summary), memory_table(summary))
     log.info("adapter, metrics and completions are in %s", prepared.folder.path)
+
+
+def train_masked_diffusion(config: MaskedDiffusionRunConfig, values: dict[str, Any]) -> None:
+    from trainers import masked_diffusion_run
+
+    masked_diffusion_run.train_masked_diffusion(config, values)
+
+
+_TRAIN: dict[str, Callable[..., None]] = {"rlt": train_teacher, "masked_diffusion": train_masked_diffusion}
 
 
 def main() -> int:

@@ -39,6 +39,13 @@ def generate_rows(num_rows: int, seed: int, split: Split) -> list[dict[str, str]
     ]
 
 
+def generate_facts() -> list[tuple[str, str]]:
+    """All sums of two digits, as a text and how it goes on: (`3-7=`, `6`)."""
+    return [
+        (f"{a}{sign}{b}=", str((a + int(f"{sign}{b}")) % 10)) for a in range(10) for sign in "+-" for b in range(10)
+    ]
+
+
 def solve(question: str) -> str:
     """`1+0+5+5+2` -> `=3`."""
     return f"={_steps(question)[-1][-2]}"

@@ -1,6 +1,7 @@
 """Questions and solutions from any source, checked row by row and turned into prompts."""
 
 import random
+from collections.abc import Callable
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -37,13 +38,25 @@ def prepare_datasets(
     Raises:
         UserError: an unreadable dataset, too many unusable rows, or no row left.
     """
-    rows = load_rows(config, config.dataset_id_or_path, prompt_format.tags, seed)
-    rows = _fit(rows, config, tokenizer, prompt_format, config.dataset_id_or_path)
+    train_rows, eval_rows = split_rows(
+        config, prompt_format.tags, seed, lambda rows, name: _fit(rows, config, tokenizer, prompt_format, name)
+    )
+    return _as_dataset(train_rows), _as_dataset(eval_rows) if eval_rows else None
+
+
+def split_rows(
+    config: DataConfig, tags: TagStyle, seed: int, fit: Callable[[list[Row], str], list[Row]]
+) -> tuple[list[Row], list[Row]]:
+    """Training rows and held-out rows without a question in common; `fit(rows, dataset name)` prepares them.
+
+    Raises:
+        UserError: as `prepare_datasets`.
+    """
+    rows = fit(load_rows(config, config.dataset_id_or_path, tags, seed), config.dataset_id_or_path)
     eval_rows: list[Row] = []
     if config.num_eval_prompts and config.eval_dataset_id_or_path is not None:
-        eval_rows = load_rows(config, config.eval_dataset_id_or_path, prompt_format.tags, seed, is_eval=True)
-        eval_rows = _fit(eval_rows, config, tokenizer, prompt_format, config.eval_dataset_id_or_path)
-        eval_rows = _draw(eval_rows, config.num_eval_prompts, seed)
+        eval_rows = load_rows(config, config.eval_dataset_id_or_path, tags, seed, is_eval=True)
+        eval_rows = _draw(fit(eval_rows, config.eval_dataset_id_or_path), config.num_eval_prompts, seed)
     elif config.num_eval_prompts:
         eval_rows = _hold_out(rows, config.num_eval_prompts, seed)
     held_out = {row["question"] for row in eval_rows}
@@ -55,7 +68,7 @@ def prepare_datasets(
             remedy="set num_eval_prompts=0 or another eval_dataset_id_or_path",
         )
     log.info("%d rows to train on, %d held out", len(train_rows), len(eval_rows))
-    return _as_dataset(train_rows), _as_dataset(eval_rows) if eval_rows else None
+    return train_rows, eval_rows
 
 
 def _as_dataset(rows: list[Row]) -> Dataset:
@@ -83,7 +96,7 @@ def load_rows(
             good.append(parse_row(raw, tags))
         except BadRowError as error:
             problems.append(f"{raw.place}: {error}")
-    _report_bad_rows(dataset_id_or_path, problems, num_rows=len(good) + len(problems), limit=config.max_bad_rows_frac)
+    report_bad_rows(dataset_id_or_path, problems, num_rows=len(good) + len(problems), limit=config.max_bad_rows_frac)
     return good
 
 
@@ -146,7 +159,7 @@ def _between(text: str, pair: TagPair) -> str | None:
     return content if opened and closed else None
 
 
-def _report_bad_rows(name: str, problems: list[str], num_rows: int, limit: float) -> None:
+def report_bad_rows(name: str, problems: list[str], num_rows: int, limit: float) -> None:
     shown = "\n".join(f"  {problem}" for problem in problems[:_NUM_PROBLEMS_SHOWN])
     more = f"\n  and {len(problems) - _NUM_PROBLEMS_SHOWN} more" if len(problems) > _NUM_PROBLEMS_SHOWN else ""
     if num_rows == 0:
@@ -182,7 +195,7 @@ def _fit(
         else:
             fitting.append({"prompt": prompt, **row})
     if fused:
-        _report_bad_rows(name, fused, len(rows), config.max_bad_rows_frac)
+        report_bad_rows(name, fused, len(rows), config.max_bad_rows_frac)
     if num_too_long:
         log.warning(
             "%d of %d rows of `%s` have prompts above %d tokens (max_prompt_length) and are left out",

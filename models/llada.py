@@ -1,26 +1,76 @@
 """A Llama whose attention looks both ways: the network of a masked-diffusion language model (LLaDA, arXiv 2502.09992).
 
-The layers are transformers' own. What differs from a causal Llama: no causal mask, no key-value cache, a mask token, and
-a head that can be applied to chosen positions only.
+The layers are transformers' own. What differs from a causal Llama: no causal mask, no key-value cache, a mask token, a
+head that can be applied to chosen positions only. The published LLaDA-8B checkpoints are read into this class: the
+computation is the same, only names differ. Their own code, which would have to be trusted, is not run (and does not load
+on transformers 5).
 
 Letters: B rows, T tokens of a row, N chosen positions of a batch, V vocabulary.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import CausalLMOutput
+
+from schemas.llada import NewModelShape
+from schemas.model import ModelArgs
+
+MASK_TOKEN = "<|mdm_mask|>"
+"""The mask's name in LLaDA's tokenizer; new tokenizers get it too."""
+
+
+# The published checkpoints' name of a setting -> ours.
+_PUBLISHED_SETTINGS = {
+    "d_model": "hidden_size",
+    "mlp_hidden_size": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "max_sequence_length": "max_position_embeddings",
+    "weight_tying": "tie_word_embeddings",
+}
+# The published checkpoints' name of a weight -> ours. `ff_out` outside of the blocks is the head.
+_PUBLISHED_WEIGHTS = {
+    **{
+        rf"^model\.transformer\.blocks\.(\d+)\.{published}\.": rf"model.layers.\1.{name}."
+        for published, name in {
+            "attn_norm": "input_layernorm",
+            "q_proj": "self_attn.q_proj",
+            "k_proj": "self_attn.k_proj",
+            "v_proj": "self_attn.v_proj",
+            "attn_out": "self_attn.o_proj",
+            "ff_norm": "post_attention_layernorm",
+            "ff_proj": "mlp.gate_proj",
+            "up_proj": "mlp.up_proj",
+            "ff_out": "mlp.down_proj",
+        }.items()
+    },
+    r"^model\.transformer\.wte\.": "model.embed_tokens.",
+    r"^model\.transformer\.ln_f\.": "model.norm.",
+    r"^model\.transformer\.ff_out\.": "lm_head.",
+}
 
 
 class LladaConfig(LlamaConfig):
     """`LlamaConfig` with `mask_token_id`. `is_causal` False makes transformers build masks that look both ways."""
 
-    model_type = "llada_llama"
+    model_type = "llada"
 
     mask_token_id: int | None = None
     is_causal: bool = False
     use_cache: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for published, name in _PUBLISHED_SETTINGS.items():
+            if published in kwargs:
+                setattr(self, name, kwargs.pop(published))
+        kwargs.pop("auto_map", None)  # the code that the published checkpoints bring
+        super().__post_init__(**kwargs)
 
 
 class LladaModel(LlamaForCausalLM):
@@ -52,5 +102,29 @@ class LladaModel(LlamaForCausalLM):
         return CausalLMOutput(logits=self.lm_head(hidden_BTH if at_BT is None else hidden_BTH[at_BT]))
 
 
+def new_llada(shape: NewModelShape, args: ModelArgs, tokenizer: PreTrainedTokenizerBase) -> LladaModel:
+    """A network with random weights in `args.torch_dtype`."""
+    config = LladaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_attention_heads,
+        max_position_embeddings=shape.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        tie_word_embeddings=shape.tie_word_embeddings,
+        mask_token_id=tokenizer.mask_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    dtype = getattr(torch, args.torch_dtype)
+    return LladaModel._from_config(config, dtype=dtype, attn_implementation=args.attn_implementation)
+
+
 AutoConfig.register(LladaConfig.model_type, LladaConfig)
 AutoModelForCausalLM.register(LladaConfig, LladaModel)
+register_checkpoint_conversion_mapping(
+    LladaConfig.model_type, [WeightRenaming(old, new) for old, new in _PUBLISHED_WEIGHTS.items()]
+)

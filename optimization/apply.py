@@ -29,10 +29,12 @@ from optimization.training_optim import (
 from planner.constants import CUDA_CONTEXT_BYTES
 from planner.plan import MemoryPlan, plan_run
 from schemas.compose import compose_run_config
-from schemas.run import RunConfig, load_run_config
+from schemas.run import AnyRunConfig, load_run_config
 
 
-def apply_optimizations(config: RunConfig, *, card: Card | None = None) -> tuple[RunConfig, list[AppliedOptimization]]:
+def apply_optimizations(
+    config: AnyRunConfig, *, card: Card | None = None
+) -> tuple[AnyRunConfig, list[AppliedOptimization]]:
     """What can be done before the memory plan is made: settings of torch and its allocator, choices of the card.
 
     Returns the configuration with those choices (attention kernel, fp8) and one record for each knob that is on; undo
@@ -61,7 +63,7 @@ def apply_optimizations(config: RunConfig, *, card: Card | None = None) -> tuple
 
 
 @contextlib.contextmanager
-def optimized(config: RunConfig) -> Iterator[RunConfig]:
+def optimized(config: AnyRunConfig) -> Iterator[AnyRunConfig]:
     """`apply_optimizations` for the length of a run: says what was done, and undoes it at the end."""
     config, records = apply_optimizations(config)
     if records:
@@ -72,7 +74,7 @@ def optimized(config: RunConfig) -> Iterator[RunConfig]:
         undo_all(records)
 
 
-def with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
+def with_settings(config: AnyRunConfig, settings: dict[str, Any]) -> AnyRunConfig:
     """The configuration with some of our own settings changed, those of `model_args` by their dotted name."""
     section = "model_args."
     args = {key.removeprefix(section): value for key, value in settings.items() if key.startswith(section)}
@@ -80,7 +82,7 @@ def with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
     return replace(config, model_args=replace(config.model_args, **args), **own)
 
 
-def preallocate_planned(config: RunConfig, plan: MemoryPlan) -> list[AppliedOptimization]:
+def preallocate_planned(config: AnyRunConfig, plan: MemoryPlan) -> list[AppliedOptimization]:
     """Take the plan's peak before anything is loaded, where `preallocate_memory` is on."""
     if not config.preallocate_memory:
         return []
@@ -89,7 +91,7 @@ def preallocate_planned(config: RunConfig, plan: MemoryPlan) -> list[AppliedOpti
 
 
 def optimize_models(
-    config: RunConfig, teacher: nn.Module, student: nn.Module | None, reference: nn.Module | None
+    config: AnyRunConfig, teacher: nn.Module, student: nn.Module | None, reference: nn.Module | None
 ) -> list[AppliedOptimization]:
     """What is done to the loaded models; None for a role that the teacher's own base plays."""
     own = {"teacher": teacher, "student": student, "reference": reference}
@@ -97,7 +99,7 @@ def optimize_models(
     if config.mlp_tile_tokens is not None:
         records += [_named(tile_mlps(m, config.mlp_tile_tokens), role) for role, m in own.items() if m is not None]
     if config.offload_checkpoints:
-        records.append(offload_checkpoints(gradient_checkpointing=config.grpo.gradient_checkpointing))
+        records.append(offload_checkpoints(gradient_checkpointing=config.arguments.gradient_checkpointing))
     if config.compile_models:
         records += [_named(enable_torch_compile(own[role]), role) for role in ("student", "reference")]
     return records
@@ -108,13 +110,13 @@ def _named(record: AppliedOptimization, role: str) -> AppliedOptimization:
     return record
 
 
-def announce_models(config: RunConfig) -> list[AppliedOptimization]:
+def announce_models(config: AnyRunConfig) -> list[AppliedOptimization]:
     """What `optimize_models` will do on this machine, before anything is loaded."""
     records = []
     if config.mlp_tile_tokens is not None:
         records.append(_once_loaded("tiled MLP", "tokens at a time in the MLPs", "all", config.mlp_tile_tokens))
     if config.offload_checkpoints:
-        records.append(offload_checkpoints(gradient_checkpointing=config.grpo.gradient_checkpointing))
+        records.append(offload_checkpoints(gradient_checkpointing=config.arguments.gradient_checkpointing))
     if config.compile_models:
         has_own = config.student_model is not None or config.reference_model == "separate"
         obstacle = compile_obstacle(has_own_model=has_own, on_gpu=find_card() is not None)
@@ -170,7 +172,7 @@ def configure_all_optimizations(
     applied = [autoconfigure_environment(card=card)]
     config, records = apply_optimizations(config, card=card)
     applied += records
-    micro_batch, accumulation = config.grpo.per_device_train_batch_size, config.gradient_accumulation_steps
+    micro_batch, accumulation = config.arguments.per_device_train_batch_size, config.gradient_accumulation_steps
     if optimize_batch:
         choice = choose_batch_size(config, *planned_card(config, card))
         micro_batch, accumulation = choice.batch_size, choice.gradient_accumulation_steps

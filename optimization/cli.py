@@ -126,7 +126,7 @@ def settings_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
         table.add_column(column, overflow="fold")
     config = load_run_config(before)
     for key in sorted(key for key in after if after[key] != before.get(key)):
-        old = getattr(config if hasattr(config, key) else config.grpo, key)
+        old = getattr(config if hasattr(config, key) else config.arguments, key)
         gives = [part for part in (_saving(before, {key: after[key]}), _GIVES.get(key)) if part]
         table.add_row(key, _word(old), _word(after[key]), "; ".join(gives))
     return table

@@ -17,7 +17,7 @@ from optimization.record import AppliedOptimization, Change, nothing
 from planner.fit import card_gb, largest_micro_batch
 from planner.plan import plan_run
 from schemas.compose import compose_run_config
-from schemas.run import RunConfig, load_run_config
+from schemas.run import METHODS, AnyRunConfig, load_run_config
 
 DEFAULT_RUN = "teacher_rlt_mono_85gb"
 """Batch and lengths of a run whose model was chosen by family and size."""
@@ -49,7 +49,7 @@ class BatchChoice:
     """What was planned, for which card."""
 
 
-def choose_batch_size(config: RunConfig, card_bytes: int, where: str) -> BatchChoice:
+def choose_batch_size(config: AnyRunConfig, card_bytes: int, where: str) -> BatchChoice:
     """The largest micro-batch of `config` that the planner fits into a card; prompt groups and the step stay whole.
 
     Raises:
@@ -73,11 +73,12 @@ def choose_batch_size(config: RunConfig, card_bytes: int, where: str) -> BatchCh
     )
 
 
-def _with_micro_batch(config: RunConfig, micro_batch: int) -> RunConfig:
-    return replace(config, grpo=config.grpo.model_copy(update={"per_device_train_batch_size": micro_batch}))
+def _with_micro_batch(config: AnyRunConfig, micro_batch: int) -> AnyRunConfig:
+    arguments = config.arguments.model_copy(update={"per_device_train_batch_size": micro_batch})
+    return replace(config, **{METHODS[config.method].arguments_field: arguments})
 
 
-def planned_card(config: RunConfig, card: Card | None) -> tuple[int, str]:
+def planned_card(config: AnyRunConfig, card: Card | None) -> tuple[int, str]:
     """Bytes and description of the card to plan for: `gpu_gb`, the one that is here, or the configuration's own."""
     if config.gpu_gb is not None:
         return int(config.gpu_gb * 1e9), f"the card of gpu_gb={config.gpu_gb:g}"
@@ -133,13 +134,13 @@ def enable_torch_compile(model: nn.Module | None, *, backend: str = "inductor") 
     )
 
 
-def check_optimizer(config: RunConfig) -> AppliedOptimization:
+def check_optimizer(config: AnyRunConfig) -> AppliedOptimization:
     """Whether `optim` can work here; changes nothing.
 
     Raises:
         UserError: its library is not installed, or it cannot accumulate gradients and the step is split.
     """
-    optimizer = str(config.grpo.optim)
+    optimizer = str(config.arguments.optim)
     for prefix, package in _LIBRARY_OF_OPTIMIZER.items():
         if optimizer.startswith(prefix) and not is_installed(package):
             raise UserError(

@@ -24,8 +24,14 @@ from planner.constants import (
     USABLE_FRAC,
     VLLM_ASLEEP_BYTES,
 )
+from planner.masked_diffusion import (
+    MaskedDiffusionSettings,
+    masked_diffusion_components,
+    masked_diffusion_settings,
+)
 from planner.settings import PlanSettings, settings_from_config
-from schemas.run import RunConfig
+from schemas.llada import MaskedDiffusionRunConfig
+from schemas.run import AnyRunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,17 +101,21 @@ def usable_bytes(gpu_bytes: int) -> int:
     return int(gpu_bytes * USABLE_FRAC.value)
 
 
-def plan_run(config: RunConfig, gpu_bytes: int | None, *, allow_download: bool = False) -> MemoryPlan:
+def plan_run(config: AnyRunConfig, gpu_bytes: int | None, *, allow_download: bool = False) -> MemoryPlan:
     """The plan of a run configuration for a card of `gpu_bytes` (as the driver reports them), or for no card.
 
     Raises:
         UserError: a model's shape is not known here.
     """
+    if isinstance(config, MaskedDiffusionRunConfig):
+        return plan(masked_diffusion_settings(config, allow_download=allow_download), gpu_bytes)
     return plan(settings_from_config(config, allow_download=allow_download), gpu_bytes)
 
 
 def plan(settings: PlanSettings, gpu_bytes: int | None = None) -> MemoryPlan:
     """Bytes per phase and component; pure arithmetic."""
+    if isinstance(settings, MaskedDiffusionSettings):
+        return _memory_plan(settings, masked_diffusion_components(settings), gpu_bytes=gpu_bytes)
     adapter = _adapter_components(settings)
     loaded = _base_components(settings) | {"adapter": adapter["adapter"], "CUDA context": CUDA_CONTEXT_BYTES.value}
     asleep = _vllm_asleep(settings)
@@ -123,14 +133,33 @@ def plan(settings: PlanSettings, gpu_bytes: int | None = None) -> MemoryPlan:
         | {"gradients": adapter["gradients"]}
         | _dynamic(settings, train_activation_bytes(settings)),
     }
+    return _memory_plan(
+        settings,
+        phases,
+        gpu_bytes=gpu_bytes,
+        kv_cache_bytes=kv,
+        kv_needed_bytes=kv_needed_bytes(settings),
+        host_bytes=awake.get("vLLM weights", 0.0),
+    )
+
+
+def _memory_plan(
+    settings: PlanSettings,
+    phases: Mapping[Phase, Mapping[str, float]],
+    *,
+    gpu_bytes: int | None,
+    kv_cache_bytes: float = 0.0,
+    kv_needed_bytes: float = 0.0,
+    host_bytes: float = 0.0,
+) -> MemoryPlan:
     return MemoryPlan(
         settings=settings,
         components={
             phase: {name: round(size) for name, size in parts.items() if size} for phase, parts in phases.items()
         },
-        kv_cache_bytes=round(kv),
-        kv_needed_bytes=kv_needed_bytes(settings),
-        host_bytes=round(awake.get("vLLM weights", 0.0)),
+        kv_cache_bytes=round(kv_cache_bytes),
+        kv_needed_bytes=round(kv_needed_bytes),
+        host_bytes=round(host_bytes),
         gpu_bytes=gpu_bytes,
     )
 

@@ -12,13 +12,13 @@ Precision = Literal["fp32", "bf16", "fp8", "int8", "int8_groups", "nf4"]
 Checkpointing = Literal["none", "layers", "layers_offloaded"]
 Attention = Literal["flash", "masked_sdpa", "eager"]
 
-_ATTENTION: dict[str, Attention] = {
+ATTENTION: dict[str, Attention] = {
     "sdpa": "masked_sdpa",
     "eager": "eager",
     "flash_attention_2": "flash",
     "flash_attention_3": "flash",
 }
-_DTYPE_PRECISION: dict[str, Precision] = {"bfloat16": "bf16", "float16": "bf16", "float32": "fp32"}
+DTYPE_PRECISION: dict[str, Precision] = {"bfloat16": "bf16", "float16": "bf16", "float32": "fp32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def settings_from_config(config: RunConfig, *, allow_download: bool = False) -> 
     teacher = load_shape(config.model_name_or_path, allow_download=allow_download)
     student = load_shape(config.student_model, allow_download=allow_download) if config.student_model else None
     precision: Precision = (
-        "int8" if args.load_in_8bit else "nf4" if args.load_in_4bit else _DTYPE_PRECISION[args.torch_dtype]
+        "int8" if args.load_in_8bit else "nf4" if args.load_in_4bit else DTYPE_PRECISION[args.torch_dtype]
     )
     generator_precision: Precision = precision if config.generator_weights == "auto" else config.generator_weights
     if generator_precision == "nf4":
@@ -107,7 +107,7 @@ def settings_from_config(config: RunConfig, *, allow_download: bool = False) -> 
         precision=precision,
         double_quant=args.bnb_4bit_use_double_quant,
         lora_r=args.lora_r,
-        lora_targets=_targets(teacher, args.lora_target_modules),
+        lora_targets=adapter_targets(teacher, args.lora_target_modules),
         num_adapters=2 if frozen_adapter else 1,
         optimizer=str(grpo.optim),
         generator=_generator(config),
@@ -123,7 +123,7 @@ def settings_from_config(config: RunConfig, *, allow_download: bool = False) -> 
         max_completion_len=grpo.max_completion_length,
         checkpointing=_checkpointing(config),
         int8_threshold=args.llm_int8_threshold,
-        attention=_ATTENTION[args.attn_implementation],
+        attention=ATTENTION[args.attn_implementation],
         expandable_segments=config.expandable_segments
         or "expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", ""),
         mlp_tile_tokens=config.mlp_tile_tokens,
@@ -144,7 +144,7 @@ def _generator(config: RunConfig) -> Literal["vllm", "transformers", "server"]:
     return "transformers" if config.generator == "transformers" else "vllm"
 
 
-def _targets(shape: ModelShape, modules: str | list[str]) -> tuple[str, ...]:
+def adapter_targets(shape: ModelShape, modules: str | list[str]) -> tuple[str, ...]:
     if modules == "all-linear":
         return ()
     names = [modules] if isinstance(modules, str) else modules

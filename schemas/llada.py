@@ -7,6 +7,7 @@ from pydantic import Field
 
 from schemas.data import DataConfig
 from schemas.model import ModelArgs, PositiveInt
+from schemas.optimization import OptimizationConfig
 from schemas.trainer import TrainerConfig
 
 
@@ -71,6 +72,9 @@ class MaskedDiffusionConfig(DiffusionSamplingConfig):
     """Tokenizer where the model brings none (from scratch); `tiny` is the embedded one."""
     trainable_weights: Literal["adapter", "all"]
     """A LoRA adapter on frozen weights, or every weight (not with quantised ones)."""
+    muon_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Train the blocks' matrices with Muon at this rate and the rest with AdamW at `learning_rate`; null: `optim` for
+    every weight. For new models: the embedded task needs it."""
     model_args: ModelArgs = field(default_factory=ModelArgs)
     """How the model is loaded."""
     packing: bool = False
@@ -82,7 +86,7 @@ class MaskedDiffusionConfig(DiffusionSamplingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedDiffusionRunConfig(MaskedDiffusionConfig, DataConfig, TrainerConfig):
+class MaskedDiffusionRunConfig(MaskedDiffusionConfig, DataConfig, TrainerConfig, OptimizationConfig):
     """One run that trains a masked-diffusion model."""
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -100,6 +104,11 @@ class MaskedDiffusionRunConfig(MaskedDiffusionConfig, DataConfig, TrainerConfig)
                 f"`train_batch_size` {self.train_batch_size} is not a multiple of `per_device_train_batch_size` "
                 f"{micro}: gradient accumulation must be whole. Use a divisor of {self.train_batch_size}."
             )
+
+    @property
+    def arguments(self) -> Any:
+        """The library's own knobs, under a name that every run configuration has."""
+        return self.args
 
     @property
     def run_name(self) -> str:
@@ -130,6 +139,10 @@ def _check_model(config: MaskedDiffusionRunConfig) -> None:
             raise ValueError(
                 "`trainable_weights` is adapter with a new model, whose weights are random. Set it to all."
             )
+    if config.muon_learning_rate is not None and config.trainable_weights == "adapter":
+        raise ValueError(
+            "`muon_learning_rate` is for whole matrices, and `trainable_weights` is adapter. Set it to null."
+        )
     quantised = config.model_args.load_in_8bit or config.model_args.load_in_4bit
     if quantised and config.trainable_weights == "all":
         raise ValueError(

@@ -57,6 +57,11 @@ class RunConfig(ModelConfig, DataConfig, GenerationConfig, RewardConfig, Trainer
         _check_combinations(self)
 
     @property
+    def arguments(self) -> Any:
+        """The library's own knobs, under a name that every run configuration has."""
+        return self.grpo
+
+    @property
     def run_name(self) -> str:
         """TRL's `run_name`: the name of the run configuration unless set; names the output folder."""
         return self.grpo.run_name
@@ -178,7 +183,9 @@ def load_run_config(values: Mapping[str, Any]) -> AnyRunConfig:
     own_values = {key: value for key, value in values.items() if key in own}
     if arguments is not None:
         try:
-            config: AnyRunConfig = TypeAdapter(method.config_class).validate_python(own_values | {method.arguments_field: arguments})
+            config: AnyRunConfig = TypeAdapter(method.config_class).validate_python(
+                own_values | {method.arguments_field: arguments}
+            )
         except ValidationError as error:
             problems += _describe(error)
     if problems:

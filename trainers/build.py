@@ -23,7 +23,7 @@ from optimization import optimize_models, preallocate_planned, records_table
 from planner.plan import MemoryPlan
 from rewards.rollout import RolloutScorer
 from schemas.run import RunConfig
-from trainers.callbacks import ConsoleProgress, MemoryWatch, MetricsFile
+from trainers.callbacks import TEACHER_SHOWN, ConsoleProgress, MemoryWatch, MetricsFile
 from trainers.grpo_args import build_grpo_args
 from trainers.loggers import prepare_loggers
 from trainers.run_folder import RunFolder, open_run_folder
@@ -117,7 +117,7 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
         student_tokenizer=run.student_tokenizer,
     )
     generator = None if config.use_vllm_server else _start_generator(run, host)
-    progress = ConsoleProgress()
+    progress = ConsoleProgress(TEACHER_SHOWN)
     return TeacherGRPOTrainer(
         config=config,
         args=build_grpo_args(config, use_cpu=run.device.type == "cpu", resuming=run.folder.checkpoint is not None),

@@ -2,9 +2,10 @@
 
 import json
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from peft import PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -12,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from core.log import console, log
 from core.units import format_duration
-from models.host import REFERENCE_ADAPTER, ModelHost
+from models.host import REFERENCE_ADAPTER, PhaseUse
 from planner.watchdog import GrowthWatchdog
 
 
@@ -54,10 +55,16 @@ def mix_into_reference(model: PeftModel, alpha: float) -> None:
             reference.data.lerp_(policy.data, alpha)
 
 
+class PeakSource(Protocol):
+    def take_recent_peak(self) -> PhaseUse:
+        """The peaks since the last call."""
+        ...
+
+
 class MemoryWatch(TrainerCallback):
     """Feeds each step's peak to the growth watchdog and passes its warning on."""
 
-    def __init__(self, host: ModelHost, *, limit_bytes: int, max_steps: int, max_warnings: int) -> None:
+    def __init__(self, host: PeakSource, *, limit_bytes: int, max_steps: int, max_warnings: int) -> None:
         self.host = host
         self._new_watchdog = partial(
             GrowthWatchdog, limit_bytes=limit_bytes, max_steps=max_steps, max_warnings=max_warnings
@@ -77,18 +84,21 @@ class MemoryWatch(TrainerCallback):
             log.warning("%s", found.message)
 
 
+TEACHER_SHOWN = (
+    ("reward", "reward"),
+    ("rlt/answer_log_prob_mean", "solution"),
+    ("rlt/reasoning_kl_mean", "kl"),
+    ("rlt/format_rate", "format"),
+    ("completions/mean_length", "tokens"),
+)
+DIFFUSION_SHOWN = (("loss", "loss"), ("grad_norm", "gradient norm"))
+
+
 class ConsoleProgress(TrainerCallback):
     """A bar for the run, one for the phase at work, and one line for each logged step, with the time that is left."""
 
-    _SHOWN = (
-        ("reward", "reward"),
-        ("rlt/answer_log_prob_mean", "solution"),
-        ("rlt/reasoning_kl_mean", "kl"),
-        ("rlt/format_rate", "format"),
-        ("completions/mean_length", "tokens"),
-    )
-
-    def __init__(self) -> None:
+    def __init__(self, shown: Sequence[tuple[str, str]]) -> None:
+        self._shown = shown
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -118,8 +128,8 @@ class ConsoleProgress(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
-        if "reward" in logs:
-            shown = "  ".join(f"{label} {logs[key]:.2f}" for key, label in self._SHOWN if logs.get(key) is not None)
+        if self._shown[0][0] in logs:
+            shown = "  ".join(f"{label} {logs[key]:.2f}" for key, label in self._shown if logs.get(key) is not None)
             log.info("step %d/%d  %s  %s left", state.global_step, state.max_steps, shown, self._time_left(state))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -10,13 +10,13 @@ from core.units import format_gb
 from models.load import memory_of, pick_device
 from planner.fit import resolve_auto
 from planner.plan import MemoryPlan, plan_run
-from schemas.run import RunConfig, load_run_config
+from schemas.run import AnyRunConfig, load_run_config
 
 MAX_CPU_AUTO_BYTES = 4_000_000_000
 """`device_map: auto` falls back to the CPU only for runs that plan to stay below this: a 7B run there takes months."""
 
 
-def load_for_this_machine(values: Mapping[str, Any]) -> RunConfig:
+def load_for_this_machine(values: Mapping[str, Any]) -> AnyRunConfig:
     """Validate composed values, with `auto` resolved for the card of this machine.
 
     Raises:
@@ -26,7 +26,7 @@ def load_for_this_machine(values: Mapping[str, Any]) -> RunConfig:
     return load_run_config(resolve_auto(values, gpu_bytes))
 
 
-def check_hardware_and_plan(config: RunConfig) -> tuple[MemoryPlan, torch.device]:
+def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.device]:
     """The memory plan and the device of the run.
 
     Raises:

@@ -1,6 +1,8 @@
 """The end of a run: before and after, from its metrics file, as a table and as `summary.json`."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,12 +15,35 @@ from planner.plan import MemoryPlan
 from trainers.run_folder import METRICS_FILE, write_summary
 
 _WINDOW = 5
-_EVAL_ROWS = {
-    "eval_solution_log_prob": "held-out solution log-prob a token (nats)",
-    "eval_reward": "held-out reward",
-    "eval_format_rate": "format rate",
-    "eval_explanation_tokens": "tokens an explanation",
-}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the table at the end of a run shows."""
+
+    train_key: str
+    train_name: str
+    eval_rows: Mapping[str, str]
+
+
+TEACHER_REPORT = Report(
+    "reward",
+    "reward (first and last steps)",
+    {
+        "eval_solution_log_prob": "held-out solution log-prob a token (nats)",
+        "eval_reward": "held-out reward",
+        "eval_format_rate": "format rate",
+        "eval_explanation_tokens": "tokens an explanation",
+    },
+)
+DIFFUSION_REPORT = Report(
+    "loss",
+    "training loss (first and last steps)",
+    {
+        "eval_nll_bound": "held-out bound of the negative log-likelihood a token (nats)",
+        "eval_exact_match": "held-out exact match",
+    },
+)
 
 
 def memory_by_phase(plan: MemoryPlan, host: ModelHost) -> dict[str, Any]:
@@ -33,24 +58,24 @@ def memory_by_phase(plan: MemoryPlan, host: ModelHost) -> dict[str, Any]:
     }
 
 
-def summarise(run_dir: Path, memory: dict[str, Any]) -> dict[str, Any]:
+def summarise(run_dir: Path, memory: dict[str, Any], report: Report = TEACHER_REPORT) -> dict[str, Any]:
     """Read `metrics.jsonl`, write `summary.json`, return it.
 
     Training figures are means of the first and the last five logged steps (fewer in a short run); held-out ones are
     those of the first and the last evaluation.
     """
     lines = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
-    rewards = [line["reward"] for line in lines if line.get("reward") is not None]
+    logged = [line[report.train_key] for line in lines if line.get(report.train_key) is not None]
     differences = [line["sampling/logp_difference"] for line in lines if "sampling/logp_difference" in line]
-    window = min(_WINDOW, max(1, len(rewards) // 2))
-    evaluations = [line for line in lines if "eval_reward" in line]
+    window = min(_WINDOW, max(1, len(logged) // 2))
+    evaluations = [line for line in lines if any(key in line for key in report.eval_rows)]
     summary: dict[str, Any] = {
         "steps": max((line["step"] for line in lines), default=0),
-        "reward": {"before": mean(rewards[:window]), "after": mean(rewards[-window:])} if rewards else None,
+        report.train_key: {"before": mean(logged[:window]), "after": mean(logged[-window:])} if logged else None,
         "logp_difference": mean(differences) if differences else None,
     }
     if evaluations:
-        keys = [k for k in _EVAL_ROWS if k in evaluations[0]]
+        keys = [k for k in report.eval_rows if k in evaluations[0]]
         kinds = {k for line in (evaluations[0], evaluations[-1]) for k in line if k.startswith("eval_share/")}
         for key in [*keys, *sorted(kinds)]:
             summary[key] = {"before": evaluations[0].get(key, 0.0), "after": evaluations[-1].get(key, 0.0)}
@@ -59,13 +84,13 @@ def summarise(run_dir: Path, memory: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def summary_table(summary: dict[str, Any]) -> Table:
+def summary_table(summary: dict[str, Any], report: Report = TEACHER_REPORT) -> Table:
     table = Table(title=f"after {summary['steps']} steps", title_justify="left", caption_justify="left")
     if summary["logp_difference"] is not None:
         table.caption = f"generator and trainer: {summary['logp_difference']:.4f} nats a token apart"
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
-    names = {"reward": "reward (first and last steps)", **_EVAL_ROWS}
+    names = {report.train_key: report.train_name, **report.eval_rows}
     for key, value in summary.items():
         if isinstance(value, dict) and "before" in value:
             name = names.get(key, key.replace("eval_share/", "explanations: "))

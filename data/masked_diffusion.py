@@ -1,0 +1,147 @@
+"""Samples for masked diffusion: token ids of a prompt and a response (sft), or of a piece of text (pretrain)."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from core.errors import UserError
+from core.log import log
+from data.arithmetic import generate_facts
+from data.dataset import ARITHMETIC, Row, report_bad_rows, split_rows
+from data.formats import PromptFormat, encode
+from data.sources import read_rows
+from schemas.llada import MaskedDiffusionRunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Tokens of one sample; those from `prompt_len` on may be masked."""
+
+    token_ids: list[int]
+    prompt_len: int
+    solution: str = ""
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.token_ids[: self.prompt_len]
+
+
+def prepare_samples(
+    config: MaskedDiffusionRunConfig, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    """Training samples and held-out ones.
+
+    sft: the prompt is the student's chat with the question, the response what it should write (trace and tagged
+    solution), filled with end-of-text tokens to a multiple of `response_multiple`. pretrain: the field `text` of each
+    row and an end-of-text token, cut into pieces of `max_response_length`; held-out pieces are of other documents.
+
+    Raises:
+        UserError: an unreadable dataset, too many unusable rows, or no sample that fits.
+    """
+    if config.objective == "pretrain":
+        return _prepare_texts(config, tokenizer, seed)
+    num_too_long = 0
+
+    def fit(rows: list[Row], name: str) -> list[Row]:
+        nonlocal num_too_long
+        fitting = [row for row in rows if _fits(config, response_sample(config, tokenizer, prompt_format, row))]
+        num_too_long += len(rows) - len(fitting)
+        if not fitting:
+            raise _nothing_fits(config, name)
+        return fitting
+
+    splits = split_rows(config, prompt_format.tags, seed, fit)
+    if num_too_long:
+        log.warning(
+            "%d rows have prompts above max_prompt_length=%d or responses above max_response_length=%d, and are left out",
+            *(num_too_long, config.max_prompt_length, config.max_response_length),
+        )
+    train, held_out = ([response_sample(config, tokenizer, prompt_format, row) for row in rows] for rows in splits)
+    if config.dataset_id_or_path == ARITHMETIC:
+        facts = [_filled(config, tokenizer, encode(tokenizer, p), encode(tokenizer, r)) for p, r in generate_facts()]
+        train += facts * (len(train) // len(facts))
+    return train, held_out
+
+
+def response_sample(
+    config: MaskedDiffusionRunConfig, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, row: Row
+) -> Sample:
+    """A question's chat and what the student should write."""
+    tail = prompt_format.student_tail(tokenizer, row["question"], row["solution"])
+    trace = row.get("reasoning_trace") or ""
+    prompt_ids = encode(tokenizer, prompt_format.student_head_text(tokenizer, row["question"]))
+    return _filled(config, tokenizer, prompt_ids, encode(tokenizer, trace + tail.text), row["solution"])
+
+
+def _filled(
+    config: MaskedDiffusionRunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    response_ids: list[int],
+    solution: str = "",
+) -> Sample:
+    num_filler = -len(response_ids) % config.response_multiple
+    response_ids = response_ids + [tokenizer.eos_token_id] * num_filler
+    return Sample(prompt_ids + response_ids, len(prompt_ids), solution)
+
+
+def _fits(config: MaskedDiffusionRunConfig, sample: Sample) -> bool:
+    response_len = len(sample.token_ids) - sample.prompt_len
+    return sample.prompt_len <= config.max_prompt_length and response_len <= config.max_response_length
+
+
+def _nothing_fits(config: MaskedDiffusionRunConfig, name: str) -> UserError:
+    return UserError(
+        f"no row of `{name}` fits max_prompt_length={config.max_prompt_length} and "
+        f"max_response_length={config.max_response_length}",
+        expected="prompts and responses within these numbers of tokens",
+        remedy="raise them, or shorten the texts",
+    )
+
+
+def _prepare_texts(
+    config: MaskedDiffusionRunConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    texts = _texts(config, config.dataset_id_or_path)
+    random.Random(seed).shuffle(texts)
+    if config.eval_dataset_id_or_path is not None:
+        held_out_texts, num_held_out_texts = _texts(config, config.eval_dataset_id_or_path), 0
+    else:
+        num_held_out_texts = min(config.num_eval_prompts, len(texts) // 5)
+        held_out_texts = texts[:num_held_out_texts]
+    train = _pieces(config, tokenizer, texts[num_held_out_texts:])
+    return train, _pieces(config, tokenizer, held_out_texts)[: config.num_eval_prompts]
+
+
+def _texts(config: MaskedDiffusionRunConfig, name: str) -> list[str]:
+    texts, problems = [], []
+    for row in read_rows(name, config.dataset_config_name, config.dataset_split):
+        text = row.values.get("text") if isinstance(row.values, dict) else None
+        if isinstance(text, str) and text.strip():
+            texts.append(text)
+        else:
+            problems.append(f"{row.place}: {row.problem or 'has no field `text` with a text'}")
+    report_bad_rows(name, problems, num_rows=len(texts) + len(problems), limit=config.max_bad_rows_frac)
+    return texts
+
+
+def _pieces(config: MaskedDiffusionRunConfig, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Sample]:
+    length = config.max_response_length
+    ids = (encode(tokenizer, text) + [tokenizer.eos_token_id] for text in texts)
+    return [Sample(doc[start : start + length], 0) for doc in ids for start in range(0, len(doc), length)]
+
+
+def pack(samples: list[Sample], row_length: int) -> Iterator[list[Sample]]:
+    """Rows of consecutive samples that hold at most `row_length` tokens; a row is closed when the next does not fit."""
+    row: list[Sample] = []
+    num_tokens = 0
+    for sample in samples:
+        if row and num_tokens + len(sample.token_ids) > row_length:
+            yield row
+            row, num_tokens = [], 0
+        row.append(sample)
+        num_tokens += len(sample.token_ids)
+    if row:
+        yield row

@@ -1,0 +1,196 @@
+"""A masked-diffusion run from its validated configuration to its summary: what costs little is checked first."""
+
+import sys
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from core.errors import UserError
+from core.log import console, log
+from core.types import Phase
+from core.units import gb
+from data.formats import PromptFormat
+from data.masked_diffusion import Sample, pack, prepare_samples
+from models.llada import MASK_TOKEN, LladaModel, new_llada
+from models.host import PhaseUse
+from models.load import EMBEDDED_MODEL, add_adapter, load_base, load_tokenizer, memory_of
+from models.tiny import build_tokenizer
+from planner.plan import MemoryPlan
+from schemas.llada import MaskedDiffusionRunConfig
+from schemas.run import ConfigError
+from trainers.callbacks import DIFFUSION_SHOWN, ConsoleProgress, MemoryWatch, MetricsFile
+from trainers.masked_diffusion import MaskedDiffusionTrainer
+from trainers.preflight import check_hardware_and_plan
+from trainers.run_folder import RunFolder, open_run_folder
+from trainers.summary import DIFFUSION_REPORT, memory_table, summarise, summary_table
+
+
+class PeakMeter:
+    """Peak memory of the process: what the allocator took on a GPU, the resident set on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.max_reserved_bytes = 0
+
+    def take_recent_peak(self) -> PhaseUse:
+        """The peaks since the last call."""
+        if self.device.type == "cuda":
+            allocated = torch.cuda.max_memory_allocated(self.device)
+            reserved = torch.cuda.max_memory_reserved(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            allocated = reserved = psutil.Process().memory_info().rss
+        self.max_reserved_bytes = max(self.max_reserved_bytes, reserved)
+        return PhaseUse(peak_allocated_bytes=allocated, peak_reserved_bytes=reserved)
+
+
+def train_masked_diffusion(config: MaskedDiffusionRunConfig, values: dict[str, Any]) -> None:
+    """Check, load, train, evaluate, save.
+
+    Raises:
+        UserError, ConfigError: the run cannot work; the run folder was not touched.
+    """
+    plan, device = check_hardware_and_plan(config)
+    build_training_args(config, use_cpu=device.type == "cpu")
+    tokenizer = load_diffusion_tokenizer(config)
+    prompt_format = PromptFormat.from_config(config)
+    train_samples, eval_samples = prepare_samples(config, tokenizer, prompt_format, config.args.seed)
+    rows = list(pack(train_samples, config.row_length)) if config.packing else [[sample] for sample in train_samples]
+    if len(rows) < config.train_batch_size:
+        raise UserError(
+            f"{len(rows)} rows to train on, and train_batch_size is {config.train_batch_size}",
+            expected="at least one step's worth of rows",
+            remedy="more data, or a smaller train_batch_size",
+        )
+    log.info("%d samples to train on in %d rows, %d held out", len(train_samples), len(rows), len(eval_samples))
+    folder = open_run_folder(values, config.args.output_dir, config.resume)
+    peaks = PeakMeter(device)
+    trainer = build_diffusion_trainer(config, device, tokenizer, rows, eval_samples, folder, peaks)
+    trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint is not None else None)
+    trainer.finish()
+    summary = summarise(folder.path, _memory(plan, peaks), DIFFUSION_REPORT)
+    console.print(summary_table(summary, DIFFUSION_REPORT), memory_table(summary))
+    log.info("model, metrics and checkpoints are in %s", folder.path)
+
+
+def build_training_args(
+    config: MaskedDiffusionRunConfig, *, use_cpu: bool, resuming: bool = False
+) -> TrainingArguments:
+    """transformers' arguments: what the configuration sets, and what follows from our own settings.
+
+    Raises:
+        ConfigError: transformers refuses a value.
+    """
+    values: dict[str, Any] = config.args.model_dump(exclude_unset=True)
+    has_eval = config.num_eval_prompts > 0 and values.get("eval_strategy", "no") != "no"
+    values |= {
+        "use_cpu": use_cpu,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "eval_strategy": values.get("eval_strategy", "no") if has_eval else "no",
+        "eval_on_start": has_eval and bool(values.get("eval_on_start")) and not resuming,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"- refused by the trainer: {error}") from error
+
+
+def load_diffusion_tokenizer(config: MaskedDiffusionRunConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the run; a new model's gets a mask token where it has none.
+
+    Raises:
+        UserError: it cannot be loaded, or has more tokens than the new model's vocabulary.
+    """
+    name = config.tokenizer_name_or_path or config.model_name_or_path
+    assert name is not None  # the schema sees to it
+    tokenizer = build_tokenizer() if name == EMBEDDED_MODEL else load_tokenizer(name, config.model_args)
+    if config.new_model is not None:
+        if tokenizer.mask_token is None:
+            tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+        if len(tokenizer) > config.new_model.vocab_size:
+            raise UserError(
+                f"`new_model.vocab_size` {config.new_model.vocab_size} for a tokenizer of {len(tokenizer)} tokens",
+                expected="a row of the embedding for each token, the mask among them",
+                remedy=f"set new_model.vocab_size={-(-len(tokenizer) // 64) * 64}",
+            )
+    return tokenizer
+
+
+def load_diffusion_model(
+    config: MaskedDiffusionRunConfig, device: torch.device, tokenizer: PreTrainedTokenizerBase
+) -> Any:
+    """The network to train: new, or loaded in the run's precision; with an adapter where the run trains one.
+
+    Raises:
+        UserError: the model cannot be loaded, or is not a masked-diffusion model.
+    """
+    args = config.model_args
+    if config.new_model is not None:
+        return new_llada(config.new_model, args, tokenizer).to(device)
+    assert config.model_name_or_path is not None  # the schema sees to it
+    base = load_base(config.model_name_or_path, args, device)
+    if not isinstance(base, LladaModel) or base.config.mask_token_id is None:
+        raise UserError(
+            f"{config.model_name_or_path!r} is a {type(base).__name__}",
+            expected="a masked-diffusion model of model_type llada, with mask_token_id in its config.json",
+            remedy="GSAI-ML/LLaDA-8B-Base, GSAI-ML/LLaDA-8B-Instruct, or the output folder of a run of this method",
+        )
+    return add_adapter(base, args) if config.trainable_weights == "adapter" else base.requires_grad_(True)
+
+
+def build_diffusion_trainer(
+    config: MaskedDiffusionRunConfig,
+    device: torch.device,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[list[Sample]],
+    eval_samples: list[Sample],
+    folder: RunFolder,
+    peaks: PeakMeter,
+) -> MaskedDiffusionTrainer:
+    """Load or make the model and put the trainer together."""
+    disable_progress_bar()
+    set_verbosity_error()
+    set_seed(config.args.seed)  # a new model's or adapter's initial values
+    model = load_diffusion_model(config, device, tokenizer)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in model.parameters())
+    log.info("the model is on %s; %s of %s parameters are trained", device, f"{trained:,}", f"{everything:,}")
+    args = build_training_args(config, use_cpu=device.type == "cpu", resuming=folder.checkpoint is not None)
+    progress = ConsoleProgress(DIFFUSION_SHOWN)
+    watch = MemoryWatch(
+        peaks,
+        limit_bytes=memory_of(device),
+        max_steps=args.max_steps if args.max_steps > 0 else sys.maxsize,
+        max_warnings=config.max_growth_warnings,
+    )
+    return MaskedDiffusionTrainer(
+        config=config,
+        args=args,
+        model=model,
+        mask_token_id=model.config.mask_token_id,
+        train_rows=rows,
+        eval_samples=eval_samples,
+        tokenizer=tokenizer,
+        tags=PromptFormat.from_config(config).tags,
+        callbacks=[MetricsFile(folder.metrics_file), progress, watch],
+        on_progress=progress.phase,
+    )
+
+
+def _memory(plan: MemoryPlan, peaks: PeakMeter) -> dict[str, Any]:
+    """Predicted beside measured peak of training in decimal GB, as `summary.memory_table` shows it."""
+    return {
+        "measured": "reserved on the GPU" if peaks.device.type == "cuda" else "RSS of the process (no GPU)",
+        "phases": {
+            str(Phase.TRAIN): {
+                "predicted_gb": gb(plan.peak_bytes(Phase.TRAIN)),
+                "measured_gb": gb(peaks.max_reserved_bytes),
+            }
+        },
+    }
