@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
-from core.errors import NonFiniteError
+from core.errors import NonFiniteError, UserError
 from tests.helpers.tiny_run import make_trainer, write_random_model
 from trainers.recovery import last_good_checkpoint
+from trainers.run_folder import _last_checkpoint, publish_checkpoint
 
 RATE = 2e-3
 RUN = ("max_steps=8", "save_steps=2", "eval_strategy=no", f"learning_rate={RATE}", "recover_from_nan=true")
@@ -175,6 +177,36 @@ def test_what_never_becomes_finite_ends_the_run_with_its_cause(model, tmp_path):
     assert last_good_checkpoint(run.trainer.args.output_dir).name == "checkpoint-2"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("world_size", 2), ("learning_rate", 0.0), ("lr_scheduler_type", "reduce_lr_on_plateau")]
+)
+def test_runs_that_cannot_recover_are_refused(name, value, model, tmp_path, monkeypatch):
+    trainer = make_trainer(model, tmp_path / "run", *RUN[:-1])
+    monkeypatch.setattr(type(trainer.args), name, value, raising=False)
+    vars(trainer.args).pop(name, None)
+    with pytest.raises(UserError, match="recover_from_nan=true"):
+        trainer.start_recovery(max_recoveries=1, lr_backoff=0.5)
+
+
+def test_a_run_killed_before_its_first_save_starts_anew(model, tmp_path):
+    trainer = make_trainer(model, tmp_path / "run", *RUN)
+    trainer.add_callback(StopAfter(steps=1))
+    trainer.train()
+    folder = Path(trainer.args.output_dir)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-0"]
+    assert _last_checkpoint(folder) is None
+    publish_checkpoint(folder / "checkpoint-0", folder / "checkpoint-2")
+    assert _last_checkpoint(folder) == folder / "checkpoint-2"
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step >= self.steps
+
+
 def test_without_the_knob_a_bad_reward_stops_the_run(model, tmp_path):
     run = Injected(model, tmp_path, "reward", {3}, "recover_from_nan=false")
     with pytest.raises(NonFiniteError, match="log-probs of row 0"):
@@ -183,8 +215,6 @@ def test_without_the_knob_a_bad_reward_stops_the_run(model, tmp_path):
 
 def test_a_checkpoint_with_a_broken_adapter_is_passed_over(model, tmp_path):
     run = Injected(model, tmp_path, "loss", set()).finish()
-    from safetensors.torch import save_file
-
     newest = Path(run.trainer.args.output_dir, "checkpoint-8", "adapter_model.safetensors")
     broken = load_file(newest)
     next(iter(broken.values()))[0, 0] = math.nan

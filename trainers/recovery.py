@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from core.errors import NonFiniteError
+from core.errors import NonFiniteError, UserError
 from core.log import log
 
 _STEPS_UNTIL_LOWER, _STEPS_UNTIL_ROLL_BACK = 2, 3
+_NO_SCHEDULE = ("reduce_lr_on_plateau", "greedy")
+"""`lr_scheduler_type`s that set the rate from the results instead of a base rate."""
 
 
 class RollBackError(Exception):
@@ -144,6 +146,16 @@ class RecoveryMixin(Trainer):
     recovery: Recovery | None = None
 
     def start_recovery(self, *, max_recoveries: int, lr_backoff: float) -> None:
+        """Raises:
+        UserError: several processes, of which one alone would see a bad loss, or a rate that is not a schedule's.
+        """
+        if self.args.world_size > 1 or self.args.learning_rate == 0 or self.args.lr_scheduler_type in _NO_SCHEDULE:
+            raise UserError(
+                f"recover_from_nan=true with {self.args.world_size} processes, learning_rate="
+                f"{self.args.learning_rate:g}, lr_scheduler_type={self.args.lr_scheduler_type}",
+                expected="one process, and a learning rate above 0 that follows a schedule",
+                remedy="set recover_from_nan=false, or lr_scheduler_type=constant on one GPU",
+            )
         self.recovery = Recovery(
             max_recoveries=max_recoveries,
             lr_backoff=lr_backoff,

@@ -105,8 +105,9 @@ def _is_unfinished_run_of(path: Path, values: Mapping[str, Any]) -> bool:
 
 
 def _last_checkpoint(path: Path) -> Path | None:
+    """The last one after step 0; going on from that would be starting anew without the first evaluation."""
     last = get_last_checkpoint(str(path))
-    return Path(last) if last is not None else None
+    return Path(last) if last is not None and Path(last).name != "checkpoint-0" else None
 
 
 def _drop_metrics_after(metrics_file: Path, step: int) -> None:
