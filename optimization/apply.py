@@ -29,7 +29,7 @@ from optimization.training_optim import (
 from planner.constants import CUDA_CONTEXT_BYTES
 from planner.plan import MemoryPlan, plan_run
 from schemas.compose import compose_run_config
-from schemas.run import AnyRunConfig, load_run_config
+from schemas.run import AnyRunConfig, RunConfig, load_run_config
 
 
 def apply_optimizations(
@@ -118,7 +118,9 @@ def announce_models(config: AnyRunConfig) -> list[AppliedOptimization]:
     if config.offload_checkpoints:
         records.append(offload_checkpoints(gradient_checkpointing=config.arguments.gradient_checkpointing))
     if config.compile_models:
-        has_own = config.student_model is not None or config.reference_model == "separate"
+        has_own = isinstance(config, RunConfig) and (
+            config.student_model is not None or config.reference_model == "separate"
+        )
         obstacle = compile_obstacle(has_own_model=has_own, on_gpu=find_card() is not None)
         compiled = _once_loaded("torch.compile", "forward of frozen models", "eager", "compiled")
         records.append(compiled if obstacle is None else nothing("torch.compile", obstacle))

@@ -18,7 +18,7 @@ from core.errors import UserError
 from core.log import configure_logging, console
 from core.units import format_gb
 from schemas.compose import CONFIG_ROOT, compose_run_config, run_config_names
-from schemas.run import ConfigError, RunConfig, load_run_config
+from schemas.run import AnyRunConfig, ConfigError, load_run_config
 
 DEFAULT_RUN = "teacher_rlt_tiny"
 """What ./launch_mono.sh trains; a model chosen by --model takes batch and lengths of the 85 GB run instead."""
@@ -104,7 +104,7 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def choose_batch(config: RunConfig) -> list[str]:
+def choose_batch(config: AnyRunConfig) -> list[str]:
     """The planned micro-batch as a word, said with its accumulation and peak."""
     from optimization.card import find_card
     from optimization.training_optim import choose_batch_size, planned_card

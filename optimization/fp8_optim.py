@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from optimization.card import NO_CARD, Card, find_card
 from optimization.record import AppliedOptimization, Change, nothing
-from schemas.run import RunConfig
+from schemas.run import AnyRunConfig, RunConfig
 
 FP8_CAPABILITY = (8, 9)
 """Ada and Hopper are the first NVIDIA generations with fp8 matrix units."""
@@ -26,7 +26,7 @@ def check_fp8_support(*, card: Card | None = None) -> AppliedOptimization:
     return AppliedOptimization(name="fp8", effect=f"{card} multiplies in fp8")
 
 
-def choose_fp8(config: RunConfig, *, card: Card | None = None) -> AppliedOptimization:
+def choose_fp8(config: AnyRunConfig, *, card: Card | None = None) -> AppliedOptimization:
     """The settings that fp8 brings to this run on this card; nothing is loaded yet.
 
     The generator's weights change only where the teacher is not quantised: a quantised teacher's own values serve its
@@ -35,6 +35,8 @@ def choose_fp8(config: RunConfig, *, card: Card | None = None) -> AppliedOptimiz
     support = check_fp8_support(card=card)
     if support.skipped:
         return support
+    if not isinstance(config, RunConfig):
+        return nothing("fp8", "this run has neither a generator nor a frozen model of its own")
     quantised = config.model_args.load_in_8bit or config.model_args.load_in_4bit
     changes, reasons = [], []
     if config.kv_cache_dtype == "auto":
