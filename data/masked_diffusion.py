@@ -52,27 +52,74 @@ def prepare_samples(
             raise _nothing_fits(config, name)
         return fitting
 
-    splits = split_rows(config, prompt_format.tags, seed, fit)
+    train_rows, eval_rows = split_rows(config, prompt_format.tags, seed, fit)
     if num_too_long:
         log.warning(
-            "%d rows have prompts above max_prompt_length=%d or responses above max_response_length=%d, and are left out",
+            "%d rows have prompts above max_prompt_length=%d or responses above max_response_length=%d: left out",
             *(num_too_long, config.max_prompt_length, config.max_response_length),
         )
-    train, held_out = ([response_sample(config, tokenizer, prompt_format, row) for row in rows] for rows in splits)
+    held_out = [response_sample(config, tokenizer, prompt_format, row) for row in eval_rows]
     if config.dataset_id_or_path == ARITHMETIC:
-        facts = [_filled(config, tokenizer, encode(tokenizer, p), encode(tokenizer, r)) for p, r in generate_facts()]
-        train += facts * (len(train) // len(facts))
-    return train, held_out
+        return arithmetic_curriculum(config, tokenizer, prompt_format, train_rows, seed), held_out
+    return [response_sample(config, tokenizer, prompt_format, row) for row in train_rows], held_out
+
+
+# Draws of a stage, each about one optimizer step; facts, single steps and continuations in a draw.
+_CURRICULUM = ((200, 480, 0, 0), (250, 40, 60, 0), (1100, 32, 16, 32))
+
+
+def arithmetic_curriculum(
+    config: MaskedDiffusionRunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat,
+    rows: list[Row],
+    seed: int,
+) -> list[Sample]:
+    """The embedded task in the order in which a new model can learn it; use it with packing, in sequence.
+
+    First sums of two digits as plain text, then one step of a worked sum in the student's chat, then everything that is
+    left of it, from any step on. Left to itself the third kind teaches copying and never adding: each digit occurs
+    twice, so that most masked ones can be read off their copy.
+    """
+    rng = random.Random(seed)
+    facts = [_filled(config, tokenizer, encode(tokenizer, p), encode(tokenizer, r)) for p, r in generate_facts()]
+
+    def single_step() -> Sample:
+        row = rng.choice(rows)
+        trace = row["reasoning_trace"]
+        cut = rng.choice([i for i, character in enumerate(trace) if character == "="]) + 1
+        head = prompt_format.student_head_text(tokenizer, row["question"])
+        return _filled(config, tokenizer, encode(tokenizer, head + trace[:cut]), encode(tokenizer, trace[cut]))
+
+    def continuation() -> Sample:
+        row = rng.choice(rows)
+        ends = [i + 1 for i, character in enumerate(row["reasoning_trace"]) if character == ";"]
+        return response_sample(config, tokenizer, prompt_format, row, num_given=rng.choice([0] * len(ends) + ends))
+
+    samples = []
+    for num_draws, num_facts, num_steps, num_continuations in _CURRICULUM:
+        for _ in range(num_draws):
+            drawn = rng.choices(facts, k=num_facts)
+            drawn += [single_step() for _ in range(num_steps)]
+            drawn += [continuation() for _ in range(num_continuations)]
+            rng.shuffle(drawn)
+            samples += drawn
+    return samples
 
 
 def response_sample(
-    config: MaskedDiffusionRunConfig, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, row: Row
+    config: MaskedDiffusionRunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat,
+    row: Row,
+    num_given: int = 0,
 ) -> Sample:
-    """A question's chat and what the student should write."""
+    """A question's chat and what the student should write; the first `num_given` characters of its trace are given."""
     tail = prompt_format.student_tail(tokenizer, row["question"], row["solution"])
     trace = row.get("reasoning_trace") or ""
-    prompt_ids = encode(tokenizer, prompt_format.student_head_text(tokenizer, row["question"]))
-    return _filled(config, tokenizer, prompt_ids, encode(tokenizer, trace + tail.text), row["solution"])
+    head = prompt_format.student_head_text(tokenizer, row["question"])
+    response_ids = encode(tokenizer, trace[num_given:] + tail.text)
+    return _filled(config, tokenizer, encode(tokenizer, head + trace[:num_given]), response_ids, row["solution"])
 
 
 def _filled(

@@ -27,8 +27,8 @@ def generate_responses(
     """Token ids of one response a prompt, `settings.max_response_length` each, masks no more (LLaDA, section 2.4).
 
     A response starts as masks. Each step predicts all masked tokens of the block at hand and keeps some of them; the
-    others are masked again (`settings.remasking`). Prompts are never changed. Runs `max_rows` prompts at once, padded on
-    the left; equal arguments give equal responses. The caller decides on dropout and adapters.
+    others are masked again (`settings.remasking`). Prompts are never changed. Runs `max_rows` prompts at once, padded
+    on the left; equal arguments give equal responses. The caller decides on dropout and adapters.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)

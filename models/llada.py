@@ -2,8 +2,7 @@
 
 The layers are transformers' own. What differs from a causal Llama: no causal mask, no key-value cache, a mask token, a
 head that can be applied to chosen positions only. The published LLaDA-8B checkpoints are read into this class: the
-computation is the same, only names differ. Their own code, which would have to be trusted, is not run (and does not load
-on transformers 5).
+computation is the same, only names differ. Their own code, which would have to be trusted, is not run.
 
 Letters: B rows, T tokens of a row, N chosen positions of a batch, V vocabulary.
 """
@@ -96,10 +95,18 @@ class LladaModel(LlamaForCausalLM):
 
         `attention_mask` is [B, T] (1: token, 0: padding) or boolean [B, 1, T, T] (True: query t may look at key s).
         """
+        if attention_mask is not None and attention_mask.ndim == 4 and self.config._attn_implementation == "eager":
+            # Eager attention adds its mask to the scores.
+            lowest = torch.finfo(self.dtype).min
+            attention_mask = torch.zeros_like(attention_mask, dtype=self.dtype).masked_fill(~attention_mask, lowest)
         hidden_BTH = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
         return CausalLMOutput(logits=self.lm_head(hidden_BTH if at_BT is None else hidden_BTH[at_BT]))
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Saves under the names of this class: transformers' Trainer reads checkpoints without renaming."""
+        super().save_pretrained(*args, **{"save_original_format": False} | kwargs)
 
 
 def new_llada(shape: NewModelShape, args: ModelArgs, tokenizer: PreTrainedTokenizerBase) -> LladaModel:

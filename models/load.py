@@ -159,6 +159,12 @@ def _quantization_config(args: ModelArgs, dtype: torch.dtype) -> BitsAndBytesCon
 
 
 def _unloadable(name_or_path: str, error: Exception) -> UserError:
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"{name_or_path!r} is a model that runs code from its own repository",
+            expected="a model of transformers or of this project, or your consent",
+            remedy="read that code, then set model_args.trust_remote_code=true",
+        )
     return UserError(
         f"{name_or_path!r} cannot be loaded: {str(error).strip().splitlines()[0]}",
         expected="a model folder, or a hub id that is cached or reachable from this machine",
