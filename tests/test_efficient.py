@@ -269,7 +269,7 @@ def test_quantised_model_works_is_smaller_and_loses_little(trained, kind):
         quantised = quantise(copy.deepcopy(model))
         after = loss_of(quantised, held_out)
     max_loss, max_frac = LOSSES[kind]
-    assert before < 1.2  # 5.6 untrained; the digits of the questions cost 0.6
+    assert before < 1.5  # 5.6 untrained; the digits of the questions cost 0.6
     assert 0 < abs(after - before) < max_loss
     assert quantised_bytes(quantised) - embedding_bytes < max_frac * linear_bytes
 
