@@ -31,6 +31,9 @@ from tests.test_optimization_process import H100
 RUN = "teacher_rlt_mono_85gb"
 
 
+MORE_OPTIMIZERS = ("lion_8bit", "paged_lion_8bit", "ademamix_8bit", "adafactor")
+
+
 def config_of(*words, run=RUN):
     return load_run_config(compose_run_config(run, words))
 
@@ -128,12 +131,8 @@ def test_the_plan_knows_what_a_memory_knob_saves(word):
 @pytest.mark.parametrize(
     "words",
     [
-        ("optim=adamw_8bit",),
         ("optim=paged_adamw_8bit",),
-        ("optim=lion_8bit",),
-        ("optim=paged_lion_8bit",),
-        ("optim=ademamix_8bit",),
-        ("optim=adafactor",),
+        *(pytest.param((f"optim={name}",), marks=pytest.mark.slow) for name in MORE_OPTIMIZERS),
         ("optim=apollo_adamw", "optim_target_modules=[lora_A,lora_B]"),
     ],
     ids=lambda words: words[0],
