@@ -29,6 +29,7 @@ from optimization.training_optim import (
 from planner.constants import CUDA_CONTEXT_BYTES
 from planner.plan import MemoryPlan, plan_run
 from schemas.compose import compose_run_config
+from schemas.llada import MaskedDiffusionRunConfig
 from schemas.run import AnyRunConfig, RunConfig, load_run_config
 
 
@@ -54,7 +55,12 @@ def apply_optimizations(
         )
     choices = []
     if config.use_flash_attention:
-        choices.append(enable_flash_attention(current=config.model_args.attn_implementation, card=card))
+        if isinstance(config, MaskedDiffusionRunConfig) and config.packing:
+            choices.append(
+                nothing("flash attention", "packed samples are kept apart by a mask, which it does not take")
+            )
+        else:
+            choices.append(enable_flash_attention(current=config.model_args.attn_implementation, card=card))
     if config.use_fp8:
         choices.append(choose_fp8(config, card=card))
     for choice in choices:

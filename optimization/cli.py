@@ -65,7 +65,8 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--stats", action="store_true", help="what the GPU is and what is free on it")
     parse.add_argument("--setup-only", action="store_true", help="install what is missing, and stop")
     parse.add_argument("--train", action="store_true", help="start train.py with the result")
-    parse.add_argument("--model", metavar="M", help="family of the teacher, e.g. qwen2.5; its own base is the student")
+    parse.add_argument("--dry-run", action="store_true", help="only show what --train would start")
+    parse.add_argument("--model", metavar="M", help="a family: qwen2.5, llama (teachers), llada (masked diffusion)")
     parse.add_argument("--size", metavar="S", help="size in the family, e.g. 7b")
     parse.add_argument("--output-dir", metavar="D", help="folder of the run")
     return parse
@@ -77,8 +78,7 @@ def run_and_words(options: argparse.Namespace) -> tuple[str, list[str]]:
     Raises:
         UserError: a word that is neither, two runs, or a model without a size.
     """
-    from optimization.catalogue import model_overrides
-    from optimization.training_optim import DEFAULT_RUN as RUN_OF_A_CHOSEN_MODEL
+    from optimization.catalogue import run_for_model
 
     own = [word for word in options.words if _KEY_VALUE.match(word)]
     names = [Path(word).name.removesuffix(".yaml") for word in options.words if not _KEY_VALUE.match(word)]
@@ -94,9 +94,9 @@ def run_and_words(options: argparse.Namespace) -> tuple[str, list[str]]:
     for name in GROUPS:
         if options.all or getattr(options, name):
             words |= yaml.safe_load((CONFIG_ROOT / "optimization_cfg" / f"{name}.yaml").read_text())
-    chosen = model_overrides(options.model, options.size) if options.model else []
+    run_of_model, chosen = run_for_model(options.model, options.size) if options.model else (DEFAULT_RUN, [])
     folder = [f"output_dir={options.output_dir}"] if options.output_dir else []
-    run = names[0] if names else RUN_OF_A_CHOSEN_MODEL if options.model else DEFAULT_RUN
+    run = names[0] if names else run_of_model
     return run, [*chosen, *folder, *(f"{key}={_word(value)}" for key, value in words.items()), *own]
 
 
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str]) -> int:
                 return 0
         if options.auto_batch or options.all:
             words = choose_batch(load_run_config(compose_run_config(run, words))) + words
-        if not options.train:
+        if options.dry_run or not options.train:
             show(run, words)
             return 0
     except (UserError, ConfigError) as error:

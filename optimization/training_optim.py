@@ -12,15 +12,14 @@ from torch import nn
 from core.errors import UserError
 from core.units import format_gb
 from optimization.card import NO_CARD, Card, find_card, is_installed
-from optimization.catalogue import model_overrides
+from optimization.catalogue import TEACHER_RUN, run_for_model
 from optimization.record import AppliedOptimization, Change, nothing
 from planner.fit import card_gb, largest_micro_batch
 from planner.plan import plan_run
 from schemas.compose import compose_run_config
 from schemas.run import METHODS, AnyRunConfig, load_run_config
 
-DEFAULT_RUN = "teacher_rlt_mono_85gb"
-"""Batch and lengths of a run whose model was chosen by family and size."""
+DEFAULT_RUN = TEACHER_RUN
 
 _LIBRARY_OF_OPTIMIZER = {
     "lomo": "lomo_optim",
@@ -89,17 +88,20 @@ def planned_card(config: AnyRunConfig, card: Card | None) -> tuple[int, str]:
 
 
 def get_optimal_batch_size_for_gpu(
-    model_type: str = "qwen2.5", size: str = "7b", *, gpu_gb: float | None = None, run: str = DEFAULT_RUN
+    model_type: str = "qwen2.5", size: str = "7b", *, gpu_gb: float | None = None, run: str | None = None
 ) -> BatchChoice:
     """Micro-batch and accumulation for a model by family and size with the batch and lengths of the run `run`.
+
+    `run: None` is the run configuration that the model is trained with (`optimization.catalogue`).
 
     `gpu_gb: None` plans for the card that is here, without one for the card of the run.
 
     Raises:
         UserError: family or size is not known (the known ones are listed), or it does not fit.
     """
-    words = model_overrides(model_type, size) + ([f"gpu_gb={gpu_gb}"] if gpu_gb is not None else [])
-    config = load_run_config(compose_run_config(run, words))
+    own_run, words = run_for_model(model_type, size)
+    words = words + ([f"gpu_gb={gpu_gb}"] if gpu_gb is not None else [])
+    config = load_run_config(compose_run_config(run or own_run, words))
     return choose_batch_size(config, *planned_card(config, find_card()))
 
 

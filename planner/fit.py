@@ -20,7 +20,7 @@ from schemas.run import ConfigError, load_run_config
 
 AUTO = "auto"
 # Cards of run configurations whose name does not say one, by the start of the name.
-_OTHER_CARDS_GB = {"teacher_rlt_mono_basic": 40.0, "teacher_rlt_tiny": 8.0, "": 85.0}
+_OTHER_CARDS_GB = {"teacher_rlt_mono_basic": 40.0, "teacher_rlt_tiny": 8.0, "llada_tiny": 8.0, "": 85.0}
 _CONTEXT_STEP = 256
 _FAMILY = "Qwen/Qwen2.5-{}-Instruct"
 _WORTH_BYTES = 1e8

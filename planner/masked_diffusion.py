@@ -9,7 +9,7 @@ from core.types import Phase
 from planner.activations import forward_bytes, train_activation_bytes
 from planner.components import num_lora_params, optimizer_bytes_per_param, weight_bytes
 from planner.constants import CUDA_CONTEXT_BYTES, FRAGMENTATION_FRAC
-from planner.settings import ATTENTION, DTYPE_PRECISION, Attention, PlanSettings, adapter_targets
+from planner.settings import ATTENTION, DTYPE_PRECISION, Attention, Checkpointing, PlanSettings, adapter_targets
 from planner.shapes import ModelShape, load_shape
 from schemas.llada import MaskedDiffusionRunConfig, NewModelShape
 
@@ -52,13 +52,21 @@ def masked_diffusion_settings(
         aggregation_steps=1,
         max_prompt_len=config.row_length - config.max_response_length,
         max_completion_len=config.max_response_length,
-        checkpointing="layers" if config.args.gradient_checkpointing else "none",
+        checkpointing=_checkpointing(config),
+        mlp_tile_tokens=config.mlp_tile_tokens,
+        expandable_segments=config.expandable_segments,
         int8_threshold=args.llm_int8_threshold,
         full_logits=True,
         attention=_attention(config),
         trains_all=config.trainable_weights == "all",
         autocast=bool(config.args.bf16),
     )
+
+
+def _checkpointing(config: MaskedDiffusionRunConfig) -> Checkpointing:
+    if not config.args.gradient_checkpointing:
+        return "none"
+    return "layers_offloaded" if config.offload_checkpoints else "layers"
 
 
 def _attention(config: MaskedDiffusionRunConfig) -> Attention:

@@ -24,6 +24,7 @@ from schemas.document import PAGE, page
 from schemas.run import METHODS, ConfigError, load_run_config
 from schemas.trl_fields import argument_fields
 from trainers.grpo_args import build_grpo_args
+from trainers.masked_diffusion_run import build_training_args
 
 ROOT = CONFIG_ROOT.parent
 MONO = "teacher_rlt_mono_85gb"
@@ -34,13 +35,20 @@ def load(name: str = MONO, *overrides: str):
 
 
 @pytest.mark.parametrize("name", run_config_names())
-def test_every_run_config_is_valid_and_builds_trl_arguments(name):
+def test_every_run_config_is_valid_and_builds_the_trainers_arguments(name):
     config = load(name)
     assert config.run_name == name
-    args = build_grpo_args(config, use_cpu=True)
+    build_args = build_training_args if config.method == "masked_diffusion" else build_grpo_args
+    args = build_args(config, use_cpu=True)
     assert args.gradient_accumulation_steps * args.per_device_train_batch_size == config.train_batch_size
-    assert args.steps_per_generation == args.gradient_accumulation_steps
     assert args.output_dir == f"results/{name}"
+    if config.method == "rlt":
+        assert args.steps_per_generation == args.gradient_accumulation_steps
+
+
+def test_an_unknown_method_is_named_with_the_known_ones():
+    with pytest.raises(ConfigError, match="`method` is 'ppo'. Use rlt or masked_diffusion"):
+        load(MONO, "method=ppo")
 
 
 @pytest.mark.parametrize("name", run_config_names())
@@ -218,7 +226,7 @@ def test_each_way_to_call_train_composes_from_another_folder(words, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--config-name=nope"], "shipped: teacher_rlt_mono"),
+        (["--config-name=nope"], "shipped: llada_pretrain, "),
         (["max_stepz=3"], "Did you mean"),
         (["learning_rate=["], "cannot be composed"),
         (["--config-name=teacher_rlt_tiny", "model_name_or_path=./nowhere"], "./nowhere"),

@@ -49,7 +49,9 @@ def test_neither_a_prompt_nor_a_token_that_was_kept_ever_changes(remasking):
 def test_blocks_are_finished_from_left_to_right_in_the_number_of_steps():
     recorder = Recorder(random_model())
     sample(recorder)
-    num_masked = [[int((ids_BT[0, 3 + 4 * block :][:4] == MASK).sum()) for block in (0, 1)] for ids_BT in recorder.inputs]
+    num_masked = [
+        [int((ids_BT[0, 3 + 4 * block :][:4] == MASK).sum()) for block in (0, 1)] for ids_BT in recorder.inputs
+    ]
     assert num_masked == [[4, 4], [2, 4], [0, 4], [0, 2]]
 
 

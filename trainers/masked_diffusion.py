@@ -4,6 +4,7 @@ Letters: S samples of a batch, B rows, T tokens of a row.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -26,9 +27,11 @@ from models.masked_diffusion import (
     low_discrepancy_levels,
     mask_by_level,
 )
+from optimization.memory_optim import CheckpointOffload
 from schemas.llada import MaskedDiffusionRunConfig
 from trainers.checkpoints import WholeCheckpoints
 from trainers.muon import MuonWithAdamW
+from trainers.recovery import RecoveryMixin
 
 _TRAIN_STREAM, _BOUND_STREAM, _SAMPLING_STREAM = 0, 1, 2
 
@@ -82,7 +85,7 @@ class DiffusionCollator:
         }
 
 
-class MaskedDiffusionTrainer(WholeCheckpoints):
+class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints):
     """Trains a masked-diffusion model.
 
     What is masked is a function of (seed, step, micro-batch), so a resumed run repeats an uninterrupted one.
@@ -125,6 +128,10 @@ class MaskedDiffusionTrainer(WholeCheckpoints):
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides by the accumulation steps
         self.remove_callback(PrinterCallback)
+        offloads = config.offload_checkpoints and args.gradient_checkpointing and args.device.type == "cuda"
+        self._offload = CheckpointOffload(model) if offloads else nullcontext
+        if config.recover_from_nan:
+            self.start_recovery(max_recoveries=config.max_recoveries, lr_backoff=config.lr_backoff)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.config.muon_learning_rate is not None:
@@ -137,6 +144,16 @@ class MaskedDiffusionTrainer(WholeCheckpoints):
         return super().create_optimizer(model)
 
     # Loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._offload():
+            return super().training_step(*args, **kwargs)
+
+    def _pass_over_micro_batch(self) -> None:
+        self._next_micro_batch()
+
+    def _forget_unfinished_step(self) -> None:
+        self._micro_batch = (-1, 0)
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         batch = DiffusionBatch(**inputs)

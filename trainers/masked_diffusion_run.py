@@ -14,10 +14,11 @@ from core.types import Phase
 from core.units import gb
 from data.formats import PromptFormat
 from data.masked_diffusion import Sample, pack, prepare_samples
-from models.llada import MASK_TOKEN, LladaModel, new_llada
 from models.host import PhaseUse
+from models.llada import MASK_TOKEN, LladaModel, new_llada
 from models.load import EMBEDDED_MODEL, add_adapter, load_base, load_tokenizer, memory_of
 from models.tiny import build_tokenizer
+from optimization import optimize_models, preallocate_planned, records_table
 from planner.plan import MemoryPlan
 from schemas.llada import MaskedDiffusionRunConfig
 from schemas.run import ConfigError
@@ -68,7 +69,7 @@ def train_masked_diffusion(config: MaskedDiffusionRunConfig, values: dict[str, A
     log.info("%d samples to train on in %d rows, %d held out", len(train_samples), len(rows), len(eval_samples))
     folder = open_run_folder(values, config.args.output_dir, config.resume)
     peaks = PeakMeter(device)
-    trainer = build_diffusion_trainer(config, device, tokenizer, rows, eval_samples, folder, peaks)
+    trainer = build_diffusion_trainer(config, plan, device, tokenizer, rows, eval_samples, folder, peaks)
     trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint is not None else None)
     trainer.finish()
     summary = summarise(folder.path, _memory(plan, peaks), DIFFUSION_REPORT)
@@ -146,6 +147,7 @@ def load_diffusion_model(
 
 def build_diffusion_trainer(
     config: MaskedDiffusionRunConfig,
+    plan: MemoryPlan,
     device: torch.device,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[list[Sample]],
@@ -157,7 +159,11 @@ def build_diffusion_trainer(
     disable_progress_bar()
     set_verbosity_error()
     set_seed(config.args.seed)  # a new model's or adapter's initial values
+    optimisations = preallocate_planned(config, plan)
     model = load_diffusion_model(config, device, tokenizer)
+    optimisations += optimize_models(config, model, None, None)
+    if optimisations:
+        console.print(records_table(optimisations, "optimisations of the model"))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
     log.info("the model is on %s; %s of %s parameters are trained", device, f"{trained:,}", f"{everything:,}")

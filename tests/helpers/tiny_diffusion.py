@@ -8,6 +8,7 @@ import torch
 from data.masked_diffusion import Sample
 from models.llada import LladaConfig, LladaModel
 from models.masked_diffusion import DiffusionBatch
+from planner.plan import plan_run
 from schemas.compose import compose_run_config
 from schemas.llada import MaskedDiffusionRunConfig
 from schemas.run import load_run_config
@@ -51,6 +52,7 @@ def make_diffusion_trainer(output_dir: Path, samples: list[Sample], *overrides: 
     device = torch.device("cpu")
     return build_diffusion_trainer(
         config,
+        plan_run(config, None),
         device,
         load_diffusion_tokenizer(config),
         [[sample] for sample in samples],
