@@ -159,3 +159,9 @@ def test_the_script_trains_three_steps(clone):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "on a CPU" in done.stdout
     assert (clone / "elsewhere" / "run" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("word", "said"), [("--setup-only", "the environment is ready"), ("--stats", "GPU: ")])
+def test_set_up_and_stats_train_nothing(word, said, run):
+    status, text, command = run(word)
+    assert status == 0 and said in text and command is None
