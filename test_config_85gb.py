@@ -36,6 +36,7 @@ from planner.fit import (
     resolve_auto,
     why_not,
 )
+from planner.masked_diffusion import MaskedDiffusionSettings
 from planner.plan import MemoryPlan, plan_run
 from planner.readiness import (
     Check,
@@ -50,7 +51,7 @@ from planner.readiness import (
 )
 from planner.report import lever_lines, plan_table, summary_lines
 from schemas.compose import compose_run_config, run_config_names
-from schemas.run import ConfigError, RunConfig, load_run_config
+from schemas.run import AnyRunConfig, ConfigError, load_run_config
 
 DEFAULT_CONFIG = "teacher_rlt_mono_85gb"
 _STATUS_STYLE = {"ok": "green", "warning": "yellow", "failure": "bold red"}
@@ -62,7 +63,7 @@ class Planned:
 
     name: str
     values: dict[str, Any]
-    config: RunConfig
+    config: AnyRunConfig
     plan: MemoryPlan
 
 
@@ -113,6 +114,9 @@ def show_plan(planned: Planned, found: list[Lever]) -> None:
     student = settings.student.name if settings.student else "the teacher's base"
     models = f"teacher {settings.teacher.name} ({settings.precision}), student {student}"
     rows = f"{settings.train_batch} completions, {settings.num_generations} a prompt, {settings.micro_batch} at once"
+    if isinstance(settings, MaskedDiffusionSettings):
+        models = f"masked diffusion of {settings.teacher.name} ({settings.precision})"
+        rows = f"{settings.train_batch} rows a step, {settings.micro_batch} at once"
     title = f"{planned.name} on {format_gb(plan.gpu_bytes or 0)}, predicted"
     console.print(f"\n{models}; {rows}; context {settings.row_len}", highlight=False, soft_wrap=True)
     console.print(plan_table(plan, title=title))
@@ -129,7 +133,7 @@ def fit_line(planned: Planned) -> str:
     return (
         f"this card at most: micro-batch {largest_micro_batch(settings, card) or 'none'}, context "
         f"{largest_context(settings, card) or 'none'} tokens (the model's limit is {settings.teacher.max_positions}), "
-        f"model {largest_model(settings, card) or 'none'}; each with the rest as it is"
+        f"model {largest_model(settings, card) or 'none known'}; each with the rest as it is"
     )
 
 

@@ -83,3 +83,8 @@ SCORE_HEAD_TOKENS = Constant(
 )
 
 ALL_CONSTANTS = {name.lower(): value for name, value in list(globals().items()) if isinstance(value, Constant)}
+
+
+def usable_bytes(gpu_bytes: int) -> int:
+    """What a run may plan for: 97 % of what the driver reports."""
+    return int(gpu_bytes * USABLE_FRAC.value)

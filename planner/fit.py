@@ -13,6 +13,7 @@ from typing import Any
 from core.errors import UserError
 from core.types import Phase
 from core.units import gb
+from planner.masked_diffusion import MaskedDiffusionSettings
 from planner.plan import MemoryPlan, plan, plan_run, usable_bytes
 from planner.settings import PlanSettings
 from planner.shapes import known_shapes
@@ -79,7 +80,10 @@ def largest_context(settings: PlanSettings, gpu_bytes: int) -> int | None:
 
 
 def largest_model(settings: PlanSettings, gpu_bytes: int) -> str | None:
-    """Largest Qwen2.5 that can be teacher (and student, where there is one) with everything else as it is."""
+    """Largest Qwen2.5 that can be teacher (and student, where there is one), the rest as it is; None: none can."""
+
+    if isinstance(settings, MaskedDiffusionSettings):
+        return None
 
     def with_size(size: str) -> PlanSettings:
         shape = known_shapes()[_FAMILY.format(size).lower()]
@@ -180,7 +184,7 @@ def _changes(values: Mapping[str, Any], settings: PlanSettings) -> Iterator[tupl
         yield shorter
     if settings.student is not None:
         yield "the teacher's own base as student", {"student_model": None}
-    for size in reversed(_SIZES):
+    for size in reversed(_SIZES if not isinstance(settings, MaskedDiffusionSettings) else ()):
         name = _FAMILY.format(size)
         if known_shapes()[name.lower()].num_params < 0.8 * settings.teacher.num_params:
             student = {"student_model": name} if settings.student else {}

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from planner.components import optimizer_bytes_per_param
-from planner.constants import CUDA_CONTEXT_BYTES, FRAGMENTATION_FRAC
-from planner.plan import usable_bytes
+from planner.constants import CUDA_CONTEXT_BYTES, FRAGMENTATION_FRAC, usable_bytes
 from planner.shapes import ModelShape
 
 TrainingPrecision = Literal["fp32", "bf16", "mixed"]

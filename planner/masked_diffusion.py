@@ -82,7 +82,7 @@ def new_model_shape(new: NewModelShape) -> ModelShape:
         intermediate=new.intermediate_size,
         num_layers=new.num_hidden_layers,
         num_heads=new.num_attention_heads,
-        num_kv_heads=new.num_attention_heads,
+        num_kv_heads=new.num_key_value_heads or new.num_attention_heads,
         head_dim=new.hidden_size // new.num_attention_heads,
         vocab=new.vocab_size,
         tied_embeddings=new.tie_word_embeddings,
@@ -104,7 +104,7 @@ def masked_diffusion_components(settings: MaskedDiffusionSettings) -> dict[Phase
         loaded["adapter"] = num_trained * width
     resident = loaded | {"optimizer states": num_trained * optimizer_bytes_per_param(settings.optimizer)}
     forward = _dynamic(_forward_bytes(settings))
-    training = _train_all_bytes(settings) if settings.trains_all else train_activation_bytes(settings)
+    training = train_all_activation_bytes(settings) if settings.trains_all else train_activation_bytes(settings)
     return {
         Phase.LOAD: loaded,
         Phase.GENERATE: resident | forward,
@@ -125,9 +125,39 @@ def _forward_bytes(settings: MaskedDiffusionSettings) -> float:
     return max(blocks, 10.0 * settings.teacher.vocab * num_scored)
 
 
-def _train_all_bytes(settings: MaskedDiffusionSettings) -> float:
-    """Peak of a step that trains every weight, over weights, gradients and optimizer states."""
+def train_all_activation_bytes(settings: MaskedDiffusionSettings) -> float:
+    """Peak of a micro-batch's forward and backward over weights, gradients and optimizer states, all weights trained.
+
+    Under autocast every linear keeps a 16-bit copy of its weight: until the forward ends where blocks are recomputed,
+    until its backward where they are not.
+    """
     shape, num_tokens = settings.teacher, settings.micro_batch * settings.row_len
     num_scored = settings.micro_batch * settings.max_completion_len
-    head = 12.0 * shape.vocab * num_scored
-    return head + 40.0 * shape.hidden * num_tokens * shape.num_layers
+    h, act = shape.hidden, 2 if settings.autocast else 4
+    weights_cast = 2 * shape.num_linear_params / shape.num_layers if settings.autocast else 0
+    head_cast = 2 * shape.vocab * h if settings.autocast else 0
+    bias = act * settings.micro_batch * settings.row_len**2 if settings.attention == "masked_sdpa" else 0
+    layer = _kept_per_token(settings) * num_tokens + bias + weights_cast
+    backward = (2 * act * shape.intermediate + 4 * h) * num_tokens
+    if settings.checkpointing == "none":
+        kept, layers = shape.num_layers * layer, shape.num_layers * layer + backward
+    else:
+        kept = 4 * h * num_tokens * shape.num_layers
+        layers = kept + layer + backward
+    final_norm = 8 * h * num_tokens
+    # Log-softmax in float32, its gradient and that of the logits; the hidden states at the masks.
+    head = 12 * shape.vocab * num_scored + head_cast + (4 + act) * h * num_scored
+    mask = settings.micro_batch * settings.row_len**2 if settings.attention == "masked_sdpa" else 0
+    # The loss is computed before autocast gives its 16-bit copies of the weights back.
+    loss = 10 * shape.vocab * num_scored + head_cast + shape.num_layers * weights_cast
+    # The gradients of head and embedding; where they are one matrix, their sum too.
+    embedding_gradients = (12 if shape.tied_embeddings else 8) * shape.vocab * h
+    return mask + max(layers, kept + final_norm + max(head, loss), embedding_gradients)
+
+
+def _kept_per_token(settings: MaskedDiffusionSettings) -> float:
+    """Bytes per token that autograd keeps of a block: two norms, the inputs of the linears, q, k, v, gate, silu, up."""
+    shape, act = settings.teacher, 2 if settings.autocast else 4
+    h, i, q, kv = shape.hidden, shape.intermediate, shape.q_dim, shape.kv_dim
+    num_norm_outputs = 5 if settings.autocast else 2
+    return 16 * h + act * (num_norm_outputs * h + 2 * q + 2 * kv + 4 * i) + 4 * shape.num_heads

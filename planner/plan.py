@@ -21,8 +21,8 @@ from planner.constants import (
     CUDA_GRAPH_BYTES,
     EXPANDABLE_FRAGMENTATION_FRAC,
     FRAGMENTATION_FRAC,
-    USABLE_FRAC,
     VLLM_ASLEEP_BYTES,
+    usable_bytes,
 )
 from planner.masked_diffusion import (
     MaskedDiffusionSettings,
@@ -94,11 +94,6 @@ class MemoryPlan:
             "usable_gb": None if self.gpu_bytes is None else round(gb(usable_bytes(self.gpu_bytes)), 3),
             "fits": None if self.gpu_bytes is None else self.fits(),
         }
-
-
-def usable_bytes(gpu_bytes: int) -> int:
-    """What a run may plan for: 97 % of what the driver reports."""
-    return int(gpu_bytes * USABLE_FRAC.value)
 
 
 def plan_run(config: AnyRunConfig, gpu_bytes: int | None, *, allow_download: bool = False) -> MemoryPlan:

