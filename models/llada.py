@@ -83,7 +83,7 @@ class LladaModel(LlamaForCausalLM):
             # Without a mask, sdpa and flash attention ask the module instead of the configuration.
             layer.self_attn.is_causal = False
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,

@@ -34,7 +34,8 @@ def run_for_model(family: str, size: str) -> tuple[str, list[str]]:
     if family == "llada" and size in LLADA_RUNS:
         return LLADA_RUNS[size]
     if size not in MODELS.get(family, {}):
-        known = [f"{name} ({', '.join(sizes)})" for name, sizes in {**MODELS, "llada": LLADA_RUNS}.items()]
+        sizes_of = {name: list(sizes) for name, sizes in MODELS.items()} | {"llada": list(LLADA_RUNS)}
+        known = [f"{name} ({', '.join(sizes)})" for name, sizes in sizes_of.items()]
         raise UserError(
             f"model {family} of size {size}",
             expected="a known model: " + "; ".join(known),

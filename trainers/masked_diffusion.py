@@ -135,7 +135,7 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.config.muon_learning_rate is not None:
-            self.optimizer = MuonWithAdamW(
+            self.optimizer: torch.optim.Optimizer | None = MuonWithAdamW(
                 self.model,
                 matrix_lr=self.config.muon_learning_rate,
                 vector_lr=self.args.learning_rate,
@@ -191,7 +191,7 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints):
                 metrics[f"{metric_key_prefix}_exact_match"] = self._exact_match()
         self._evaluated_step = self.state.global_step
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _nll_bound(self) -> float:
