@@ -79,9 +79,8 @@ class MaskedDiffusionConfig(DiffusionSamplingConfig):
     """Tokenizer where the model brings none (from scratch); `tiny` is the embedded one."""
     trainable_weights: Literal["adapter", "all"]
     """A LoRA adapter on frozen weights, or every weight (not with quantised ones)."""
-    muon_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Train the blocks' matrices with Muon at this rate and the rest with AdamW at `learning_rate`; null: `optim` for
-    every weight. For new models: the embedded task needs it."""
+    use_muon: bool = False
+    """Train the blocks' matrices with Muon and the rest with AdamW, instead of `optim`; the embedded task needs it."""
     model_args: ModelArgs = field(default_factory=ModelArgs)
     """How the model is loaded."""
     packing: bool = False
@@ -146,10 +145,8 @@ def _check_model(config: MaskedDiffusionRunConfig) -> None:
             raise ValueError(
                 "`trainable_weights` is adapter with a new model, whose weights are random. Set it to all."
             )
-    if config.muon_learning_rate is not None and config.trainable_weights == "adapter":
-        raise ValueError(
-            "`muon_learning_rate` is for whole matrices, and `trainable_weights` is adapter. Set it to null."
-        )
+    if config.use_muon and config.trainable_weights == "adapter":
+        raise ValueError("`use_muon` is for whole matrices, and `trainable_weights` is adapter. Set use_muon=false.")
     quantised = config.model_args.load_in_8bit or config.model_args.load_in_4bit
     if quantised and config.trainable_weights == "all":
         raise ValueError(

@@ -52,9 +52,9 @@ def test_equal_seeds_give_equal_losses_and_the_result_is_a_model_folder(tmp_path
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
 
 
-@pytest.mark.parametrize("muon", ["0.01", "null"])
+@pytest.mark.parametrize("muon", ["true", "false"])
 def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_weights(muon, tmp_path):
-    words = (*SMALL_BATCH, f"muon_learning_rate={muon}", "eval_strategy=no")
+    words = (*SMALL_BATCH, f"use_muon={muon}", "eval_strategy=no")
     whole = make_diffusion_trainer(tmp_path / "whole", counting_samples(), *words)
     whole.train()
     resumed = make_diffusion_trainer(tmp_path / "resumed", counting_samples(), *words)
@@ -69,8 +69,10 @@ def test_an_adapter_on_a_quantised_base_learns_and_the_base_stays(precision, tmp
         f"model_name_or_path={saved_nano(tmp_path)}",
         "new_model=null",
         "trainable_weights=adapter",
-        "muon_learning_rate=null",
+        "use_muon=false",
         "learning_rate=0.01",
+        "lr_scheduler_type=constant",
+        "lr_scheduler_kwargs=null",
         f"model_args.{precision}=true",
         "model_args.torch_dtype=bfloat16",
         "max_steps=30",
@@ -92,7 +94,7 @@ def test_a_causal_model_is_refused(tmp_path):
     from tests.helpers.tiny_run import write_random_model
 
     model = write_random_model(tmp_path / "causal")
-    words = (f"model_name_or_path={model}", "new_model=null", "trainable_weights=adapter", "muon_learning_rate=null")
+    words = (f"model_name_or_path={model}", "new_model=null", "trainable_weights=adapter", "use_muon=false")
     config = load_run_config(diffusion_values(tmp_path / "run", *words))
     with pytest.raises(UserError, match="Qwen2ForCausalLM"):
         load_diffusion_model(config, torch.device("cpu"), load_diffusion_tokenizer(config))

@@ -28,9 +28,9 @@ from models.masked_diffusion import (
     mask_by_level,
 )
 from optimization.memory_optim import CheckpointOffload
+from optimization.optimizers import MuonWithAdamW
 from schemas.llada import MaskedDiffusionRunConfig
 from trainers.checkpoints import WholeCheckpoints
-from trainers.muon import MuonWithAdamW
 from trainers.recovery import RecoveryMixin
 
 _TRAIN_STREAM, _BOUND_STREAM, _SAMPLING_STREAM = 0, 1, 2
@@ -134,13 +134,8 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints):
             self.start_recovery(max_recoveries=config.max_recoveries, lr_backoff=config.lr_backoff)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None and self.config.muon_learning_rate is not None:
-            self.optimizer: torch.optim.Optimizer | None = MuonWithAdamW(
-                self.model,
-                matrix_lr=self.config.muon_learning_rate,
-                vector_lr=self.args.learning_rate,
-                weight_decay=self.args.weight_decay,
-            )
+        if self.optimizer is None and self.config.use_muon:
+            self.optimizer: Any = MuonWithAdamW(self.model, self.args.learning_rate, self.args.weight_decay)
         return super().create_optimizer(model)
 
     # Loss
