@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
-_MODULES = ("model", "data", "generation", "reward", "trainer", "optimization")
+_MODULES = ("model", "data", "generation", "reward", "trainer", "optimization", "llada")
 _HEAD = """# Settings
 
 Written by `python -m schemas.document` from `schemas/`; the field is the one place where a setting is declared. All

@@ -89,6 +89,8 @@ class MaskedDiffusionConfig(DiffusionSamplingConfig):
     """sft: responses are filled with end-of-text tokens, which are learned, to a multiple of this many tokens."""
     num_likelihood_samples: PositiveInt = 32
     """Maskings of each held-out row for the likelihood bound; the paper takes 128."""
+    num_sampled_prompts: Annotated[int, Field(ge=0)] = 64
+    """sft: held-out prompts, at most `num_eval_prompts`, whose sampled responses are compared with the solution."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -180,10 +180,11 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints):
         `eval_nll_bound`: upper bound of the mean negative log-likelihood a learned token, in nats. The maskings and the
         sampling seed are the same at every evaluation.
         """
-        with torch.no_grad(), evaluation_mode(self.model):
+        with torch.no_grad(), evaluation_mode(self.model), self.compute_loss_context_manager():
             metrics = {f"{metric_key_prefix}_nll_bound": self._nll_bound()}
-            if self.config.objective == "sft":
-                metrics[f"{metric_key_prefix}_exact_match"] = self._exact_match()
+            sampled = self.eval_samples[: self.config.num_sampled_prompts]
+            if self.config.objective == "sft" and sampled:
+                metrics[f"{metric_key_prefix}_exact_match"] = self._exact_match(sampled)
         self._evaluated_step = self.state.global_step
         self.log(dict(metrics))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -208,10 +209,10 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints):
             self._on_progress("likelihood bound", i + 1, len(self.eval_samples))
         return total_nats / num_tokens
 
-    def _exact_match(self) -> float:
+    def _exact_match(self, samples: Sequence[Sample]) -> float:
         responses = generate_responses(
             self.model,
-            [sample.prompt_ids for sample in self.eval_samples],
+            [sample.prompt_ids for sample in samples],
             self.config,
             mask_token_id=self.mask_token_id,
             filler_token_id=self.processing_class.eos_token_id,
@@ -222,7 +223,7 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints):
         texts = self.processing_class.batch_decode(responses)
         return mean(
             stated_solution(text, self.tags) == sample.solution.strip()
-            for text, sample in zip(texts, self.eval_samples, strict=True)
+            for text, sample in zip(texts, samples, strict=True)
         )
 
     def finish(self) -> None:
