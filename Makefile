@@ -16,7 +16,7 @@ lint: install
 	$(VENV)/lint-imports
 
 test: lint
-	$(VENV)/python -m pytest -m "not gpu"
+	$(VENV)/python -m pytest -m "not gpu and not long"
 
 test-fast: lint
 	$(VENV)/python -m pytest
