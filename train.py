@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Read when torch is loaded: idle threads sleep instead of spinning, so that torch and vLLM can share a CPU.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -27,6 +27,11 @@ from schemas.compose import command_line, register_search_path, run_config_names
 from schemas.llada import MaskedDiffusionRunConfig
 from schemas.run import ConfigError, RunConfig
 
+if TYPE_CHECKING:
+    import torch
+
+    from planner.plan import MemoryPlan
+
 
 @hydra.main(config_path="cfgs", config_name="train", version_base="1.3")
 def compose(composed: DictConfig) -> None:
@@ -38,20 +43,19 @@ _composed: list[dict[str, Any]] = []
 
 
 def _train_all(composed: list[dict[str, Any]]) -> None:
-    from optimization import optimized
-    from trainers.preflight import load_for_this_machine
+    from trainers.preflight import check_hardware_and_plan, load_for_this_machine
 
-    for config, values in [(load_for_this_machine(values), values) for values in with_sweep_folders(composed)]:
+    runs = [(load_for_this_machine(values), values) for values in with_sweep_folders(composed)]
+
+    from optimization import optimized  # imports bitsandbytes and transformers: seconds that a wrong key need not wait
+
+    for config, values in runs:
         with optimized(config) as config:
-            _TRAIN[config.method](config, values)
+            _TRAIN[config.method](config, values, *check_hardware_and_plan(config))
 
 
-def train_teacher(config: RunConfig, values: dict[str, Any]) -> None:
+def train_teacher(config: RunConfig, values: dict[str, Any], plan: "MemoryPlan", device: "torch.device") -> None:
     """Build the parts of the run and train: cheap checks first, weights last."""
-    from trainers.preflight import check_hardware_and_plan
-
-    plan, device = check_hardware_and_plan(config)
-
     # Imported only now: TRL and vLLM take ten seconds, and most mistakes are found without them.
     from trainers.build import build_trainer, check_before_loading
     from trainers.summary import memory_by_phase, memory_table, summarise, summary_table
@@ -69,10 +73,12 @@ def train_teacher(config: RunConfig, values: dict[str, Any]) -> None:
     log.info("adapter, metrics and completions are in %s", prepared.folder.path)
 
 
-def train_masked_diffusion(config: MaskedDiffusionRunConfig, values: dict[str, Any]) -> None:
+def train_masked_diffusion(
+    config: MaskedDiffusionRunConfig, values: dict[str, Any], plan: "MemoryPlan", device: "torch.device"
+) -> None:
     from trainers import masked_diffusion_run
 
-    masked_diffusion_run.train_masked_diffusion(config, values)
+    masked_diffusion_run.train_masked_diffusion(config, values, plan, device)
 
 
 _TRAIN: dict[str, Callable[..., None]] = {"rlt": train_teacher, "masked_diffusion": train_masked_diffusion}

@@ -18,8 +18,9 @@ from trl.trainer.utils import use_adapter
 
 from core.log import log
 from core.types import Phase, Role, ScoringRow
+from models.device import pick_device
 from models.evaluation import evaluation_mode
-from models.load import add_adapter, load_base, load_frozen, pick_device
+from models.load import add_adapter, load_base, load_frozen
 from models.logprobs import score_spans
 from schemas.model import ModelConfig
 

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -16,24 +15,10 @@ from transformers import (
 
 from core.errors import UserError
 from models.int8_checkpointing import release_int8_activations
-from models.tiny import ensure_tiny_model
+from models.tiny import build_tokenizer, ensure_tiny_model
 from optimization.fp8_optim import check_fp8_support, quantise_to_fp8
 from optimization.nf4_cpu import fix_cpu_dequantization
 from schemas.model import EMBEDDED_MODEL, ModelArgs, ModelConfig
-
-
-def pick_device(device_map: str | None) -> torch.device:
-    """`auto` (or null): the first GPU where there is one, else the CPU."""
-    if device_map in (None, "auto"):
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    return torch.device(device_map)
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes that the driver reports for a GPU; this machine's RAM for the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
 
 
 def resolve_model_path(name_or_path: str) -> str:
@@ -56,6 +41,8 @@ def resolve_model_path(name_or_path: str) -> str:
 
 def load_tokenizer(name_or_path: str, args: ModelArgs) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the left, with a pad token that is not the end-of-turn token."""
+    if name_or_path == EMBEDDED_MODEL:  # without making the model, so that mistakes in the data are found before
+        return build_tokenizer()
     path = resolve_model_path(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=args.trust_remote_code)

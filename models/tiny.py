@@ -137,6 +137,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         chat_template=_CHAT_TEMPLATE,
+        padding_side="left",
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )

@@ -21,10 +21,10 @@ from core.units import format_gb
 from planner.components import num_lora_params, optimizer_bytes_per_param, weight_bytes
 from planner.plan import MemoryPlan
 from schemas.llada import MaskedDiffusionRunConfig
+from schemas.model import EMBEDDED_MODEL
 from schemas.run import AnyRunConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-EMBEDDED_MODEL = "tiny"
 _HUB_TIMEOUT_S = 2.0
 
 

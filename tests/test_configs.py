@@ -1,6 +1,7 @@
 """Every shipped configuration composes and validates; every mistake is one message."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -204,7 +205,8 @@ def test_the_runs_of_a_sweep_have_folders_named_after_what_differs():
 
 def run_train(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "train.py"), *words]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    env = os.environ | {"RLT_CACHE": str(cwd / "cache")}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +232,11 @@ def test_each_way_to_call_train_composes_from_another_folder(words, tmp_path):
         (["max_stepz=3"], "Did you mean"),
         (["learning_rate=["], "cannot be composed"),
         (["--config-name=teacher_rlt_tiny", "model_name_or_path=./nowhere"], "./nowhere"),
-        (["--config-name=teacher_rlt_tiny", "dataset_id_or_path=./nothing.jsonl"], "nothing.jsonl"),
+        pytest.param(
+            ["--config-name=teacher_rlt_tiny", "dataset_id_or_path=./nothing.jsonl"],
+            "nothing.jsonl",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_bad_call_ends_with_status_2_and_leaves_nothing(words, message, tmp_path):

@@ -254,6 +254,7 @@ def trained():
 LOSSES = {"dynamic": (0.01, 0.27), "static 8": (0.005, 0.27), "static 4": (0.1, 0.15)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LOSSES)
 def test_quantised_model_works_is_smaller_and_loses_little(trained, kind):
     model, held_out = trained
@@ -274,7 +275,7 @@ def test_quantised_model_works_is_smaller_and_loses_little(trained, kind):
     assert quantised_bytes(quantised) - embedding_bytes < max_frac * linear_bytes
 
 
-def test_dynamic_quantises_activations_and_static_does_not(trained):
+def test_dynamic_quantises_activations_and_static_does_not():
     """With int8 activations the error stays when the weights are integers already."""
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(64, 32, bias=False)).eval()

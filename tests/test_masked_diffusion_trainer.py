@@ -63,7 +63,7 @@ def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_weights(muon, tmp_pa
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("precision", ["load_in_8bit", "load_in_4bit"])
+@pytest.mark.parametrize("precision", ["load_in_8bit", pytest.param("load_in_4bit", marks=pytest.mark.slow)])
 def test_an_adapter_on_a_quantised_base_learns_and_the_base_stays(precision, tmp_path):
     words = (
         f"model_name_or_path={saved_nano(tmp_path)}",

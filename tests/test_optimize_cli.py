@@ -146,6 +146,7 @@ def shell(clone: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([clone / "optimize.sh", *words], cwd=folder, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_the_script_sets_up_passes_its_words_on_and_keeps_the_folder(clone):
     done = shell(clone, "--auto-batch", "--memory")
     assert done.returncode == 0, done.stderr

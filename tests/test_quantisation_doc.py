@@ -1,6 +1,7 @@
 """docs/quantisation.md says what its script computes."""
 
 import importlib.util
+import itertools
 import re
 
 import pytest
@@ -43,9 +44,17 @@ def test_the_formula_gives_the_levels_of_bitsandbytes(numbers):
 
 @pytest.mark.slow
 def test_errors_of_the_real_weight_are_those_of_the_page(numbers):
-    """Within a few per cent: the weight is trained on this machine."""
-    on_page = numbers.tables_in(numbers.PAGE.read_text())[numbers.REAL_TABLE]
-    rows = numbers.real_error_table().splitlines()[2:]
-    for line, expected in zip(rows, on_page.splitlines()[2:], strict=True):
-        found, wanted = ([float(x) for x in re.findall(r"(?<=\| )[\d.]+(?= )", row)] for row in (line, expected))
-        assert len(wanted) == 2 and found == pytest.approx(wanted, rel=0.15, abs=0.1), line
+    """The weight is trained on this machine: equal within a few per cent as it is; with a dozen outliers that hit other
+    values on every machine, the schemes keep their order."""
+
+    def errors(table: str) -> list[tuple[float, float]]:
+        rows = [re.findall(r"(?<=\| )[\d.]+(?= )", line) for line in table.splitlines()[2:]]
+        return [(float(plain), float(with_outliers)) for plain, with_outliers in rows]
+
+    on_page = errors(numbers.tables_in(numbers.PAGE.read_text())[numbers.REAL_TABLE])
+    found = errors(numbers.real_error_table())
+    assert len(found) == len(numbers.SCHEMES)
+    assert [plain for plain, _ in found] == pytest.approx([plain for plain, _ in on_page], rel=0.15, abs=0.1)
+    for i, j in itertools.permutations(range(len(found)), 2):
+        if on_page[i][1] > 1.3 * on_page[j][1]:
+            assert found[i][1] > found[j][1], (i, j)

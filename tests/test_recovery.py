@@ -167,12 +167,14 @@ def test_vllm_samples_from_the_adapter_that_was_restored(model, tmp_path):
     run.trainer.close()
 
 
+@pytest.mark.slow
 def test_bad_steps_before_the_first_checkpoint_go_back_to_the_start(model, tmp_path):
     run = Injected(model, tmp_path, "reward", {1, 2, 3}, "save_steps=100").finish()
     assert run.story[-1] == (3, "roll back")
     assert [line["step"] for line in run.lines if "loss" in line][:4] == [1, 2, 1, 2]
 
 
+@pytest.mark.slow
 def test_what_never_becomes_finite_ends_the_run_with_its_cause(model, tmp_path):
     run = Injected(model, tmp_path, "loss", set(range(3, 8)), "max_recoveries=3", again=True)
     with pytest.raises(NonFiniteError, match="the loss is nan; 3 bad steps were forgiven"):

@@ -17,8 +17,9 @@ from data.arithmetic import classify_explanation
 from data.dataset import prepare_datasets
 from data.formats import PromptFormat, encode
 from generation import Canary, Generator, SamplingSettings, make_generator
+from models.device import memory_of
 from models.host import ModelHost
-from models.load import load_tokenizer, memory_of, resolve_model_path
+from models.load import load_tokenizer, resolve_model_path
 from optimization import optimize_models, preallocate_planned, records_table
 from planner.plan import MemoryPlan
 from rewards.rollout import RolloutScorer

@@ -14,17 +14,16 @@ from core.types import Phase
 from core.units import gb
 from data.formats import PromptFormat
 from data.masked_diffusion import Sample, pack, prepare_samples
+from models.device import memory_of
 from models.host import PhaseUse
 from models.llada import MASK_TOKEN, LladaModel, new_llada
-from models.load import EMBEDDED_MODEL, add_adapter, load_base, load_tokenizer, memory_of
-from models.tiny import build_tokenizer
+from models.load import add_adapter, load_base, load_tokenizer
 from optimization import optimize_models, preallocate_planned, records_table
 from planner.plan import MemoryPlan
 from schemas.llada import MaskedDiffusionRunConfig
 from schemas.run import ConfigError
 from trainers.callbacks import DIFFUSION_SHOWN, ConsoleProgress, MemoryWatch, MetricsFile
 from trainers.masked_diffusion import MaskedDiffusionTrainer
-from trainers.preflight import check_hardware_and_plan
 from trainers.run_folder import RunFolder, open_run_folder
 from trainers.summary import DIFFUSION_REPORT, memory_table, summarise, summary_table
 
@@ -48,13 +47,14 @@ class PeakMeter:
         return PhaseUse(peak_allocated_bytes=allocated, peak_reserved_bytes=reserved)
 
 
-def train_masked_diffusion(config: MaskedDiffusionRunConfig, values: dict[str, Any]) -> None:
+def train_masked_diffusion(
+    config: MaskedDiffusionRunConfig, values: dict[str, Any], plan: MemoryPlan, device: torch.device
+) -> None:
     """Check, load, train, evaluate, save.
 
     Raises:
         UserError, ConfigError: the run cannot work; the run folder was not touched.
     """
-    plan, device = check_hardware_and_plan(config)
     build_training_args(config, use_cpu=device.type == "cpu")
     tokenizer = load_diffusion_tokenizer(config)
     prompt_format = PromptFormat.from_config(config)
@@ -110,7 +110,7 @@ def load_diffusion_tokenizer(config: MaskedDiffusionRunConfig) -> PreTrainedToke
     """
     name = config.tokenizer_name_or_path or config.model_name_or_path
     assert name is not None  # the schema sees to it
-    tokenizer = build_tokenizer() if name == EMBEDDED_MODEL else load_tokenizer(name, config.model_args)
+    tokenizer = load_tokenizer(name, config.model_args)
     if config.new_model is not None:
         if tokenizer.mask_token is None:
             tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})

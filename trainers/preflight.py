@@ -7,7 +7,7 @@ import torch
 
 from core.errors import UserError
 from core.units import format_gb
-from models.load import memory_of, pick_device
+from models.device import memory_of, pick_device
 from planner.fit import resolve_auto
 from planner.plan import MemoryPlan, plan_run
 from schemas.run import AnyRunConfig, load_run_config

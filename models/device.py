@@ -1,0 +1,18 @@
+"""The device of a run, and how much memory it has."""
+
+import psutil
+import torch
+
+
+def pick_device(device_map: str | None) -> torch.device:
+    """`auto` (or null): the first GPU where there is one, else the CPU."""
+    if device_map in (None, "auto"):
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    return torch.device(device_map)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that the driver reports for a GPU; this machine's RAM for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
