@@ -3,8 +3,12 @@
 import random
 
 import pytest
+from transformers import TrainerState
 
+from core.log import log
+from models.host import PhaseUse
 from planner.watchdog import MIN_STEPS, WARM_UP_STEPS, GrowthWatchdog, forecast
+from trainers.callbacks import MemoryWatch
 
 LIMIT = 80_000_000_000
 MB = 1_000_000
@@ -74,3 +78,23 @@ def test_the_nearer_limit_is_reported() -> None:
     for step in range(1, 30):
         found = found or watchdog.observe(step, allocated_bytes=50 * 10**9, reserved_bytes=60 * 10**9 + step * 200 * MB)
     assert found is not None and found.kind == "reserved" and found.out_of_memory_step == pytest.approx(100, abs=2)
+
+
+@pytest.mark.parametrize(("num_steps", "is_warned"), [(30, False), (300, True)])
+def test_a_leak_is_worth_a_warning_where_the_run_itself_would_meet_its_end(num_steps, is_warned, caplog, monkeypatch):
+    """With `max_steps` -1 the trainer's state alone knows how long the run is."""
+
+    class LeakingHost:
+        peak = 60_000 * MB
+
+        def take_recent_peak(self) -> PhaseUse:
+            self.peak += 100 * MB
+            return PhaseUse(peak_allocated_bytes=self.peak, peak_reserved_bytes=self.peak)
+
+    monkeypatch.setattr(log, "propagate", True)
+    watch = MemoryWatch(LeakingHost(), limit_bytes=LIMIT, max_warnings=3)
+    state = TrainerState(max_steps=num_steps)
+    watch.on_train_begin(None, state, None)
+    for state.global_step in range(1, 31):
+        watch.on_step_end(None, state, None)
+    assert ("out of memory at about step" in caplog.text) == is_warned

@@ -1,6 +1,5 @@
 """From a validated configuration to a trainer: the checks that cost little, then everything that is loaded."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +118,7 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
     )
     generator = None if config.use_vllm_server else _start_generator(run, host)
     progress = ConsoleProgress(TEACHER_SHOWN)
+    watch = MemoryWatch(host, limit_bytes=memory_of(run.device), max_warnings=config.max_growth_warnings)
     return TeacherGRPOTrainer(
         config=config,
         args=build_grpo_args(config, use_cpu=run.device.type == "cpu", resuming=run.folder.checkpoint is not None),
@@ -130,18 +130,9 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
         train_dataset=run.train_dataset,
         eval_dataset=run.eval_dataset,
         tokenizer=run.tokenizer,
-        callbacks=[MetricsFile(run.folder.metrics_file), progress, _memory_watch(run, host)],
+        callbacks=[MetricsFile(run.folder.metrics_file), progress, watch],
         classify_explanation=_classifier(config),
         on_progress=progress.phase,
-    )
-
-
-def _memory_watch(run: PreparedRun, host: ModelHost) -> MemoryWatch:
-    return MemoryWatch(
-        host,
-        limit_bytes=memory_of(run.device),
-        max_steps=run.config.grpo.max_steps if run.config.grpo.max_steps > 0 else sys.maxsize,
-        max_warnings=run.config.max_growth_warnings,
     )
 
 

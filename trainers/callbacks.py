@@ -64,20 +64,19 @@ class PeakSource(Protocol):
 class MemoryWatch(TrainerCallback):
     """Feeds each step's peak to the growth watchdog and passes its warning on."""
 
-    def __init__(self, host: PeakSource, *, limit_bytes: int, max_steps: int, max_warnings: int) -> None:
+    def __init__(self, host: PeakSource, *, limit_bytes: int, max_warnings: int) -> None:
         self.host = host
-        self._new_watchdog = partial(
-            GrowthWatchdog, limit_bytes=limit_bytes, max_steps=max_steps, max_warnings=max_warnings
-        )
-        self.watchdog = self._new_watchdog()
+        self._new_watchdog = partial(GrowthWatchdog, limit_bytes=limit_bytes, max_warnings=max_warnings)
+        self._watchdog: GrowthWatchdog | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """After a roll-back steps are counted anew."""
-        self.watchdog = self._new_watchdog()
+        self._watchdog = self._new_watchdog(max_steps=state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        assert self._watchdog is not None
         peak = self.host.take_recent_peak()
-        found = self.watchdog.observe(
+        found = self._watchdog.observe(
             state.global_step, allocated_bytes=peak.peak_allocated_bytes, reserved_bytes=peak.peak_reserved_bytes
         )
         if found is not None:

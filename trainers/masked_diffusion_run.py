@@ -1,6 +1,5 @@
 """A masked-diffusion run from its validated configuration to its summary: what costs little is checked first."""
 
-import sys
 from typing import Any
 
 import psutil
@@ -169,12 +168,7 @@ def build_diffusion_trainer(
     log.info("the model is on %s; %s of %s parameters are trained", device, f"{trained:,}", f"{everything:,}")
     args = build_training_args(config, use_cpu=device.type == "cpu", resuming=folder.checkpoint is not None)
     progress = ConsoleProgress(DIFFUSION_SHOWN)
-    watch = MemoryWatch(
-        peaks,
-        limit_bytes=memory_of(device),
-        max_steps=args.max_steps if args.max_steps > 0 else sys.maxsize,
-        max_warnings=config.max_growth_warnings,
-    )
+    watch = MemoryWatch(peaks, limit_bytes=memory_of(device), max_warnings=config.max_growth_warnings)
     return MaskedDiffusionTrainer(
         config=config,
         args=args,
