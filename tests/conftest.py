@@ -10,6 +10,12 @@ from core.log import configure_logging
 configure_logging()
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process where there is a GPU, whose memory is measured, or where a test's prints are to be seen (-s)."""
+    alone = torch.cuda.is_available() or config.option.capture == "no"
+    return 0 if alone else min(4, os.cpu_count() or 1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

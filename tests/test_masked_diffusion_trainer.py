@@ -174,6 +174,7 @@ def test_a_large_run_without_a_gpu_says_what_it_plans_for(tmp_path):
     assert done.returncode == 2 and "no CUDA device" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [42, 1, 2])
 def test_the_embedded_task_is_learned_from_scratch(seed, tmp_path):
