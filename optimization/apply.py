@@ -32,6 +32,8 @@ from schemas.compose import compose_run_config
 from schemas.llada import MaskedDiffusionRunConfig
 from schemas.run import AnyRunConfig, RunConfig, load_run_config
 
+_NO_FROZEN_MODEL = "a masked-diffusion run has no student and no reference"
+
 
 def apply_optimizations(
     config: AnyRunConfig, *, card: Card | None = None
@@ -99,14 +101,21 @@ def preallocate_planned(config: AnyRunConfig, plan: MemoryPlan) -> list[AppliedO
 def optimize_models(
     config: AnyRunConfig, teacher: nn.Module, student: nn.Module | None, reference: nn.Module | None
 ) -> list[AppliedOptimization]:
-    """What is done to the loaded models; None for a role that the teacher's own base plays."""
+    """What is done to the loaded models; None for a role that the teacher's own base plays.
+
+    A masked-diffusion run has one model, in the teacher's place.
+    """
     own = {"teacher": teacher, "student": student, "reference": reference}
+    if isinstance(config, MaskedDiffusionRunConfig):
+        own = {"model": teacher}
     records = []
     if config.mlp_tile_tokens is not None:
         records += [_named(tile_mlps(m, config.mlp_tile_tokens), role) for role, m in own.items() if m is not None]
     if config.offload_checkpoints:
         records.append(offload_checkpoints(gradient_checkpointing=config.arguments.gradient_checkpointing))
-    if config.compile_models:
+    if config.compile_models and isinstance(config, MaskedDiffusionRunConfig):
+        records.append(nothing("torch.compile", _NO_FROZEN_MODEL))
+    elif config.compile_models:
         records += [_named(enable_torch_compile(own[role]), role) for role in ("student", "reference")]
     return records
 
@@ -124,10 +133,11 @@ def announce_models(config: AnyRunConfig) -> list[AppliedOptimization]:
     if config.offload_checkpoints:
         records.append(offload_checkpoints(gradient_checkpointing=config.arguments.gradient_checkpointing))
     if config.compile_models:
-        has_own = isinstance(config, RunConfig) and (
-            config.student_model is not None or config.reference_model == "separate"
-        )
-        obstacle = compile_obstacle(has_own_model=has_own, on_gpu=find_card() is not None)
+        if isinstance(config, RunConfig):
+            has_own = config.student_model is not None or config.reference_model == "separate"
+            obstacle = compile_obstacle(has_own_model=has_own, on_gpu=find_card() is not None)
+        else:
+            obstacle = _NO_FROZEN_MODEL
         compiled = _once_loaded("torch.compile", "forward of frozen models", "eager", "compiled")
         records.append(compiled if obstacle is None else nothing("torch.compile", obstacle))
     if config.preallocate_memory and find_card() is None:

@@ -46,6 +46,8 @@ _GIVES = {
     "use_fp8": "half the bytes of the KV cache, faster scoring, where it applies; speed not measured",
 }
 """What a setting is for, apart from memory."""
+_FOR_TEACHERS = {"compile_models", "use_fp8"}
+_NO_USE = "nothing: a masked-diffusion run has no generator and no frozen model of its own"
 _KEY_VALUE = re.compile(r"^[A-Za-z_][\w.@]*=")
 
 
@@ -72,8 +74,8 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
-def run_and_words(options: argparse.Namespace) -> tuple[str, list[str]]:
-    """The run configuration and the `key=value` words that the flags stand for; the user's own words come last.
+def run_and_words(options: argparse.Namespace) -> tuple[str, list[str], list[str]]:
+    """The run configuration, the `key=value` words of its model, and those of the flags; the user's own come last.
 
     Raises:
         UserError: a word that is neither, two runs, or a model without a size.
@@ -97,7 +99,7 @@ def run_and_words(options: argparse.Namespace) -> tuple[str, list[str]]:
     run_of_model, chosen = run_for_model(options.model, options.size) if options.model else (DEFAULT_RUN, [])
     folder = [f"output_dir={options.output_dir}"] if options.output_dir else []
     run = names[0] if names else run_of_model
-    return run, [*chosen, *folder, *(f"{key}={_word(value)}" for key, value in words.items()), *own]
+    return run, chosen, [*folder, *(f"{key}={_word(value)}" for key, value in words.items()), *own]
 
 
 def _word(value: Any) -> str:
@@ -127,7 +129,8 @@ def settings_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
     config = load_run_config(before)
     for key in sorted(key for key in after if after[key] != before.get(key)):
         old = getattr(config if hasattr(config, key) else config.arguments, key)
-        gives = [part for part in (_saving(before, {key: after[key]}), _GIVES.get(key)) if part]
+        use = _NO_USE if config.method == "masked_diffusion" and key in _FOR_TEACHERS else _GIVES.get(key)
+        gives = [part for part in (_saving(before, {key: after[key]}), use) if part]
         table.add_row(key, _word(old), _word(after[key]), "; ".join(gives))
     return table
 
@@ -143,12 +146,12 @@ def _saving(before: dict[str, Any], change: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def show(run: str, words: Sequence[str]) -> None:
-    """What the words change in the run, and what of it applies to this machine. Everything is undone again."""
+def show(run: str, model_words: list[str], words: list[str]) -> None:
+    """What the words change in the run of that model, and what applies to this machine. Everything is undone again."""
     from optimization.apply import announce_models, apply_optimizations
     from optimization.record import records_table, undo_all
 
-    before, after = compose_run_config(run), compose_run_config(run, words)
+    before, after = compose_run_config(run, model_words), compose_run_config(run, model_words + words)
     config, records = apply_optimizations(load_run_config(after))
     undo_all(records)
     changed = settings_table(before, after)
@@ -157,7 +160,7 @@ def show(run: str, words: Sequence[str]) -> None:
     if records:
         console.print(records_table(records, "on this machine"))
     console.print("to train with it:", highlight=False)
-    console.print(f"  ./launch_mono.sh {run} {' '.join(words)}", highlight=False, soft_wrap=True)
+    console.print(f"  ./launch_mono.sh {' '.join([run, *model_words, *words])}", highlight=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -166,7 +169,7 @@ def main(arguments: Sequence[str]) -> int:
         arguments = ["--help"]
     options = parser().parse_intermixed_args(arguments)
     try:
-        run, words = run_and_words(options)
+        run, model_words, words = run_and_words(options)
         if options.stats or options.setup_only:
             from optimization.cuda_optim import print_gpu_stats
 
@@ -175,14 +178,14 @@ def main(arguments: Sequence[str]) -> int:
                 console.print("the environment is ready; ./launch_mono.sh trains the embedded model", highlight=False)
                 return 0
         if options.auto_batch or options.all:
-            words = choose_batch(load_run_config(compose_run_config(run, words))) + words
+            words = choose_batch(load_run_config(compose_run_config(run, model_words + words))) + words
         if options.dry_run or not options.train:
-            show(run, words)
+            show(run, model_words, words)
             return 0
     except (UserError, ConfigError) as error:
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return 2
-    command = [sys.executable, str(CONFIG_ROOT.parent / "train.py"), f"--config-name={run}", *words]
+    command = [sys.executable, str(CONFIG_ROOT.parent / "train.py"), f"--config-name={run}", *model_words, *words]
     console.print("starting train.py", " ".join(command[2:]), highlight=False, soft_wrap=True)
     sys.stdout.flush()
     os.execv(command[0], command)

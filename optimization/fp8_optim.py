@@ -32,11 +32,11 @@ def choose_fp8(config: AnyRunConfig, *, card: Card | None = None) -> AppliedOpti
     The generator's weights change only where the teacher is not quantised: a quantised teacher's own values serve its
     generator, and fp8 ones would be another policy (DESIGN: 0.26 to 0.6 nats on a model with outlier channels).
     """
+    if not isinstance(config, RunConfig):
+        return nothing("fp8", "this run has neither a generator nor a frozen model of its own")
     support = check_fp8_support(card=card)
     if support.skipped:
         return support
-    if not isinstance(config, RunConfig):
-        return nothing("fp8", "this run has neither a generator nor a frozen model of its own")
     quantised = config.model_args.load_in_8bit or config.model_args.load_in_4bit
     changes, reasons = [], []
     if config.kv_cache_dtype == "auto":

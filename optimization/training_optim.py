@@ -15,6 +15,7 @@ from optimization.card import NO_CARD, Card, find_card, is_installed
 from optimization.catalogue import TEACHER_RUN, run_for_model
 from optimization.record import AppliedOptimization, Change, nothing
 from planner.fit import card_gb, largest_micro_batch
+from planner.masked_diffusion import MaskedDiffusionSettings
 from planner.plan import plan_run
 from schemas.compose import compose_run_config
 from schemas.run import METHODS, AnyRunConfig, load_run_config
@@ -36,10 +37,10 @@ _LIBRARY_OF_OPTIMIZER = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchChoice:
-    """A micro-batch that fits, and the accumulation that keeps the completions of an optimizer step."""
+    """A micro-batch that fits, and the accumulation that keeps the rows of an optimizer step."""
 
     batch_size: int
-    """Completions of one forward and backward (`per_device_train_batch_size`)."""
+    """Rows (completions of a teacher) of one forward and backward (`per_device_train_batch_size`)."""
     gradient_accumulation_steps: int
     peak_bytes: int
     """Of the phase that needs most, predicted."""
@@ -58,17 +59,18 @@ def choose_batch_size(config: AnyRunConfig, card_bytes: int, where: str) -> Batc
     micro_batch = largest_micro_batch(plan.settings, card_bytes)
     if micro_batch is None:
         raise UserError(
-            f"{config.model_name_or_path} on {where} ({format_gb(card_bytes)}): {format_gb(plan.max_bytes)} planned",
+            f"{plan.settings.teacher.name} on {where} ({format_gb(card_bytes)}): {format_gb(plan.max_bytes)} planned",
             expected="a run of which at least one row at a time fits",
             remedy="python test_config_85gb.py shows which settings would make it fit; or choose a smaller size",
         )
+    rows = "rows" if isinstance(plan.settings, MaskedDiffusionSettings) else "completions"
     fitted = plan_run(_with_micro_batch(config, micro_batch), card_bytes)
     return BatchChoice(
         batch_size=micro_batch,
         gradient_accumulation_steps=config.train_batch_size // micro_batch,
         peak_bytes=fitted.max_bytes,
         card_bytes=card_bytes,
-        reason=f"{config.model_name_or_path}, {config.train_batch_size} completions a step, on {where}",
+        reason=f"{plan.settings.teacher.name}, {config.train_batch_size} {rows} a step, on {where}",
     )
 
 
