@@ -189,7 +189,23 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, system: str, question: str) 
             expected="a template that renders the assistant's content unchanged",
             remedy=remedy,
         )
-    return head, tail
+    return head, _end_of_turn(tokenizer, head, tail)
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, head: str, tail: str) -> str:
+    """`tail` without the header of a next answer.
+
+    The first templates of Llama 3, and LLaDA's, open one behind every conversation, also where none is asked for. What
+    follows the answer is then what follows the question: the end of the turn, and that header.
+    """
+    if not tail or not head.endswith(tail):
+        return tail
+    ends = [
+        tail.index(token.content) + len(token.content)
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special and token.content in tail
+    ]
+    return tail[: min(ends)] if ends else tail
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

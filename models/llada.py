@@ -16,23 +16,13 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import CausalLMOutput
 
-from schemas.llada import NewModelShape
+from schemas.llada import PUBLISHED_SETTINGS, NewModelShape
 from schemas.model import ModelArgs
 
 MASK_TOKEN = "<|mdm_mask|>"
 """The mask's name in LLaDA's tokenizer; new tokenizers get it too."""
 
 
-# The published checkpoints' name of a setting -> ours.
-_PUBLISHED_SETTINGS = {
-    "d_model": "hidden_size",
-    "mlp_hidden_size": "intermediate_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "max_sequence_length": "max_position_embeddings",
-    "weight_tying": "tie_word_embeddings",
-}
 # The published checkpoints' name of a weight -> ours. `ff_out` outside of the blocks is the head.
 _PUBLISHED_WEIGHTS = {
     **{
@@ -65,11 +55,13 @@ class LladaConfig(LlamaConfig):
     use_cache: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for published, name in _PUBLISHED_SETTINGS.items():
+        for published, name in PUBLISHED_SETTINGS.items():
             if published in kwargs:
                 setattr(self, name, kwargs.pop(published))
         kwargs.pop("auto_map", None)  # the code that the published checkpoints bring
         super().__post_init__(**kwargs)
+        # LLaDA pads with end-of-text, which is learned: as `pad_token_id` its embedding would be zero and stay so.
+        self.pad_token_id = None
 
 
 class LladaModel(LlamaForCausalLM):
@@ -124,7 +116,6 @@ def new_llada(shape: NewModelShape, args: ModelArgs, tokenizer: PreTrainedTokeni
         mask_token_id=tokenizer.mask_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
     dtype = getattr(torch, args.torch_dtype)
     return LladaModel._from_config(config, dtype=dtype, attn_implementation=args.attn_implementation)

@@ -5,7 +5,7 @@ V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,14 +58,24 @@ def mask_by_level(batch: DiffusionBatch, levels_S: Tensor, generator: torch.Gene
 
 
 def diffusion_loss(
-    model: Any, batch: DiffusionBatch, levels_S: Tensor, masked_BT: Tensor, mask_token_id: int
+    model: Any,
+    batch: DiffusionBatch,
+    levels_S: Tensor,
+    masked_BT: Tensor,
+    mask_token_id: int,
+    *,
+    mean_over: Literal["samples", "tokens"] = "samples",
 ) -> Tensor:
-    """Mean over samples of -1 / (t L) * sum over masked tokens of log p(x_i | x_t), in nats a token.
+    """-1 / t * sum over masked tokens of log p(x_i | x_t), in nats a token that may be masked.
 
-    t: the sample's masking probability, L: its tokens that may be masked (eq. 3 and 5 of the paper, a token). In
-    expectation an upper bound of the negative log-likelihood a token; ln V for a model that predicts uniformly.
+    t: the sample's masking probability. "samples": each sample's sum is divided by its tokens that may be masked, and
+    samples count the same (instruction tuning, eq. 5 of the paper). "tokens": the batch's sum is divided by all tokens
+    that may be masked; the paper's pre-training (eq. 3), whose sequences have one length, is both.
+
+    In expectation an upper bound of the negative log-likelihood a token; ln V for a model that predicts uniformly.
     """
-    weights_S = 1.0 / (levels_S * batch.learned_lens_S() * batch.num_samples)
+    lens_S = batch.learned_lens_S()
+    weights_S = 1.0 / (levels_S * (lens_S * batch.num_samples if mean_over == "samples" else lens_S.sum()))
     losses_N = -target_logprobs(model, batch, masked_BT, mask_token_id)
     return (losses_N * weights_S[batch.sample_ids_BT[masked_BT]]).sum()
 
@@ -82,9 +92,15 @@ def target_logprobs(model: Any, batch: DiffusionBatch, masked_BT: Tensor, mask_t
 
 
 def attention_mask(sample_ids_BT: Tensor) -> Tensor | None:
-    """Boolean [B, 1, T, T]: tokens of one sample see each other and nothing else; None where each row is one sample."""
-    if bool((sample_ids_BT == sample_ids_BT[:, :1]).all()):
+    """What keeps samples apart: None where each row is one sample, [B, T] (1: token) where padding follows it.
+
+    Where samples are packed, boolean [B, 1, T, T]: tokens of one sample see each other and nothing else.
+    """
+    token_BT, first_BT = sample_ids_BT != OUTSIDE, sample_ids_BT == sample_ids_BT[:, :1]
+    if bool(first_BT.all()):
         return None
+    if bool((first_BT | ~token_BT).all()):
+        return token_BT.long()
     return sample_ids_BT[:, None, :, None] == sample_ids_BT[:, None, None, :]
 
 

@@ -53,6 +53,11 @@ def optimizer_bytes_per_param(name: str) -> float:
     return num_states * (_8BIT_STATE if "8bit" in kind else width)
 
 
+def muon_state_bytes(shape: ModelShape) -> float:
+    """A momentum for the matrices of the blocks; AdamW's two moments for the rest."""
+    return 4.0 * shape.num_linear_params + 8.0 * (shape.num_params - shape.num_linear_params)
+
+
 VLLM_KV_BLOCK_TOKENS = 128
 """vLLM hands out its KV cache in blocks of 16 tokens on a GPU and 128 on a CPU, and keeps one to itself."""
 

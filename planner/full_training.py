@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from planner.components import optimizer_bytes_per_param
+from planner.components import muon_state_bytes, optimizer_bytes_per_param
 from planner.constants import CUDA_CONTEXT_BYTES, FRAGMENTATION_FRAC, usable_bytes
 from planner.shapes import ModelShape
 
@@ -103,8 +103,8 @@ def optimizer_state_bytes(training: FullTraining) -> float:
     if name == "apollo":  # two float32 moments of rank x the longer side, and the projection of rank x the shorter
         sides = [*shape.linears.values()] * shape.num_layers + [(shape.vocab, shape.hidden)]
         return float(sum(min(APOLLO_RANK, *side) * (2 * 4 * max(side) + 4 * min(side)) for side in sides))
-    if name == "muon":  # a momentum for the matrices of the blocks, AdamW for the rest
-        return 4.0 * shape.num_linear_params + 8.0 * (shape.num_params - shape.num_linear_params)
+    if name == "muon":
+        return muon_state_bytes(shape)
     per_param = optimizer_bytes_per_param(name)
     if training.precision == "bf16" and name == "adamw":
         per_param /= 2  # torch keeps its states in the parameter's dtype

@@ -1,13 +1,14 @@
 """Memory of a masked-diffusion run: no KV cache and no second model; the whole row is computed, the head only at masks.
 
-The worst step masks every token that may be masked (t close to 1). Letters as in planner/activations.py.
+The worst step masks every token that may be masked (t close to 1); of rows that are filled, what t spread over the rows
+of a micro-batch leaves. Letters as in planner/activations.py.
 """
 
 from dataclasses import dataclass
 
 from core.types import Phase
 from planner.activations import forward_bytes, train_activation_bytes
-from planner.components import num_lora_params, optimizer_bytes_per_param, weight_bytes
+from planner.components import muon_state_bytes, num_lora_params, optimizer_bytes_per_param, weight_bytes
 from planner.constants import CUDA_CONTEXT_BYTES, FRAGMENTATION_FRAC
 from planner.settings import ATTENTION, DTYPE_PRECISION, Attention, Checkpointing, PlanSettings, adapter_targets
 from planner.shapes import ModelShape, load_shape
@@ -21,6 +22,18 @@ class MaskedDiffusionSettings(PlanSettings):
     trains_all: bool
     autocast: bool
     """16-bit arithmetic; the weights that are trained keep 32 bits."""
+    fills_rows: bool
+    """Responses are filled to the longest row, so that nearly a whole row may be masked; each row is one sample."""
+
+    @property
+    def num_scored(self) -> int:
+        """Most tokens of a micro-batch that are masked at once: the head reads these.
+
+        The masking probabilities of S rows of one length are 1 / S apart, so their mean is at most (S + 1) / 2S.
+        """
+        if self.fills_rows:
+            return self.row_len * (self.micro_batch + 1) // 2
+        return self.micro_batch * self.max_completion_len
 
 
 def masked_diffusion_settings(
@@ -44,7 +57,7 @@ def masked_diffusion_settings(
         double_quant=args.bnb_4bit_use_double_quant,
         lora_r=args.lora_r,
         lora_targets=adapter_targets(shape, args.lora_target_modules),
-        optimizer=str(config.args.optim),
+        optimizer="muon" if config.use_muon else str(config.args.optim),
         generator="transformers",
         micro_batch=config.args.per_device_train_batch_size,
         train_batch=config.train_batch_size,
@@ -60,6 +73,7 @@ def masked_diffusion_settings(
         attention=_attention(config),
         trains_all=config.trainable_weights == "all",
         autocast=bool(config.args.bf16),
+        fills_rows=config.objective == "sft" and not config.packing,
     )
 
 
@@ -70,9 +84,10 @@ def _checkpointing(config: MaskedDiffusionRunConfig) -> Checkpointing:
 
 
 def _attention(config: MaskedDiffusionRunConfig) -> Attention:
-    """Rows are full, so sdpa gets a mask only where samples are packed."""
+    """sdpa gets a mask where samples are packed and where shorter texts are padded; filled responses need none."""
     kind = ATTENTION[config.model_args.attn_implementation]
-    return "flash" if kind == "masked_sdpa" and not config.packing else kind
+    has_mask = config.packing or config.objective == "pretrain"
+    return "flash" if kind == "masked_sdpa" and not has_mask else kind
 
 
 def new_model_shape(new: NewModelShape) -> ModelShape:
@@ -102,7 +117,7 @@ def masked_diffusion_components(settings: MaskedDiffusionSettings) -> dict[Phase
     else:
         num_trained, width = num_lora_params(shape, settings.lora_r, settings.lora_targets), 4
         loaded["adapter"] = num_trained * width
-    resident = loaded | {"optimizer states": num_trained * optimizer_bytes_per_param(settings.optimizer)}
+    resident = loaded | {"optimizer states": optimizer_state_bytes(settings, num_trained)}
     forward = _dynamic(_forward_bytes(settings))
     training = train_all_activation_bytes(settings) if settings.trains_all else train_activation_bytes(settings)
     return {
@@ -114,13 +129,19 @@ def masked_diffusion_components(settings: MaskedDiffusionSettings) -> dict[Phase
     }
 
 
+def optimizer_state_bytes(settings: MaskedDiffusionSettings, num_trained: int) -> float:
+    if settings.optimizer == "muon":
+        return muon_state_bytes(settings.teacher)
+    return num_trained * optimizer_bytes_per_param(settings.optimizer)
+
+
 def _dynamic(activations: float) -> dict[str, float]:
     return {"activations": activations, "allocator": activations * FRAGMENTATION_FRAC.value}
 
 
 def _forward_bytes(settings: MaskedDiffusionSettings) -> float:
     """A forward without gradients and its logits at the masks: in 16 bits, in float32, and their log-softmax."""
-    num_scored = settings.micro_batch * settings.max_completion_len
+    num_scored = settings.num_scored
     blocks = forward_bytes(settings, settings.teacher, settings.micro_batch, adapter=not settings.trains_all)
     return max(blocks, 10.0 * settings.teacher.vocab * num_scored)
 
@@ -132,7 +153,7 @@ def train_all_activation_bytes(settings: MaskedDiffusionSettings) -> float:
     until its backward where they are not.
     """
     shape, num_tokens = settings.teacher, settings.micro_batch * settings.row_len
-    num_scored = settings.micro_batch * settings.max_completion_len
+    num_scored = settings.num_scored
     h, act = shape.hidden, 2 if settings.autocast else 4
     weights_cast = 2 * shape.num_linear_params / shape.num_layers if settings.autocast else 0
     head_cast = 2 * shape.vocab * h if settings.autocast else 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from schemas.llada import PUBLISHED_SETTINGS
 from schemas.model import EMBEDDED_MODEL
 
 
@@ -87,6 +88,8 @@ def shape_from_config(name: str, config: Mapping[str, Any]) -> ModelShape:
             expected="a dense decoder (Qwen2, Qwen3, Llama, Mistral, ...)",
             remedy="choose a dense model; the memory of experts is not modelled",
         )
+    if model_type == "llada":
+        config = {PUBLISHED_SETTINGS.get(key, key): value for key, value in config.items()}
     try:
         hidden, num_heads = config["hidden_size"], config["num_attention_heads"]
         return ModelShape(

@@ -10,6 +10,17 @@ from schemas.model import ModelArgs, PositiveInt
 from schemas.optimization import OptimizationConfig
 from schemas.trainer import TrainerConfig
 
+PUBLISHED_SETTINGS = {
+    "d_model": "hidden_size",
+    "mlp_hidden_size": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "max_sequence_length": "max_position_embeddings",
+    "weight_tying": "tie_word_embeddings",
+}
+"""A setting's name in config.json of the published LLaDA checkpoints -> transformers' name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NewModelShape:

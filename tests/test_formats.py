@@ -96,3 +96,19 @@ def test_a_question_cannot_move_the_cut(question: str) -> None:
 def test_an_unusable_chat_template_is_refused_with_the_reason(template: str | None) -> None:
     with pytest.raises(UserError, match="chat template"):
         PromptFormat.from_styles("bespoke", "short").student_head_text(with_template(template), "Why?")
+
+
+# As Llama 3's first template and LLaDA's: the next answer's header stands behind every conversation.
+ALWAYS_PROMPTING_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
+    "{{ '<|im_start|>assistant\n\n' }}"
+)
+
+
+def test_an_answer_ends_with_its_turn_where_the_template_opens_another_behind_everything() -> None:
+    tokenizer = with_template(ALWAYS_PROMPTING_TEMPLATE)
+    prompt_format = PromptFormat.from_config(DataConfig(dataset_id_or_path="x"))
+    tail = prompt_format.student_tail(tokenizer, "1+1", "=2")
+    assert tail.text.endswith("=2" + prompt_format.tags.solution.closing + "<|im_end|>")
+    head = prompt_format.student_head_text(tokenizer, "1+1")
+    assert head.count("<|im_start|>assistant") == 1

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from core.errors import UserError
-from models.llada import LladaModel
+from models.llada import LladaModel, new_llada
 from models.load import load_base
+from planner.shapes import load_shape
 from schemas.model import ModelArgs
 from tests.helpers.tiny_diffusion import random_model
 
@@ -81,6 +83,23 @@ def published_name(name: str) -> str:
     return f"model.transformer.blocks.{block[1]}.{BLOCK_NAMES[block[2]]}.weight" if block else OUTER_NAMES[name]
 
 
+def test_the_embedding_of_end_of_text_is_learned_although_it_also_pads(tmp_path):
+    from schemas.llada import NewModelShape
+
+    shape = NewModelShape(
+        vocab_size=12, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    tokenizer = SimpleNamespace(mask_token_id=11, eos_token_id=10, pad_token_id=10)
+    new = new_llada(shape, ModelArgs(torch_dtype="float32"), tokenizer)
+    new.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(written | {"pad_token_id": 10}))  # as the published one has it
+    for model in (new, LladaModel.from_pretrained(tmp_path)):
+        model(torch.tensor([[10, 11]])).logits.sum().backward()
+        row = model.get_input_embeddings().weight
+        assert row[10].norm() > 0 and row.grad[10].norm() > 0
+
+
 def test_a_checkpoint_in_the_published_layout_is_read_without_running_its_code(tmp_path):
     model = random_model()
     weights = {published_name(name): tensor.clone() for name, tensor in model.state_dict().items()}
@@ -108,6 +127,7 @@ def test_a_checkpoint_in_the_published_layout_is_read_without_running_its_code(t
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = load_base(str(tmp_path), ModelArgs(torch_dtype="float32"), torch.device("cpu")).eval()
     assert isinstance(loaded, LladaModel) and loaded.config.mask_token_id == 11
+    assert load_shape(str(tmp_path)).num_params == sum(p.numel() for p in model.parameters())
     with torch.no_grad():
         assert torch.equal(loaded(IDS_BT).logits, model(IDS_BT).logits)
 

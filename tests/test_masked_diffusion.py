@@ -41,6 +41,19 @@ def test_expected_loss_of_a_uniform_predictor_is_the_logarithm_of_the_vocabulary
     assert spread < 0.1
 
 
+def test_pre_training_counts_tokens_and_instruction_tuning_samples():
+    """A heading of two tokens beside a text of six: both ways the expected loss of a uniform predictor is ln V."""
+    batch = batch_of([Sample([1, 2], 0), Sample([1, 2, 3, 4, 5, 6], 0)])
+    levels_S, masked_BT = torch.tensor([0.5, 0.5]), torch.ones(1, 8, dtype=torch.bool)
+    masked_BT[0, 2:] = False
+    losses = [
+        diffusion_loss(UniformModel(), batch, levels_S, masked_BT, MASK, mean_over=mean_over).item()
+        / math.log(MASK + 1)
+        for mean_over in ("samples", "tokens")
+    ]
+    assert losses == pytest.approx([1 / 0.5 / 2, 1 / 0.5 * 2 / 8])
+
+
 def test_likelihood_bound_is_unbiased_against_enumeration_on_three_tokens():
     """Vocabulary 0, 1, 2 and the mask 3; two fixed tokens, three masked ones: every subset, weighted by its chance."""
     model = random_model(vocab_size=4)
@@ -122,7 +135,8 @@ def test_packed_samples_are_computed_as_if_each_were_alone(attn_implementation):
 
 def test_rows_of_one_sample_need_no_attention_mask_and_padding_does():
     assert attention_mask(batch_of([Sample([1, 2], 0)], [Sample([3, 4], 1)]).sample_ids_BT) is None
-    assert attention_mask(batch_of([Sample([1, 2], 0)], [Sample([3], 0)]).sample_ids_BT) is not None
+    padded = batch_of([Sample([1, 2], 0)], [Sample([3], 0)]).sample_ids_BT
+    assert attention_mask(padded).tolist() == [[1, 1], [1, 0]]  # the form that every attention kernel takes
 
 
 def test_responses_are_filled_with_learned_end_tokens_and_texts_with_padding():

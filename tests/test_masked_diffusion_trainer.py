@@ -17,7 +17,7 @@ from schemas.compose import CONFIG_ROOT
 from schemas.run import ConfigError, load_run_config
 from tests.helpers.tiny_diffusion import diffusion_values, make_diffusion_trainer
 from trainers.masked_diffusion import stated_solution
-from trainers.masked_diffusion_run import load_diffusion_model, load_diffusion_tokenizer
+from trainers.masked_diffusion_run import build_training_args, load_diffusion_model, load_diffusion_tokenizer
 
 SMALL_BATCH = ("train_batch_size=8", "per_device_train_batch_size=4", "logging_steps=1", "eval_steps=3", "save_steps=1")
 
@@ -153,6 +153,13 @@ def test_texts_are_cut_into_pieces_and_documents_are_not_split_between_training_
     train, held_out = prepare_samples(config, tokenizer, PromptFormat.from_config(config), seed=0)
     assert [len(sample.token_ids) for sample in train] == [32, 19] * 8
     assert len(held_out) == 2 and not {s.token_ids[0] for s in held_out} & {s.token_ids[0] for s in train}
+
+
+def test_a_dataset_too_small_to_hold_anything_out_trains_without_evaluation(tmp_path):
+    config = load_run_config(diffusion_values(tmp_path, "eval_on_start=true", "num_eval_prompts=8"))
+    args = build_training_args(config, use_cpu=True, num_held_out=0)
+    assert args.eval_strategy == "no" and not args.eval_on_start
+    assert build_training_args(config, use_cpu=True).eval_strategy == "steps"
 
 
 def test_packed_rows_hold_every_sample_once_within_their_length():

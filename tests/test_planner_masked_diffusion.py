@@ -8,10 +8,11 @@ import pytest
 
 from core.types import Phase
 from optimization.training_optim import get_optimal_batch_size_for_gpu
-from planner.components import num_lora_params, optimizer_bytes_per_param, weight_bytes
+from planner.components import num_lora_params, weight_bytes
 from planner.masked_diffusion import (
     MaskedDiffusionSettings,
     masked_diffusion_settings,
+    optimizer_state_bytes,
     train_all_activation_bytes,
 )
 from planner.plan import plan_run
@@ -24,6 +25,8 @@ STEPS = {
     "nano": ("llada_tiny",),
     "nano, one row": ("llada_tiny", "per_device_train_batch_size=1"),
     "nano, bf16": ("llada_tiny", "bf16=true"),
+    "nano, AdamW": ("llada_tiny", "use_muon=false"),
+    "nano, filled rows": ("llada_tiny", "packing=false"),
     "small": ("llada_pretrain",),
     "small, every activation kept": ("llada_pretrain", "gradient_checkpointing=false"),
     "small, not packed": ("llada_pretrain", "packing=false"),
@@ -41,7 +44,8 @@ def settings_of(run: str, *words: str) -> MaskedDiffusionSettings:
 def test_a_training_step_is_within_three_percent_of_the_simulator(run):
     settings = settings_of(*run)
     simulated = simulate_diffusion_step(settings)
-    states = settings.teacher.num_params * (4 + 4 + optimizer_bytes_per_param("adamw_torch"))
+    num_params = settings.teacher.num_params
+    states = num_params * (4 + 4) + optimizer_state_bytes(settings, num_params)
     assert states == pytest.approx(simulated.static_bytes, rel=0.01)
     assert states + train_all_activation_bytes(settings) == pytest.approx(simulated.peak_bytes, rel=0.03)
 

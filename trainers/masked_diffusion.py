@@ -157,7 +157,8 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints):
         offset = micro / self.args.gradient_accumulation_steps
         levels_S = low_discrepancy_levels(batch.num_samples, first, offset).to(batch.token_ids_BT.device)
         masked_BT = mask_by_level(batch, levels_S, self._generator(_TRAIN_STREAM, step, micro))
-        return diffusion_loss(model, batch, levels_S, masked_BT, self.mask_token_id)
+        mean_over: Any = "tokens" if self.config.objective == "pretrain" else "samples"
+        return diffusion_loss(model, batch, levels_S, masked_BT, self.mask_token_id, mean_over=mean_over)
 
     def _next_micro_batch(self) -> int:
         """Number of this micro-batch within its step."""

@@ -66,6 +66,8 @@ def train_masked_diffusion(
             remedy="more data, or a smaller train_batch_size",
         )
     log.info("%d samples to train on in %d rows, %d held out", len(train_samples), len(rows), len(eval_samples))
+    if not eval_samples and config.num_eval_prompts:
+        log.warning("too few rows to hold one out: nothing is evaluated")
     folder = open_run_folder(values, config.args.output_dir, config.resume)
     peaks = PeakMeter(device)
     trainer = build_diffusion_trainer(config, plan, device, tokenizer, rows, eval_samples, folder, peaks)
@@ -77,15 +79,18 @@ def train_masked_diffusion(
 
 
 def build_training_args(
-    config: MaskedDiffusionRunConfig, *, use_cpu: bool, resuming: bool = False
+    config: MaskedDiffusionRunConfig, *, use_cpu: bool, resuming: bool = False, num_held_out: int | None = None
 ) -> TrainingArguments:
     """transformers' arguments: what the configuration sets, and what follows from our own settings.
+
+    `num_held_out: None` is what the configuration asks for; a small dataset may have none to hold out.
 
     Raises:
         ConfigError: transformers refuses a value.
     """
     values: dict[str, Any] = config.args.model_dump(exclude_unset=True)
-    has_eval = config.num_eval_prompts > 0 and values.get("eval_strategy", "no") != "no"
+    num_held_out = config.num_eval_prompts if num_held_out is None else num_held_out
+    has_eval = num_held_out > 0 and values.get("eval_strategy", "no") != "no"
     values |= {
         "use_cpu": use_cpu,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
@@ -166,7 +171,12 @@ def build_diffusion_trainer(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
     log.info("the model is on %s; %s of %s parameters are trained", device, f"{trained:,}", f"{everything:,}")
-    args = build_training_args(config, use_cpu=device.type == "cpu", resuming=folder.checkpoint is not None)
+    args = build_training_args(
+        config,
+        use_cpu=device.type == "cpu",
+        resuming=folder.checkpoint is not None,
+        num_held_out=len(eval_samples),
+    )
     progress = ConsoleProgress(DIFFUSION_SHOWN)
     watch = MemoryWatch(peaks, limit_bytes=memory_of(device), max_warnings=config.max_growth_warnings)
     return MaskedDiffusionTrainer(

@@ -1,7 +1,7 @@
 """One training step of a new masked-diffusion model on the meta device, every storage tracked.
 
-Every token is masked, as the plan assumes. Attention is a stand-in for the GPU's kernel, and bf16 autocast is emulated
-(tests/helpers/memory_simulator.py).
+As many tokens are masked as the plan assumes. Attention is a stand-in for the GPU's kernel, and bf16 autocast is
+emulated (tests/helpers/memory_simulator.py).
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from tests.helpers.memory_simulator import Bf16Autocast, MemoryTracker, Simulate
 
 
 def simulate_diffusion_step(settings: MaskedDiffusionSettings) -> Simulated:
-    """Static bytes: float32 weights, their gradients and AdamW's states; peak: with forward and backward."""
+    """Static bytes: float32 weights, gradients and states of AdamW or Muon; peak: with forward and backward."""
     shape, autocast, tracker = settings.teacher, Bf16Autocast(), MemoryTracker()
     config = LladaConfig(
         vocab_size=shape.vocab,
@@ -33,14 +33,16 @@ def simulate_diffusion_step(settings: MaskedDiffusionSettings) -> Simulated:
         model = LladaModel._from_config(config, dtype=torch.float32, attn_implementation="sdpa").train()
         if settings.checkpointing == "layers":
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        states = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+        states = [
+            torch.empty_like(parameter)
+            for name, parameter in model.named_parameters()
+            for _ in range(1 if settings.optimizer == "muon" and name.endswith("proj.weight") else 2)
+        ]
         token_ids_BT = torch.zeros(settings.micro_batch, settings.row_len, dtype=torch.long)
         rows_N, columns_N = (
-            index.reshape(-1)
+            index.reshape(-1)[: settings.num_scored]
             for index in torch.meshgrid(
-                torch.arange(settings.micro_batch),
-                torch.arange(settings.row_len - settings.max_completion_len, settings.row_len),
-                indexing="ij",
+                torch.arange(settings.micro_batch), torch.arange(settings.row_len), indexing="ij"
             )
         )
         mask = None
