@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from statistics import mean
 
 import pandas as pd
 import pytest
@@ -13,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from core.types import Completion, Phase, Role
 from models.host import REFERENCE_ADAPTER
+from rewards.format import is_well_formed
 from tests.helpers.tiny_run import make_trainer, write_random_model
-from trainers.callbacks import mix_into_reference
+from trainers.callbacks import TEACHER_SHOWN, mix_into_reference
 from trainers.teacher_grpo import EpochRepeatSampler, sampling_seeds
 
 
@@ -105,6 +107,23 @@ def test_rewards_of_the_table_are_those_of_the_completions(finished):
     assert {"prompt", "completion", "rlt", "advantage", "answer_log_prob_mean"} <= set(table.columns)
     step = next(line for line in metrics_of(finished) if line["step"] == 1 and "loss" in line)
     assert table["rlt"].mean() == pytest.approx(step["rewards/rlt/mean"], abs=1e-4)
+
+
+def test_the_format_rate_of_a_step_is_that_of_its_completions(finished):
+    table = pd.read_parquet(f"{finished.args.output_dir}/completions/completions_00001.parquet")
+    step = next(line for line in metrics_of(finished) if line["step"] == 1 and "loss" in line)
+    tags = finished.scorer.format.tags
+    assert step["rlt/format_rate"] == mean(is_well_formed(text, tags) for text in table["completion"])
+    texts = ["1+1=2" + tags.explanation.closing, "1+1=2", "1" + tags.explanation.closing]
+    ids = [finished.processing_class(text)["input_ids"] for text in texts]
+    logprobs, logged = [[-0.1] * len(row) for row in ids], {}
+    finished.rlt(ids, ["1+1"] * 3, ["2"] * 3, logprobs, log_metric=logged.__setitem__, log_extra=lambda *_: None)
+    assert logged["rlt/format_rate"] == pytest.approx(2 / 3)
+
+
+def test_what_the_console_shows_of_a_step_is_logged(finished):
+    step = next(line for line in metrics_of(finished) if line["step"] == 1 and "loss" in line)
+    assert all(step[key] is not None for key, _ in TEACHER_SHOWN)
 
 
 def test_the_reference_adapter_follows_the_policy_and_is_frozen(finished):

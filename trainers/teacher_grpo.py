@@ -203,7 +203,12 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, GRPOTrainer):
         for name, values_B in scored.breakdown.terms.items():
             log_metric(f"rlt/{name}", values_B.nanmean().item())
             log_extra(name, values_B.tolist())
+        log_metric("rlt/format_rate", self._format_rate(completion_ids))
         return scored.breakdown.reward.tolist()
+
+    def _format_rate(self, completion_ids: Sequence[Sequence[int]]) -> float:
+        texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+        return mean(is_well_formed(text, self.scorer.format.tags) for text in texts)
 
     def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> torch.Tensor:
         if self._sampled and len(self._sampled) == len(inputs):
@@ -264,13 +269,12 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, GRPOTrainer):
                 every_term=True,
             )
         means = scored.breakdown.means()
-        texts = self.processing_class.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
         metrics = {
             f"{metric_key_prefix}_{name}": value
             for name, value in {
                 "solution_log_prob": means["unprocessed_answer_log_prob_mean"],
                 "reward": means["reward"],
-                "format_rate": mean(is_well_formed(text, self.scorer.format.tags) for text in texts),
+                "format_rate": self._format_rate([c.token_ids for c in completions]),
                 "explanation_tokens": mean(row.explanation_slice.stop for row in scored.rows),
                 **self._explanation_shares(rows, [row.explanation for row in scored.rows]),
             }.items()
