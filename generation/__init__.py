@@ -23,7 +23,9 @@ __all__ = [
     "BaseForVLLM",
     "Canary",
     "Generator",
+    "Precision",
     "SamplingSettings",
+    "check_generator",
     "make_generator",
     "prepare_base",
     "trainer_precision",
@@ -40,6 +42,20 @@ class BaseForVLLM:
     weights: str
     shares_trainer_weights: bool
     quantization: Literal["fp8"] | None = None
+
+
+def check_generator(config: GenerationConfig, device: torch.device, trainer: Precision, lora_rank: int) -> None:
+    """What can be known before a model is loaded; `trainer` is the precision of the teacher's linears.
+
+    Raises:
+        UserError: vLLM was asked for and is not installed, or cannot serve these weights or this adapter here.
+    """
+    if _choose_engine(config.generator, device)[0] == "transformers":
+        return
+    if config.kv_cache_dtype == "fp8":
+        _require_fp8("kv_cache_dtype", on_gpu=device.type == "cuda")
+    _check_weights(config.generator_weights, trainer, on_gpu=device.type == "cuda")
+    lora_rank_slot(lora_rank)
 
 
 def make_generator(
@@ -62,19 +78,19 @@ def make_generator(
     them, `planned_kv_cache_bytes` the KV cache where `config.kv_cache_gb` is auto.
 
     Raises:
-        UserError: vLLM was asked for and is not installed, or cannot serve these weights on this device.
+        UserError: see `check_generator`.
     """
     rows_per_call = config.generation_aggregation_steps * num_generations
+    peft_config = model.peft_config[model.active_adapter]
+    rank = max([peft_config.r, *peft_config.rank_pattern.values()])
+    check_generator(config, model.device, trainer_precision(model), rank)
     engine, reason = _choose_engine(config.generator, model.device)
     if engine == "transformers":
         log.info("generator: transformers, the trainer's own weights (%s)", reason)
         return TransformersGenerator(model, sampling, rows_per_call)
-    if config.kv_cache_dtype == "fp8":
-        _require_fp8("kv_cache_dtype", on_gpu=model.device.type == "cuda")
     base = prepare_base(config.generator_weights, model, tokenizer, base_checkpoint, export_folder)
     kv_cache_bytes = planned_kv_cache_bytes if config.kv_cache_gb == "auto" else int(config.kv_cache_gb * BYTES_PER_GB)
     log.info("generator: vllm, %s, KV cache %s (%s)", base.weights, format_gb(kv_cache_bytes), reason)
-    peft_config = model.peft_config[model.active_adapter]
     engine_config = VLLMEngineConfig(
         checkpoint=base.checkpoint,
         weights=base.weights,
@@ -84,7 +100,7 @@ def make_generator(
         on_gpu=model.device.type == "cuda",
         max_model_len=max_model_len,
         rows_per_call=rows_per_call,
-        max_lora_rank=lora_rank_slot(max([peft_config.r, *peft_config.rank_pattern.values()])),
+        max_lora_rank=lora_rank_slot(rank),
         kv_cache_bytes=kv_cache_bytes,
         kv_cache_dtype=config.kv_cache_dtype,
         gpu_memory_utilization=gpu_memory_utilization,
@@ -105,20 +121,14 @@ def prepare_base(
     trainer = trainer_precision(model)
     wanted = trainer if generator_weights == "auto" else generator_weights
     on_gpu = model.device.type == "cuda"
+    _check_weights(generator_weights, trainer, on_gpu=on_gpu)
     if wanted in ("int8", "nf4"):
-        if wanted != trainer:
-            raise UserError(
-                f"generator_weights={wanted} with a teacher in {trainer}",
-                expected="the precision of the teacher, whose quantised values are exported",
-                remedy=f"set generator_weights=auto, or model_args.load_in_{'8' if wanted == 'int8' else '4'}bit=true",
-            )
         # vLLM's CPU build has no 8-bit weight-only kernel.
         form: Literal["packed_int8", "dequantized"] = "packed_int8" if on_gpu else "dequantized"
         folder = export_for_vllm(model, tokenizer, export_folder, form)
         weights = f"{wanted} values of the trainer, {'packed, ' if on_gpu else 'dequantised, '}16-bit activations"
         return BaseForVLLM(checkpoint=str(folder), weights=weights, shares_trainer_weights=True)
     if wanted == "fp8":
-        _require_fp8("generator_weights", on_gpu)
         return BaseForVLLM(
             checkpoint=base_checkpoint,
             weights="original weights rounded to fp8",
@@ -128,6 +138,18 @@ def prepare_base(
     return BaseForVLLM(
         checkpoint=base_checkpoint, weights="original 16-bit weights", shares_trainer_weights=trainer == "bf16"
     )
+
+
+def _check_weights(generator_weights: str, trainer: Precision, *, on_gpu: bool) -> None:
+    if generator_weights in ("int8", "nf4") and generator_weights != trainer:
+        bits = 8 if generator_weights == "int8" else 4
+        raise UserError(
+            f"generator_weights={generator_weights} with a teacher in {trainer}",
+            expected="the precision of the teacher, whose quantised values are exported",
+            remedy=f"set generator_weights=auto, or model_args.load_in_{bits}bit=true",
+        )
+    if generator_weights == "fp8":
+        _require_fp8("generator_weights", on_gpu)
 
 
 def _require_fp8(setting: str, on_gpu: bool) -> None:

@@ -104,18 +104,26 @@ def load_frozen(name_or_path: str, config: ModelConfig, device: torch.device) ->
     return model.to(device)
 
 
+def check_adapter(args: ModelArgs) -> None:
+    """
+    Raises:
+        UserError: `args.adapter_path` names a folder without an adapter.
+    """
+    if args.adapter_path is not None and not (Path(args.adapter_path) / "adapter_config.json").is_file():
+        raise UserError(
+            f"`model_args.adapter_path` {args.adapter_path!r} holds no adapter",
+            expected="a folder with adapter_config.json and adapter_model.safetensors",
+            remedy="point it at the output folder or a checkpoint of an earlier run, or leave it out",
+        )
+
+
 def add_adapter(base: PreTrainedModel, args: ModelArgs) -> PeftModel:
     """The teacher: `base` with a trainable LoRA adapter in float32, new (a zero update) or from `args.adapter_path`.
 
     float32, because an update of a learning rate of 1e-6 is below bfloat16's resolution of a weight.
     """
+    check_adapter(args)
     if args.adapter_path is not None:
-        if not (Path(args.adapter_path) / "adapter_config.json").is_file():
-            raise UserError(
-                f"`model_args.adapter_path` {args.adapter_path!r} holds no adapter",
-                expected="a folder with adapter_config.json and adapter_model.safetensors",
-                remedy="point it at the output folder or a checkpoint of an earlier run, or leave it out",
-            )
         model = PeftModel.from_pretrained(base, args.adapter_path, is_trainable=True)
     else:
         lora = LoraConfig(

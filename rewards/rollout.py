@@ -29,6 +29,30 @@ class ScoredRollout:
     """What was scored: explanation texts, whether they were closed, and which sampled tokens they are."""
 
 
+def check_scoring(config: RewardConfig, sampling_temperature: float, *, shares_tokens: bool) -> None:
+    """What can be known before a model is loaded.
+
+    Raises:
+        UserError: the KL term is on although the models' tokenizers differ, or sampler log-probs are wanted at another
+            temperature than theirs.
+    """
+    reward = RLTReward(config)
+    if reward.needs_kl and not shares_tokens:
+        raise UserError(
+            "teacher and student have different tokenizers, and `kl_penalty_reward_coeff` is not zero",
+            expected="one tokenizer: the KL term compares both models token by token",
+            remedy="choose a student of the teacher's family, or set kl_penalty_reward_coeff=[0,0]",
+        )
+    uses_sampler = reward.needs_teacher and config.teacher_logprobs == "sampler"
+    if uses_sampler and not config.unbias_teacher_log_probs and sampling_temperature != 1.0:
+        raise UserError(
+            f"`unbias_teacher_log_probs` is false with `teacher_logprobs` sampler at temperature "
+            f"{sampling_temperature}: the sampler's log-probs are at that temperature, not at 1",
+            expected="teacher log-probs at the temperature that they are wanted at",
+            remedy="set teacher_logprobs=forward or unbias_teacher_log_probs=true",
+        )
+
+
 class RolloutScorer:
     """RLT rewards of sampled completions.
 
@@ -36,8 +60,7 @@ class RolloutScorer:
     the student reads the teacher's tokens and chat template.
 
     Raises:
-        UserError: the KL term is on although the models' tokenizers differ, or sampler log-probs are wanted at another
-            temperature than theirs.
+        UserError: see `check_scoring`.
     """
 
     def __init__(
@@ -56,20 +79,7 @@ class RolloutScorer:
         self._builder = RowBuilder(tokenizer, prompt_format, student_tokenizer)
         self._score = score
         self._teacher_temperature = sampling_temperature if reward_config.unbias_teacher_log_probs else 1.0
-        if self.reward.needs_kl and not self._builder.shares_tokens:
-            raise UserError(
-                "teacher and student have different tokenizers, and `kl_penalty_reward_coeff` is not zero",
-                expected="one tokenizer: the KL term compares both models token by token",
-                remedy="choose a student of the teacher's family, or set kl_penalty_reward_coeff=[0,0]",
-            )
-        uses_sampler = self.reward.needs_teacher and reward_config.teacher_logprobs == "sampler"
-        if uses_sampler and self._teacher_temperature != sampling_temperature:
-            raise UserError(
-                f"`unbias_teacher_log_probs` is false with `teacher_logprobs` sampler at temperature "
-                f"{sampling_temperature}: the sampler's log-probs are at that temperature, not at 1",
-                expected="teacher log-probs at the temperature that they are wanted at",
-                remedy="set teacher_logprobs=forward or unbias_teacher_log_probs=true",
-            )
+        check_scoring(reward_config, sampling_temperature, shares_tokens=self._builder.shares_tokens)
 
     def __call__(
         self,

@@ -3,8 +3,14 @@
 import json
 
 import pytest
+import yaml
 
 from core.errors import UserError
+from planner.fit import resolve_auto
+from schemas.compose import compose_run_config
+from schemas.run import load_run_config, resolved_values
+from trainers.build import check_before_loading
+from trainers.preflight import check_hardware_and_plan
 from trainers.run_folder import METRICS_FILE, SUMMARY_FILE, open_run_folder, publish_checkpoint, write_summary
 from trainers.summary import memory_table, summarise, summary_table
 
@@ -70,6 +76,51 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
         open_run_folder(VALUES, str(tmp_path / "run"), "auto")
     first.lock.close()
     open_run_folder(VALUES, str(tmp_path / "run"), "auto")
+
+
+def test_a_folder_that_is_no_run_is_refused_and_stays_as_it_is(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "my.jsonl").write_text("{}")
+    with pytest.raises(UserError, match="no config.yaml of a run"):
+        open_run_folder(VALUES, str(tmp_path / "mine"), "auto")
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["my.jsonl"]
+    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "/proc/not-here"])
+def test_a_folder_that_cannot_be_made_is_one_message(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"`output_dir` '{name}'"):
+        open_run_folder(VALUES, name, "auto")
+
+
+def test_the_resolved_configuration_holds_defaults_and_keeps_auto():
+    composed = compose_run_config("teacher_rlt_tiny", ["per_device_train_batch_size=auto", "model_args.lora_r=4"])
+    values = resolved_values(load_run_config(resolve_auto(composed, None)), composed)
+    assert composed.items() <= {**values, "model_args": composed["model_args"]}.items()
+    assert values["per_device_train_batch_size"] == "auto" and values["generator"] == "auto"
+    assert values["model_args"]["lora_r"] == 4 and values["model_args"]["llm_int8_threshold"] == 6.0
+    assert "beta" in values and "gradient_accumulation_steps" not in values
+    assert yaml.safe_load(yaml.safe_dump(values)) == values
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model_args.adapter_path=/no/such"], "holds no adapter"),
+        (["generator=vllm", "generator_weights=nf4"], "generator"),
+        (["unbias_teacher_log_probs=false", "temperature=0.7"], "unbias_teacher_log_probs"),
+    ],
+)
+def test_a_run_that_cannot_work_leaves_an_unfinished_run_in_its_folder_alone(words, message, tmp_path):
+    make_unfinished_run(tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    values = compose_run_config("teacher_rlt_tiny", [f"output_dir={tmp_path / 'run'}", "generator=auto", *words])
+    config = load_run_config(values)
+    with pytest.raises(UserError, match=message):
+        check_before_loading(config, values, *check_hardware_and_plan(config))
+    assert (tmp_path / "run" / "config.yaml").read_text() == before and not (tmp_path / "run.1").exists()
 
 
 def test_a_half_written_checkpoint_is_never_seen(tmp_path):

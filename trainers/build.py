@@ -15,13 +15,13 @@ from core.log import console
 from data.arithmetic import classify_explanation
 from data.dataset import prepare_datasets
 from data.formats import PromptFormat, encode
-from generation import Canary, Generator, SamplingSettings, make_generator
+from generation import Canary, Generator, Precision, SamplingSettings, check_generator, make_generator
 from models.device import memory_of
 from models.host import ModelHost
-from models.load import load_tokenizer, resolve_model_path
+from models.load import check_adapter, load_tokenizer, resolve_model_path
 from optimization import optimize_models, preallocate_planned, records_table
 from planner.plan import MemoryPlan
-from rewards.rollout import RolloutScorer
+from rewards.rollout import RolloutScorer, check_scoring
 from schemas.run import RunConfig
 from trainers.callbacks import TEACHER_SHOWN, ConsoleProgress, MemoryWatch, MetricsFile
 from trainers.grpo_args import build_grpo_args
@@ -83,6 +83,12 @@ def check_before_loading(
             expected="at least one step's worth of questions",
             remedy="more rows, or a smaller train_batch_size (it is prompts x num_generations)",
         )
+    check_scoring(config, config.grpo.temperature, shares_tokens=student_tokenizer is None)
+    check_adapter(config.model_args)
+    if not config.use_vllm_server:
+        args = config.model_args
+        precision: Precision = "int8" if args.load_in_8bit else "nf4" if args.load_in_4bit else "bf16"
+        check_generator(config, device, precision, args.lora_r)
     return PreparedRun(
         config=config,
         plan=plan,

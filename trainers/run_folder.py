@@ -1,6 +1,6 @@
 """The folder of a run: what it holds, how an unfinished run in it is found again, and how a finished one is kept.
 
-config.yaml        the resolved configuration
+config.yaml        the resolved configuration, defaults included
 metrics.jsonl      one line for each logged step
 completions/       sampled explanations and their reward terms, parquet
 checkpoint-N/      written whole or not at all
@@ -43,13 +43,40 @@ class RunFolder:
 def open_run_folder(values: Mapping[str, Any], output_dir: str, resume: str) -> RunFolder:
     """Create or re-open the folder of a run (`resume` as in `schemas.TrainerConfig`).
 
-    With `auto`, an unfinished run of the same configuration is continued from its last checkpoint; anything else that
+    With `auto`, an unfinished run of the same configuration is continued from its last checkpoint; any other run that
     lies in the folder is moved to `output_dir.1`, `.2`, ... and nothing is deleted.
 
     Raises:
-        UserError: the folder is in use by another process, or the named checkpoint does not exist.
+        UserError: the folder is in use by another process, cannot be made, or holds something that is no run; or the
+            named checkpoint does not exist.
     """
-    path = Path(output_dir)
+    try:
+        return _open(values, _run_path(output_dir), resume)
+    except OSError as error:
+        raise UserError(
+            f"`output_dir` {output_dir!r}: {error.strerror}",
+            expected="a folder that can be made and written",
+            remedy="output_dir=ANOTHER_FOLDER",
+        ) from error
+
+
+def _run_path(output_dir: str) -> Path:
+    path = Path(output_dir).expanduser()
+    if path.is_dir() and _content(path) and not (path / CONFIG_FILE).is_file():
+        raise UserError(
+            f"`output_dir` {output_dir!r} holds files, and no {CONFIG_FILE} of a run",
+            expected="a new or empty folder, or that of an earlier run",
+            remedy="output_dir=ANOTHER_FOLDER",
+        )
+    return path
+
+
+def _content(path: Path) -> list[Path]:
+    """What lies in a folder, lock and half-written files left out."""
+    return [file for file in path.iterdir() if not file.name.startswith(".")]
+
+
+def _open(values: Mapping[str, Any], path: Path, resume: str) -> RunFolder:
     explicit = Path(resume) if resume not in ("auto", "never") else None
     if explicit is not None and not (explicit / "trainer_state.json").is_file():
         raise UserError(
@@ -57,7 +84,7 @@ def open_run_folder(values: Mapping[str, Any], output_dir: str, resume: str) -> 
             expected="auto, never, or a checkpoint-N folder with trainer_state.json",
             remedy="resume=auto continues the last unfinished run of this configuration",
         )
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and _content(path):
         _lock(path).close()
         if resume != "never" and (explicit is not None or _is_unfinished_run_of(path, values)):
             checkpoint = explicit or _last_checkpoint(path)
