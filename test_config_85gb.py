@@ -10,13 +10,21 @@ pytest may collect this file: it then checks that every configuration composes a
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
+try:
+    from hydra.errors import HydraException
+except ModuleNotFoundError:
+    sys.stderr.write(
+        "The packages are not installed in this Python. Expected: the environment that ./launch_mono.sh makes.\n"
+        "Run ./launch_mono.sh once, then: source .venv/bin/activate\n"
+    )
+    sys.exit(2)
 from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 from rich.text import Text
@@ -156,8 +164,10 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     arguments.config_name = Path(arguments.config_name).name.removesuffix(".yaml")
     if arguments.config_name not in run_config_names():
         parser.error(f"no run configuration {arguments.config_name!r}; there are: {', '.join(run_config_names())}")
-    if arguments.gpu_gb is not None and arguments.gpu_gb <= 0:
+    if arguments.gpu_gb is not None and not 0 < arguments.gpu_gb < math.inf:
         parser.error(f"--gpu-gb is {arguments.gpu_gb}; give the card's memory in GB, e.g. --gpu-gb 24")
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        parser.error(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
     return arguments
 
 

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-import hydra
+try:
+    import hydra
+except ModuleNotFoundError:
+    sys.stderr.write(
+        "The packages are not installed in this Python. Expected: the environment that ./launch_mono.sh makes.\n"
+        "Run ./launch_mono.sh once, then: source .venv/bin/activate\n"
+    )
+    sys.exit(2)
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -25,7 +32,7 @@ from core.errors import NonFiniteError, UserError
 from core.log import configure_logging, console, log
 from schemas.compose import command_line, register_search_path, run_config_names, to_values, with_sweep_folders
 from schemas.llada import MaskedDiffusionRunConfig
-from schemas.run import ConfigError, RunConfig
+from schemas.run import ConfigError, RunConfig, resolved_values
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +56,8 @@ def _train_all(composed: list[dict[str, Any]]) -> None:
 
     from optimization import optimized  # imports bitsandbytes and transformers: seconds that a wrong key need not wait
 
-    for config, values in runs:
+    for config, composed_values in runs:
+        values = resolved_values(config, composed_values)
         with optimized(config) as config:
             _TRAIN[config.method](config, values, *check_hardware_and_plan(config))
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 
 from core.errors import UserError
@@ -182,7 +184,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.dry_run or not options.train:
             show(run, model_words, words)
             return 0
-    except (UserError, ConfigError) as error:
+    except (UserError, ConfigError, HydraException, OmegaConfBaseException) as error:
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return 2
     command = [sys.executable, str(CONFIG_ROOT.parent / "train.py"), f"--config-name={run}", *model_words, *words]

@@ -133,13 +133,14 @@ def load_shape(name_or_path: str, *, allow_download: bool = False) -> ModelShape
     try:
         path = hf_hub_download(name_or_path, "config.json", local_files_only=not allow_download)
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        is_path = name_or_path.startswith((".", "/", "~"))
         where = "in the hub's cache on this machine or on the hub" if allow_download else "in the hub's cache here"
         raise UserError(
             f"model {name_or_path!r}: no such folder, not a built-in shape, no config.json {where}",
             expected="a local folder with config.json, a hub id that was downloaded, or a common model",
-            remedy="check the spelling, or download it first: hf download " + name_or_path,
+            remedy="check the spelling" + ("" if is_path else f", or download it first: hf download {name_or_path}"),
         ) from error
-    return shape_from_config(name_or_path, json.loads(Path(path).read_text()))
+    return shape_from_config(name_or_path, _read_config(Path(path)))
 
 
 def _shape_from_folder(name: str, folder: Path) -> ModelShape:
@@ -150,7 +151,25 @@ def _shape_from_folder(name: str, folder: Path) -> ModelShape:
             expected="a folder written by save_pretrained",
             remedy=f"check the path; the folder holds: {', '.join(sorted(os.listdir(folder))[:5]) or 'nothing'}",
         )
-    return shape_from_config(name, json.loads(path.read_text()))
+    return shape_from_config(name, _read_config(path))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise _unreadable(path, str(error)) from error
+    if not isinstance(config, dict):
+        raise _unreadable(path, "no object at its top")
+    return config
+
+
+def _unreadable(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"{path} is no JSON: {reason}",
+        expected="the configuration that save_pretrained writes",
+        remedy="copy or download the model once more",
+    )
 
 
 @functools.cache

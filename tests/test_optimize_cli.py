@@ -51,10 +51,21 @@ def test_help_lists_every_flag(run):
     assert status == 0 and all(flag in text for flag in FLAGS)
 
 
-@pytest.mark.parametrize("words", [["--nonsense"], ["--mem"], ["--model"], ["teacher_rlt_nope"], ["max_stepz=3"]])
-def test_a_wrong_word_is_a_message_and_status_2(words, run):
-    status, text, command = run(*words)
-    assert status == 2 and words[0].lstrip("-").split("=")[0] in text and command is None
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("--nonsense", "nonsense"),
+        ("--mem", "mem"),
+        ("--model", "model"),
+        ("teacher_rlt_nope", "teacher_rlt_nope"),
+        ("max_stepz=3", "max_stepz"),
+        ("max_steps=[1", "[1"),
+        ("data_cfg=nope", "data_cfg/nope"),
+    ],
+)
+def test_a_wrong_word_is_a_message_and_status_2(word, named, run):
+    status, text, command = run(word)
+    assert status == 2 and named in text and command is None
 
 
 @no_gpu_here

@@ -64,6 +64,13 @@ def test_built_in_shapes_count_the_published_parameters(name: str, billions: flo
     assert load_shape(name).num_params == pytest.approx(billions * 1e9, rel=1e-3)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "\x00"])
+def test_a_broken_config_json_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="is no JSON"):
+        load_shape(str(tmp_path))
+
+
 def test_shape_of_a_folder_is_the_one_transformers_writes(tmp_path: Path) -> None:
     from transformers import Qwen2Config
 

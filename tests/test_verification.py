@@ -50,7 +50,18 @@ def test_all_plans_every_run_configuration(no_gpu: None, tmp_path: Path) -> None
     assert sorted(json.loads(file.read_text())["plans"]) == run_config_names()
 
 
-@pytest.mark.parametrize("words", [["--config-name", "nope"], ["--gpu-gb", "-3"], ["--gpu-gb", "many"], ["--what"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--config-name", "nope"],
+        ["--gpu-gb", "-3"],
+        ["--gpu-gb", "many"],
+        ["--gpu-gb", "nan"],
+        ["--gpu-gb", "inf"],
+        ["--json", "/no/such/folder/x.json"],
+        ["--what"],
+    ],
+)
 def test_a_wrong_call_is_status_two(words: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         verification.main(words)
