@@ -118,7 +118,7 @@ class MaskedDiffusionRunConfig(MaskedDiffusionConfig, DataConfig, TrainerConfig,
         _check_model(self)
         _check_lengths(self)
         micro = self.args.per_device_train_batch_size
-        if micro < 1 or self.train_batch_size % micro:
+        if self.train_batch_size % micro:
             raise ValueError(
                 f"`train_batch_size` {self.train_batch_size} is not a multiple of `per_device_train_batch_size` "
                 f"{micro}: gradient accumulation must be whole. Use a divisor of {self.train_batch_size}."
@@ -164,7 +164,7 @@ def _check_model(config: MaskedDiffusionRunConfig) -> None:
     if quantised and config.trainable_weights == "all":
         raise ValueError(
             "`trainable_weights` is all with a quantised base, whose weights take no gradient. Set "
-            "trainable_weights=adapter, or load_in_8bit=false and load_in_4bit=false."
+            "trainable_weights=adapter, or model_args.load_in_8bit=false and model_args.load_in_4bit=false."
         )
     if config.packing and config.model_args.attn_implementation not in ("sdpa", "eager"):
         raise ValueError(

@@ -1,5 +1,6 @@
 """Knobs of the models on the card: which ones, in what precision, with what adapter."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -49,6 +50,11 @@ class ModelArgs:
             raise ValueError(
                 "`model_args.load_in_8bit` and `model_args.load_in_4bit` are both true; a base has one precision. "
                 "Set one of them to false."
+            )
+        if self.device_map is not None and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device_map):
+            raise ValueError(
+                f"`model_args.device_map` is {self.device_map!r}. Use auto (or null), cpu, cuda or cuda:N; a run is on "
+                "one device."
             )
 
 

@@ -1,17 +1,19 @@
 """The whole configuration of a run: our knobs (this package) and TRL's (`RunConfig.grpo`), both flat for the user."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from schemas.data import DataConfig
 from schemas.generation import GenerationConfig
-from schemas.llada import MaskedDiffusionRunConfig
+from schemas.llada import MaskedDiffusionRunConfig, NewModelShape
 from schemas.model import ModelArgs, ModelConfig
 from schemas.optimization import OptimizationConfig
+from schemas.ranges import schedule_problems
 from schemas.reward import RewardConfig
 from schemas.trainer import TrainerConfig
 from schemas.trl_fields import ArgumentsClass, argument_fields, arguments_model
@@ -83,8 +85,6 @@ def _check_batch_arithmetic(config: RunConfig) -> None:
     )
     if group < 2:
         raise ValueError(f"`num_generations` is {group}; advantages compare completions of one prompt: use 2 or more.")
-    if micro < 1:
-        raise ValueError(f"`per_device_train_batch_size` is {micro}; use 1 or more.")
     if batch % group:
         raise ValueError(
             f"`train_batch_size` {batch} is not a multiple of `num_generations` {group}: a step holds whole prompt "
@@ -110,7 +110,7 @@ def _check_combinations(config: RunConfig) -> None:
         raise ValueError(
             "`use_vllm_server` is true with a quantised teacher; the server client pushes merged bf16 weights and "
             "merging into a quantised base re-rounds it. Set use_vllm_server=false (the generator then runs in this "
-            "process on the same quantised values), or load_in_8bit=false and load_in_4bit=false."
+            "process on the same quantised values), or model_args.load_in_8bit=false and model_args.load_in_4bit=false."
         )
     if config.grpo.sync_ref_model and config.reference_model == "separate":
         raise ValueError(
@@ -125,6 +125,23 @@ def _check_combinations(config: RunConfig) -> None:
             "`teacher_logprobs` is sampler, but top_p, top_k, min_p or repetition_penalty reshape the sampler's "
             "distribution. Use teacher_logprobs=forward, or top_p=1 top_k=0 min_p=null repetition_penalty=1."
         )
+    weights, rewards = config.grpo.reward_weights, ["rlt", *config.extra_rewards]
+    if weights is not None and len(weights) != len(rewards):
+        raise ValueError(
+            f"`reward_weights` is {weights}, and the rewards are {', '.join(rewards)} (`extra_rewards`). Give one "
+            "weight for each, or reward_weights=null (1 each)."
+        )
+
+
+def _without_effect(values: Mapping[str, Any]) -> Iterator[str]:
+    """What was set and would be ignored. Asked of the user's values only: levers may set the same for any generator."""
+    if values.get("generator") == "transformers":
+        for key in ("generator_weights", "kv_cache_gb", "kv_cache_dtype"):
+            if values.get(key, "auto") != "auto":
+                yield (
+                    f"`{key}` is {values[key]!r} with `generator` transformers, which samples with the trainer's own "
+                    f"model. Set {key}=auto, or generator=vllm."
+                )
 
 
 AnyRunConfig = RunConfig | MaskedDiffusionRunConfig
@@ -150,6 +167,7 @@ METHODS = {
     "masked_diffusion": _Method(MaskedDiffusionRunConfig, "TrainingArguments", "args", _DERIVED_TRANSFORMERS_FIELDS),
 }
 DEFAULT_METHOD = "rlt"
+_SECTIONS = {"model_args": ModelArgs, "new_model": NewModelShape}
 
 
 def load_run_config(values: Mapping[str, Any]) -> AnyRunConfig:
@@ -162,7 +180,7 @@ def load_run_config(values: Mapping[str, Any]) -> AnyRunConfig:
         ConfigError: unknown key, wrong type, value out of range or impossible combination; every problem is listed.
     """
     name = values.get("method", DEFAULT_METHOD)
-    if name not in METHODS:
+    if name not in tuple(METHODS):
         raise ConfigError(f"- `method` is {name!r}. Use {' or '.join(METHODS)}.")
     method = METHODS[name]
     own, theirs = method.own_field_names(), set(argument_fields(method.arguments_class))
@@ -171,40 +189,89 @@ def load_run_config(values: Mapping[str, Any]) -> AnyRunConfig:
         if key in method.derived:
             problems.append(f"`{key}` follows from other settings. Use {method.derived[key]}.")
         elif key not in own and key not in theirs:
-            near = difflib.get_close_matches(key, own | theirs, n=2)
-            hint = f"Did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else "Remove it."
-            problems.append(f"`{key}` is not a setting. {hint}")
+            problems.append(f"`{key}` is not a setting. {_hint(key, own | theirs - set(method.derived))}")
     arguments = None
     try:
         arguments_model_class = arguments_model(method.arguments_class)
         arguments = arguments_model_class(**{key: value for key, value in values.items() if key in theirs})
     except ValidationError as error:
-        problems += _describe(error)
+        problems += _describe(error, values)
     own_values = {key: value for key, value in values.items() if key in own}
     if arguments is not None:
+        problems += schedule_problems(arguments)
         try:
             config: AnyRunConfig = TypeAdapter(method.config_class).validate_python(
                 own_values | {method.arguments_field: arguments}
             )
         except ValidationError as error:
-            problems += _describe(error)
+            problems += _describe(error, values)
+    problems += _without_effect(values)
     if problems:
         raise ConfigError("\n".join(f"- {problem}" for problem in problems))
     return config
 
 
-def _describe(error: ValidationError) -> list[str]:
-    """One line per problem: where, what was given, what is expected."""
-    lines = []
+def _hint(key: str, names: set[str]) -> str:
+    """What the user may have meant by `key`; a setting of a section may be written without its section."""
+    inside = {
+        field.name: f"{section}.{field.name}"
+        for section, shape in _SECTIONS.items()
+        if section in names
+        for field in fields(shape)
+    }
+    candidates = inside | {name: name for name in names}
+    near = [key] if key in inside else difflib.get_close_matches(key, candidates, n=2)
+    return f"Did you mean {' or '.join(f'`{candidates[name]}`' for name in near)}?" if near else "Remove it."
+
+
+def _describe(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
+    """One line per setting: where, what was given, what is expected.
+
+    Of a setting that may have several types pydantic says why it is none of them: what is expected is then any of them,
+    unless it is a list, whose element is named instead.
+    """
+    found: dict[tuple[int | str, ...], list[ErrorDetails]] = {}
     for item in error.errors(include_url=False):
-        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("literal", "constrained")))
-        message = item["msg"].removeprefix("Value error, ")
+        found.setdefault(_path(item["loc"], values), []).append(item)
+    lines = []
+    for path, items in found.items():
+        if any(len(other) > len(path) > 0 and other[: len(path)] == path for other in found):
+            continue
+        where, item = ".".join(map(str, path)), items[0]
         if item["type"] == "value_error":
-            lines.append(message)
+            lines.append(item["msg"].removeprefix("Value error, "))
         elif item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             lines.append(f"`{where}` is not a setting. Remove it or check its spelling.")
         elif item["type"] == "missing":
             lines.append(f"`{where}` is missing. Set it in the run configuration or as {where}=VALUE.")
         else:
-            lines.append(f"`{where}` is {item['input']!r}. {message}.")
+            first, *others = (item["msg"].partition(", unable to")[0] for item in items)
+            expected = ", or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
+            lines.append(f"`{where}` is {item['input']!r}. {expected}.")
     return lines
+
+
+def _path(loc: tuple[int | str, ...], values: Any) -> tuple[int | str, ...]:
+    """A pydantic location without the names of the types that were tried: what leads to the value in `values`."""
+    path: tuple[int | str, ...] = ()
+    for part in loc:
+        if isinstance(values, Mapping):
+            path, values = (*path, part), values.get(part)
+        elif isinstance(values, list) and isinstance(part, int):
+            path, values = (*path, part), values[part]
+    return path
+
+
+def resolved_values(config: AnyRunConfig, composed: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat key -> value as composed, with the defaults of all other settings; `auto` stays what it is.
+
+    It does not depend on the machine, so that a run may be continued on another card.
+    """
+    method = METHODS[config.method]
+    values = TypeAdapter(type(config)).dump_python(config, mode="json")
+    arguments = values.pop(method.arguments_field)
+    values |= {key: value for key, value in arguments.items() if key not in method.derived}
+    for key, value in composed.items():
+        is_section = isinstance(value, dict) and isinstance(values.get(key), dict)
+        values[key] = values[key] | value if is_section else value
+    return values

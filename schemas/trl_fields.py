@@ -3,7 +3,7 @@
 TRL and transformers declare their knobs; we do not declare them again. Importing GRPOConfig takes seconds (torch,
 transformers); composing a configuration or planning memory should take a fraction of one. So the dataclass bodies are
 parsed instead. Fields of a type other than plain builtins accept anything here and are checked by the class itself when
-it is built.
+it is built; schemas/ranges.py narrows those that it would not check.
 """
 
 import ast
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, create_model
+
+from schemas.ranges import RANGES
 
 ArgumentsClass = Literal["TrainingArguments", "GRPOConfig"]
 
@@ -75,9 +77,10 @@ def argument_fields(arguments_class: ArgumentsClass) -> dict[str, tuple[Any, Any
 
 @functools.cache
 def arguments_model(arguments_class: ArgumentsClass) -> Any:
-    """A pydantic model with the plain fields of the class; unknown names and wrong types are errors."""
-    definitions: dict[str, Any] = {
-        name: (kind if default is not None or kind is Any else kind | None, Field(default=default))
-        for name, (kind, default) in argument_fields(arguments_class).items()
-    }
-    return create_model(arguments_class, __config__=ConfigDict(extra="forbid", frozen=True), **definitions)
+    """A pydantic model with the class's plain fields; unknown names, wrong types and impossible values are errors."""
+    definitions: dict[str, Any] = {}
+    for name, (kind, default) in argument_fields(arguments_class).items():
+        parsed = kind if default is not None or kind is Any else kind | None
+        definitions[name] = (RANGES.get(name, parsed), Field(default=default))
+    config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    return create_model(arguments_class, __config__=config, **definitions)

@@ -1,16 +1,21 @@
 """Every shipped configuration composes and validates; every mistake is one message."""
 
+import ast
 import dataclasses
+import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
+import trl.trainer.grpo_trainer
 from hydra import compose, initialize_config_dir
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
+from core.errors import UserError
 from schemas.compose import (
     CONFIG_ROOT,
     command_line,
@@ -22,10 +27,13 @@ from schemas.compose import (
     with_sweep_folders,
 )
 from schemas.document import PAGE, page
+from schemas.ranges import RANGES
 from schemas.run import METHODS, ConfigError, load_run_config
 from schemas.trl_fields import argument_fields
 from trainers.grpo_args import build_grpo_args
+from trainers.loggers import prepare_loggers
 from trainers.masked_diffusion_run import build_training_args
+from trainers.preflight import check_hardware_and_plan
 
 ROOT = CONFIG_ROOT.parent
 MONO = "teacher_rlt_mono_85gb"
@@ -146,12 +154,140 @@ def test_refused_fields_of_the_library_exist(method):
         ("reference_model=separate", "reference_model=shared"),
         ("model_args.load_in_4bit=true", "a base has one precision"),
         ("answer_log_prob_coeff=[1]", "Give both lists the same length"),
+        ("use_vllm_server=true", "model_args.load_in_8bit=false and model_args.load_in_4bit=false"),
+        ("load_in_8bit=true", "`load_in_8bit` is not a setting. Did you mean `model_args.load_in_8bit`?"),
+        ("lora_r=8", "`lora_r` is not a setting. Did you mean `model_args.lora_r`?"),
+        ("load_in_16bit=true", "Did you mean `model_args.load_in_8bit` or `model_args.load_in_4bit`?"),
+        ("reduction_kl_fn=foo", "`reduction_kl_fn` is 'foo'. Input should be 'mean', 'sum', "),
+        ("reduction_kl_fn=foo", "or 'last_quartile', or a valid list."),
+        ("reduction_kl_fn=[mean,foo]", "`reduction_kl_fn.1` is 'foo'. Input should be 'mean', 'sum', "),
+        (
+            "answer_log_prob_coeff=foo",
+            "`answer_log_prob_coeff` is 'foo'. Input should be a valid number, or a valid list.",
+        ),
+        ("kv_cache_gb=-1", "`kv_cache_gb` is -1. Input should be greater than 0, or 'auto'."),
+        ("model_args.device_map=foo", "`model_args.device_map` is 'foo'. Use auto (or null), cpu, cuda or cuda:N"),
+        ("model_args.device_map=cuda:x", "`model_args.device_map` is 'cuda:x'"),
+        ("method=[rlt]", "Use rlt or masked_diffusion"),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(override, message):
     with pytest.raises(ConfigError) as error:
         load(MONO, override)
-    assert message in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+OUT_OF_RANGE = [
+    ("learning_rate=-1e-5", "`learning_rate` is -1e-05. Input should be greater than or equal to 0"),
+    ("learning_rate=nan", "`learning_rate` is nan. Input should be a finite number"),
+    ("weight_decay=-0.1", "`weight_decay` is -0.1. Input should be greater than or equal to 0"),
+    ("warmup_steps=-1", "`warmup_steps` is -1. Input should be greater than or equal to 0"),
+    ("max_grad_norm=-1", "`max_grad_norm` is -1. Input should be greater than or equal to 0"),
+    ("seed=-1", "`seed` is -1. Input should be greater than or equal to 0"),
+    ("seed=4294967296", "`seed` is 4294967296. Input should be less than 4294967296"),
+    ("data_seed=-1", "`data_seed` is -1. Input should be greater than or equal to 0"),
+    ("per_device_train_batch_size=0", "`per_device_train_batch_size` is 0. Input should be greater than or equal to 1"),
+    ("max_steps=0", "`max_steps` is 0. Use 1 or more, or -1 to train for `num_train_epochs`"),
+    ("max_steps=-1 num_train_epochs=0", "`num_train_epochs` is 0 with `max_steps` -1: nothing is trained"),
+    ("save_steps=0", "`save_steps` is 0 with `save_strategy` steps. Use 1 or more, or save_strategy=no"),
+    ("eval_steps=-5", "`eval_steps` is -5 with `eval_strategy` steps. Use 1 or more, or eval_strategy=no"),
+    ("logging_steps=0", "`logging_steps` is 0 with `logging_strategy` steps"),
+]
+OUT_OF_RANGE_RLT = [
+    ("temperature=0", "`temperature` is 0. Input should be greater than 0"),
+    ("top_p=0", "`top_p` is 0. Input should be greater than 0"),
+    ("top_p=1.5", "`top_p` is 1.5. Input should be less than or equal to 1"),
+    ("max_completion_length=null", "`max_completion_length` is None. Input should be a valid integer"),
+    ("max_completion_length=0", "`max_completion_length` is 0. Input should be greater than or equal to 1"),
+    ("max_completion_length=-1", "`max_completion_length` is -1. Input should be greater than or equal to 1"),
+    ("num_generations=null", "`num_generations` is None. Input should be a valid integer"),
+    ("num_iterations=0", "`num_iterations` is 0. Input should be greater than or equal to 1"),
+    ("beta=-0.1", "`beta` is -0.1. Input should be greater than or equal to 0"),
+    ("loss_type=ppo", "`loss_type` is 'ppo'. Input should be 'grpo', 'dr_grpo', "),
+    ("scale_rewards=std", "`scale_rewards` is 'std'. Input should be 'group', 'batch' or 'none'"),
+    (
+        "sync_ref_model=true ref_model_sync_steps=0",
+        "`ref_model_sync_steps` is 0. Input should be greater than or equal",
+    ),
+    ("ref_model_mixup_alpha=1.1", "`ref_model_mixup_alpha` is 1.1. Input should be less than or equal to 1"),
+    ("ref_model_mixup_alpha=-0.1", "`ref_model_mixup_alpha` is -0.1. Input should be greater than or equal to 0"),
+    ("extra_rewards=[format] reward_weights=[1]", "`reward_weights` is [1], and the rewards are rlt, format"),
+    ("reward_weights=[1,2]", "Give one weight for each, or reward_weights=null"),
+    (
+        "generator=transformers generator_weights=bf16",
+        "samples with the trainer's own model. Set generator_weights=auto",
+    ),
+    ("generator=transformers kv_cache_dtype=fp8", "Set kv_cache_dtype=auto, or generator=vllm"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        *((name, *case) for name in (MONO, "llada_sft") for case in OUT_OF_RANGE),
+        *((MONO, *case) for case in OUT_OF_RANGE_RLT),
+    ],
+)
+def test_a_value_out_of_range_is_one_message(name, words, message):
+    with pytest.raises(ConfigError) as error:
+        load(name, *words.split())
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "max_steps=-1 num_train_epochs=1",
+        "save_steps=0 save_strategy=no",
+        "eval_steps=null",
+        "save_steps=0.1",
+        "max_grad_norm=0",
+        "learning_rate=0",
+        "data_seed=null",
+        "extra_rewards=[format] reward_weights=[1,0.5]",
+        "generator=transformers generator_weights=auto",
+        "model_args.device_map=null",
+        "model_args.device_map=cuda",
+        "model_args.device_map=cuda:1",
+    ],
+)
+def test_values_at_the_edge_of_a_range_are_taken(words):
+    load(MONO, *words.split())
+
+
+def test_ranges_are_those_of_settings_that_exist():
+    assert set(RANGES) <= set(argument_fields("GRPOConfig"))
+
+
+@pytest.mark.parametrize("name", [name for name, kind in RANGES.items() if get_origin(kind) is Literal])
+def test_names_that_a_setting_may_have_are_those_that_trl_compares_it_with(name):
+    compared = set()
+    for node in ast.walk(ast.parse(inspect.getsource(trl.trainer.grpo_trainer))):
+        if isinstance(node, ast.Compare) and ast.unparse(node.left) == f"self.{name}":
+            known = ast.literal_eval(node.comparators[0])
+            compared |= {known} if isinstance(known, str) else set(known)
+    assert set(get_args(RANGES[name])) == compared
+
+
+@pytest.mark.parametrize(
+    ("version", "package"), [("flash_attention_2", "flash_attn"), ("flash_attention_3", "flash_attn_interface")]
+)
+def test_an_attention_kernel_that_is_not_installed_is_named_with_its_package(version, package, monkeypatch):
+    monkeypatch.setattr("trainers.preflight.is_installed", lambda name: name != package)
+    config = load("teacher_rlt_tiny", f"model_args.attn_implementation={version}")
+    with pytest.raises(UserError, match=f"(?s)attn_implementation` is {version}.*the Python package {package} .*=sdpa"):
+        check_hardware_and_plan(config)
+
+
+def test_a_card_that_is_not_there_is_named_with_those_that_are(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(UserError, match="(?s)'cuda:3', and torch sees 1 CUDA device\n.*device_map=auto"):
+        check_hardware_and_plan(load("teacher_rlt_tiny", "model_args.device_map=cuda:3"))
+
+
+def test_all_loggers_at_once_are_refused_like_an_unknown_one(tmp_path):
+    with pytest.raises(UserError, match="(?s)`report_to` names 'all'.*wandb, tensorboard, trackio"):
+        prepare_loggers("all", tmp_path)
 
 
 def test_batch_that_splits_a_prompt_group_is_refused_with_its_neighbours():
@@ -230,6 +366,9 @@ def test_each_way_to_call_train_composes_from_another_folder(words, tmp_path):
     [
         (["--config-name=nope"], "shipped: llada_pretrain, "),
         (["max_stepz=3"], "Did you mean"),
+        (["--config-name=teacher_rlt_tiny", "loss_type=ppo"], "`loss_type` is 'ppo'"),
+        (["--config-name=teacher_rlt_tiny", "report_to=all"], "`report_to` names 'all'"),
+        (["--config-name=teacher_rlt_tiny", "model_args.device_map=foo"], "`model_args.device_map` is 'foo'"),
         (["learning_rate=["], "cannot be composed"),
         (["--config-name=teacher_rlt_tiny", "model_name_or_path=./nowhere"], "./nowhere"),
         pytest.param(

@@ -18,7 +18,7 @@ def prepare_loggers(report_to: str | list[str] | None, run_dir: Path) -> None:
     """
     names = [report_to] if isinstance(report_to, str) else report_to or []
     for name in names:
-        if name in ("none", "all"):
+        if name == "none":
             continue
         if name not in _PACKAGES:
             raise UserError(

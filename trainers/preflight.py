@@ -8,12 +8,15 @@ import torch
 from core.errors import UserError
 from core.units import format_gb
 from models.device import memory_of, pick_device
+from optimization.card import is_installed
 from planner.fit import resolve_auto
 from planner.plan import MemoryPlan, plan_run
 from schemas.run import AnyRunConfig, load_run_config
 
 MAX_CPU_AUTO_BYTES = 4_000_000_000
 """`device_map: auto` falls back to the CPU only for runs that plan to stay below this: a 7B run there takes months."""
+
+_ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
 def load_for_this_machine(values: Mapping[str, Any]) -> AnyRunConfig:
@@ -30,15 +33,20 @@ def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.dev
     """The memory plan and the device of the run.
 
     Raises:
-        UserError: there is no GPU for a run that needs one, or the plan exceeds the card.
+        UserError: there is no GPU for a run that needs one, the attention kernel is not installed, or the plan exceeds
+            the card.
     """
     device = pick_device(config.model_args.device_map)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    num_cards = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= num_cards:
         raise UserError(
-            f"`model_args.device_map` is {config.model_args.device_map!r}, and torch sees no CUDA device",
+            f"`model_args.device_map` is {config.model_args.device_map!r}, and torch sees {num_cards or 'no'} CUDA "
+            f"device{'s' * (num_cards > 1)}",
             expected="an NVIDIA GPU, its driver and a CUDA build of torch",
-            remedy="nvidia-smi shows the driver; without a GPU run ./launch_mono.sh (the embedded model, on the CPU)",
+            remedy="model_args.device_map=auto; nvidia-smi shows cards and driver; without a GPU run ./launch_mono.sh "
+            "(the embedded model, on the CPU)",
         )
+    _require_attention_package(config.model_args.attn_implementation)
     gpu_bytes = int(config.gpu_gb * 1e9) if config.gpu_gb is not None else memory_of(device)
     plan = plan_run(config, gpu_bytes, allow_download=device.type == "cuda")
     planned = f"{config.run_name} plans for {format_gb(plan.max_bytes)} ({plan.binding_phase} phase)"
@@ -59,3 +67,13 @@ def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.dev
             "allow_oversubscription=true starts all the same",
         )
     return plan, device
+
+
+def _require_attention_package(implementation: str) -> None:
+    package = _ATTENTION_PACKAGES.get(implementation)
+    if package is not None and not is_installed(package):
+        raise UserError(
+            f"`model_args.attn_implementation` is {implementation}, and it is not installed",
+            expected=f"the Python package {package} in this environment",
+            remedy="model_args.attn_implementation=sdpa; use_flash_attention=true takes what is installed",
+        )
