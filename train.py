@@ -3,7 +3,9 @@
     python train.py --config-name=teacher_rlt_mono_85gb max_steps=300 learning_rate=2e-5
 
 Composes and validates the configuration, plans memory, builds, trains. Exit status: 0 done, 2 the call or the
-configuration cannot work (nothing was started), 130 interrupted (the same call continues), 1 anything else.
+configuration cannot work (nothing was started), 130 interrupted, 1 anything else.
+Ctrl-C or SIGTERM while training finishes the step at work and saves it; a second one stops at once. The same call
+continues from the last checkpoint.
 """
 
 import os
@@ -108,8 +110,9 @@ def main() -> int:
     except NonFiniteError as error:
         _refuse("training stopped", str(error))
         return 1
-    except KeyboardInterrupt:
-        log.warning("interrupted; whole checkpoints are kept, and the same command continues from the last one")
+    except KeyboardInterrupt as error:
+        outside = "not while training; whole checkpoints are kept, and the same command continues from the last one"
+        log.warning("interrupted: %s", error if error.args else outside)
         return 130
     return 0
 

@@ -1,8 +1,11 @@
-"""What happens beside the training loop: the metrics file, progress on the console, the reference that follows."""
+"""What happens beside the training loop: metrics file, progress on the console, reference that follows, Ctrl-C."""
 
 import json
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +18,7 @@ from core.log import console, log
 from core.units import format_duration
 from models.host import REFERENCE_ADAPTER, PhaseUse
 from planner.watchdog import GrowthWatchdog
+from trainers.run_folder import _last_checkpoint
 
 
 class MetricsFile(TrainerCallback):
@@ -150,3 +154,77 @@ class ConsoleProgress(TrainerCallback):
             return "?"
         seconds_per_step = (time.perf_counter() - self._start_s) / steps_done
         return format_duration(seconds_per_step * (state.max_steps - state.global_step))
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGINT (Ctrl-C) or SIGTERM: finish the step at work, save it, stop. A second one stops at once.
+
+    Args:
+        may_save: whether the step that ended may be a checkpoint; where it may not, the next one is waited for.
+    """
+
+    def __init__(self, may_save: Callable[[], bool]) -> None:
+        self._may_save = may_save
+        self._step = 0
+        self._is_good = False
+        self.is_asked = False
+
+    @contextmanager
+    def handling(self, output_dir: Path, resume: str) -> Iterator[None]:
+        """Handle the signals while a run trains in `output_dir`; only the main thread can.
+
+        Raises:
+            KeyboardInterrupt: training was stopped; says where it goes on from.
+        """
+        is_main = threading.current_thread() is threading.main_thread()
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
+        handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]  # as nohup and & do
+        for number in handled:
+            signal.signal(number, self._ask)
+        self.is_asked = False
+        try:
+            yield
+            if self.is_asked:
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_goes_on_from(output_dir, resume)) from None
+        finally:
+            for number in handled:
+                signal.signal(number, before[number])
+
+    def _ask(self, *_: Any) -> None:
+        if self.is_asked:
+            raise KeyboardInterrupt
+        self.is_asked = True
+        log.warning("finishing step %d, then saving; press again to stop now", self._step)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._step, self._is_good = state.global_step + 1, False
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._step = state.global_step + 1
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._is_good = self._may_save()
+        self._stop_if_asked(control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._stop_if_asked(control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_training_stop |= self.is_asked
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.is_asked and state.global_step >= state.max_steps:
+            self.is_asked = False
+            log.info("that was the last step: the run ends as usual; press again to leave that out")
+
+    def _stop_if_asked(self, control: TrainerControl) -> None:
+        if self.is_asked and self._is_good:
+            control.should_log = control.should_save = control.should_training_stop = True
+
+
+def _goes_on_from(output_dir: Path, resume: str) -> str:
+    command = "the same command" if resume == "auto" else "resume=auto"
+    checkpoint = _last_checkpoint(output_dir)
+    return f"{command} continues from {checkpoint}" if checkpoint else "no checkpoint yet: the same command starts anew"

@@ -30,6 +30,7 @@ from models.masked_diffusion import (
 from optimization.memory_optim import CheckpointOffload
 from optimization.optimizers import MuonWithAdamW
 from schemas.llada import MaskedDiffusionRunConfig
+from trainers.callbacks import StopOnSignal
 from trainers.checkpoints import WholeCheckpoints
 from trainers.recovery import RecoveryMixin
 
@@ -130,6 +131,8 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints):
         self.remove_callback(PrinterCallback)
         offloads = config.offload_checkpoints and args.gradient_checkpointing and args.device.type == "cuda"
         self._offload = CheckpointOffload(model) if offloads else nullcontext
+        self._stop = StopOnSignal(may_save=lambda: self.recovery is None or self.recovery.cause is None)
+        self.add_callback(self._stop)  # before the recovery, which forgets the cause at the end of the step
         if config.recover_from_nan:
             self.start_recovery(max_recoveries=config.max_recoveries, lr_backoff=config.lr_backoff)
 
@@ -137,6 +140,10 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints):
         if self.optimizer is None and self.config.use_muon:
             self.optimizer: Any = MuonWithAdamW(self.model, self.args.learning_rate, self.args.weight_decay)
         return super().create_optimizer(model)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self._stop.handling(Path(self.args.output_dir), self.config.resume):
+            return super().train(*args, **kwargs)
 
     # Loss
 

@@ -34,7 +34,7 @@ from planner.plan import MemoryPlan
 from rewards import EXTRA_REWARDS, RolloutScorer
 from rewards.format import is_well_formed
 from schemas.run import RunConfig
-from trainers.callbacks import SyncReferenceAdapter
+from trainers.callbacks import StopOnSignal, SyncReferenceAdapter
 from trainers.checkpoints import WholeCheckpoints
 from trainers.recovery import RecoveryMixin
 
@@ -114,6 +114,8 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, GRPOTrainer):
             self.use_vllm = self.vllm_importance_sampling_correction
         offloads = config.offload_checkpoints and args.gradient_checkpointing and host.device.type == "cuda"
         self._offload = CheckpointOffload(host.teacher) if offloads else nullcontext
+        self._stop = StopOnSignal(may_save=lambda: self.recovery is None or self.recovery.cause is None)
+        self.add_callback(self._stop)  # before the recovery, which forgets the cause at the end of the step
         if config.recover_from_nan:
             self.start_recovery(max_recoveries=config.max_recoveries, lr_backoff=config.lr_backoff)
 
@@ -296,7 +298,8 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, GRPOTrainer):
     # Phases and metrics
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with self.host.phase(Phase.TRAIN):
+        output_dir = Path(self.args.output_dir)
+        with self.host.phase(Phase.TRAIN), self._stop.handling(output_dir, self.config.resume):
             return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
