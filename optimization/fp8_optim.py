@@ -39,11 +39,14 @@ def choose_fp8(config: AnyRunConfig, *, card: Card | None = None) -> AppliedOpti
         return support
     quantised = config.model_args.load_in_8bit or config.model_args.load_in_4bit
     changes, reasons = [], []
-    if config.kv_cache_dtype == "auto":
+    samples_with_vllm = config.generator != "transformers"
+    if not samples_with_vllm:
+        reasons.append("KV cache and generator weights: generator=transformers samples from the trainer itself")
+    elif config.kv_cache_dtype == "auto":
         changes.append(Change(what="kv_cache_dtype", before="auto", after="fp8"))
-    if quantised:
+    if samples_with_vllm and quantised:
         reasons.append("generator weights: they are the quantised teacher's own values, and stay so")
-    elif config.generator_weights == "auto":
+    elif samples_with_vllm and config.generator_weights == "auto":
         changes.append(Change(what="generator_weights", before="auto", after="fp8"))
     if config.student_model is None and config.reference_model == "shared":
         reasons.append("scoring: student and reference are the teacher's own base")

@@ -1,5 +1,6 @@
 """A masked-diffusion run from its validated configuration to its summary: what costs little is checked first."""
 
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,6 +23,7 @@ from planner.plan import MemoryPlan
 from schemas.llada import MaskedDiffusionRunConfig
 from schemas.run import ConfigError
 from trainers.callbacks import DIFFUSION_SHOWN, ConsoleProgress, MemoryWatch, MetricsFile
+from trainers.loggers import prepare_loggers
 from trainers.masked_diffusion import MaskedDiffusionTrainer
 from trainers.run_folder import RunFolder, open_run_folder
 from trainers.summary import DIFFUSION_REPORT, memory_table, summarise, summary_table
@@ -54,6 +56,7 @@ def train_masked_diffusion(
     Raises:
         UserError, ConfigError: the run cannot work; the run folder was not touched.
     """
+    prepare_loggers(config.args.report_to, Path(config.args.output_dir))
     build_training_args(config, use_cpu=device.type == "cpu")
     tokenizer = load_diffusion_tokenizer(config)
     prompt_format = PromptFormat.from_config(config)
