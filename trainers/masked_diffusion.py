@@ -32,6 +32,7 @@ from optimization.optimizers import MuonWithAdamW
 from schemas.llada import MaskedDiffusionRunConfig
 from trainers.callbacks import StopOnSignal
 from trainers.checkpoints import WholeCheckpoints
+from trainers.model_card import WritesModelCard, masked_diffusion_card
 from trainers.recovery import RecoveryMixin
 
 _TRAIN_STREAM, _BOUND_STREAM, _SAMPLING_STREAM = 0, 1, 2
@@ -86,7 +87,7 @@ class DiffusionCollator:
         }
 
 
-class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints):
+class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard):
     """Trains a masked-diffusion model.
 
     What is masked is a function of (seed, step, micro-batch), so a resumed run repeats an uninterrupted one.
@@ -239,7 +240,9 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints):
         if self.args.eval_strategy != "no" and self._evaluated_step != self.state.global_step:
             self.evaluate()
         self.save_model()
-        self.create_model_card(model_name=Path(self.args.output_dir).name)
+
+    def model_card(self) -> str:
+        return masked_diffusion_card(self.config, self)
 
 
 def stated_solution(response: str, tags: TagStyle) -> str | None:

@@ -36,6 +36,7 @@ from rewards.format import is_well_formed
 from schemas.run import RunConfig
 from trainers.callbacks import StopOnSignal, SyncReferenceAdapter
 from trainers.checkpoints import WholeCheckpoints
+from trainers.model_card import WritesModelCard, teacher_card
 from trainers.recovery import RecoveryMixin
 
 _TRAIN_STREAM, _EVAL_STREAM = 0, 1
@@ -53,7 +54,7 @@ class EpochRepeatSampler(RepeatSampler):
         self.generator.manual_seed(self.seed + epoch)
 
 
-class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, GRPOTrainer):
+class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOTrainer):
     """Trains the teacher's adapter with GRPO on the RLT reward.
 
     Args:
@@ -332,7 +333,9 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, GRPOTrainer):
         if self.args.eval_strategy != "no" and self._evaluated_step != self.state.global_step:
             self.evaluate()
         self.save_model()
-        self.create_model_card(model_name=Path(self.args.output_dir).name)
+
+    def model_card(self) -> str:
+        return teacher_card(self.config, self)
 
     def close(self) -> None:
         """Free the generator."""
