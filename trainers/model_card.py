@@ -120,7 +120,8 @@ With the root of the framework that trained it on `PYTHONPATH`. The prompt is on
 
 {_data(config)}. Objective `{config.objective}`: {trained[config.objective]}. {trainer.state.global_step} of \
 {trainer.state.max_steps} steps of {config.train_batch_size} rows, \
-{"Muon and AdamW" if config.use_muon else trainer.args.optim.value}, learning rate {args.learning_rate:g}, seed {args.seed}.
+{"Muon and AdamW" if config.use_muon else trainer.args.optim.value}, \
+learning rate {args.learning_rate:g}, seed {args.seed}.
 {_figures(trainer.state.log_history, DIFFUSION_REPORT)}{_versions()}"""
 
 
