@@ -65,7 +65,7 @@ def prepare_samples(
 
 
 # Draws of a stage, each about one optimizer step; facts, single steps and continuations in a draw.
-_CURRICULUM = ((200, 480, 0, 0), (250, 40, 60, 0), (1300, 32, 16, 32))
+_CURRICULUM = ((200, 480, 0, 0), (250, 40, 60, 0), (2300, 32, 16, 32))
 
 
 def arithmetic_curriculum(

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from core.errors import NonFiniteError, UserError
 from tests.helpers.tiny_run import make_trainer, write_random_model
 from trainers.recovery import last_good_checkpoint
-from trainers.run_folder import _last_checkpoint, publish_checkpoint
+from trainers.run_folder import last_checkpoint, publish_checkpoint
 
 RATE = 2e-3
 RUN = ("max_steps=7", "save_steps=2", "eval_strategy=no", f"learning_rate={RATE}", "recover_from_nan=true")
@@ -198,9 +198,9 @@ def test_a_run_killed_before_its_first_save_starts_anew(model, tmp_path):
     trainer.train()
     folder = Path(trainer.args.output_dir)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-0"]
-    assert _last_checkpoint(folder) is None
+    assert last_checkpoint(folder) is None
     publish_checkpoint(folder / "checkpoint-0", folder / "checkpoint-2")
-    assert _last_checkpoint(folder) == folder / "checkpoint-2"
+    assert last_checkpoint(folder) == folder / "checkpoint-2"
 
 
 class StopAfter(TrainerCallback):

@@ -18,7 +18,7 @@ from core.log import console, log
 from core.units import format_duration
 from models.host import REFERENCE_ADAPTER, PhaseUse
 from planner.watchdog import GrowthWatchdog
-from trainers.run_folder import _last_checkpoint
+from trainers.run_folder import last_checkpoint
 
 
 class MetricsFile(TrainerCallback):
@@ -226,5 +226,5 @@ class StopOnSignal(TrainerCallback):
 
 def _goes_on_from(output_dir: Path, resume: str) -> str:
     command = "the same command" if resume == "auto" else "resume=auto"
-    checkpoint = _last_checkpoint(output_dir)
+    checkpoint = last_checkpoint(output_dir)
     return f"{command} continues from {checkpoint}" if checkpoint else "no checkpoint yet: the same command starts anew"

@@ -87,7 +87,7 @@ def _open(values: Mapping[str, Any], path: Path, resume: str) -> RunFolder:
     if path.exists() and _content(path):
         _lock(path).close()
         if resume != "never" and (explicit is not None or _is_unfinished_run_of(path, values)):
-            checkpoint = explicit or _last_checkpoint(path)
+            checkpoint = explicit or last_checkpoint(path)
             return _reopen(path, values, checkpoint)
         kept = next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}.{i}")).exists())
         path.rename(kept)
@@ -131,7 +131,7 @@ def _is_unfinished_run_of(path: Path, values: Mapping[str, Any]) -> bool:
     return not changed
 
 
-def _last_checkpoint(path: Path) -> Path | None:
+def last_checkpoint(path: Path) -> Path | None:
     """The last one after step 0; going on from that would be starting anew without the first evaluation."""
     last = get_last_checkpoint(str(path))
     return Path(last) if last is not None and Path(last).name != "checkpoint-0" else None
