@@ -63,6 +63,18 @@ def test_a_run_resumed_from_a_checkpoint_ends_with_the_same_weights(muon, tmp_pa
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_run_killed_after_its_last_step_trains_none_more(tmp_path):
+    words = (*SMALL_BATCH, "eval_strategy=no")
+    whole = make_diffusion_trainer(tmp_path / "whole", counting_samples(), *words)
+    whole.train()
+    last = whole.state.global_step
+    resumed = make_diffusion_trainer(tmp_path / "resumed", counting_samples(), *words)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{last}"))
+    assert resumed.state.global_step == last
+    ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 @pytest.mark.parametrize("precision", ["load_in_8bit", pytest.param("load_in_4bit", marks=pytest.mark.slow)])
 def test_an_adapter_on_a_quantised_base_learns_and_the_base_stays(precision, tmp_path):
     words = (

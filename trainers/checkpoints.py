@@ -15,6 +15,11 @@ class WholeCheckpoints(Trainer):
 
     _staging_dir: str | None = None
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing where the checkpoint of the last step is resumed from: transformers would train one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging_dir or super()._get_output_dir(trial)
 
