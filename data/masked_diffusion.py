@@ -17,11 +17,13 @@ from schemas.llada import MaskedDiffusionRunConfig
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Tokens of one sample; those from `prompt_len` on may be masked."""
+    """Tokens of one sample; those between the first `prompt_len` and the last `num_after` may be masked."""
 
     token_ids: list[int]
     prompt_len: int
     solution: str = ""
+    num_after: int = 0
+    """Tokens behind the learned ones that are given as they are."""
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -65,7 +67,7 @@ def prepare_samples(
 
 
 # Draws of a stage, each about one optimizer step; facts, single steps and continuations in a draw.
-_CURRICULUM = ((200, 480, 0, 0), (250, 40, 60, 0), (2300, 32, 16, 32))
+_CURRICULUM = ((200, 480, 0, 0), (250, 40, 60, 0), (1300, 32, 16, 32))
 
 
 def arithmetic_curriculum(
@@ -77,9 +79,9 @@ def arithmetic_curriculum(
 ) -> list[Sample]:
     """The embedded task in the order in which a new model can learn it; use it with packing, in sequence.
 
-    First sums of two digits as plain text, then one step of a worked sum in the student's chat, then everything that is
-    left of it, from any step on. Left to itself the third kind teaches copying and never adding: each digit occurs
-    twice, so that most masked ones can be read off their copy.
+    First sums of two digits as plain text, then one result of a worked sum in the student's chat with masks behind it,
+    as sampling meets it, then everything that is left of the sum, from any step on. Left to itself the third kind
+    teaches copying and never adding: each digit occurs twice, so that most masked ones can be read off their copy.
     """
     rng = random.Random(seed)
     facts = [_filled(config, tokenizer, encode(tokenizer, p), encode(tokenizer, r)) for p, r in generate_facts()]
@@ -89,7 +91,11 @@ def arithmetic_curriculum(
         trace = row["reasoning_trace"]
         cut = rng.choice([i for i, character in enumerate(trace) if character == "="]) + 1
         head = prompt_format.student_head_text(tokenizer, row["question"])
-        return _filled(config, tokenizer, encode(tokenizer, head + trace[:cut]), encode(tokenizer, trace[cut]))
+        given, result = encode(tokenizer, head + trace[:cut]), encode(tokenizer, trace[cut])
+        tail = prompt_format.student_tail(tokenizer, row["question"], row["solution"])
+        num_after = len(encode(tokenizer, trace[cut + 1 :] + tail.text))
+        masks = [tokenizer.mask_token_id] * num_after  # as sampling from the left meets it
+        return Sample(given + result + masks, len(given), num_after=num_after)
 
     def continuation() -> Sample:
         row = rng.choice(rows)

@@ -147,6 +147,12 @@ def test_responses_are_filled_with_learned_end_tokens_and_texts_with_padding():
     assert padded.learned_lens_S().tolist() == [3, 1]
 
 
+def test_tokens_behind_the_learned_ones_are_given_and_seen():
+    batch = batch_of([Sample([1, 2, 3, MASK, MASK], 2, num_after=2), Sample([4, 5], 1)])
+    assert batch.learned_BT.tolist() == [[False, False, True, False, False, False, True]]
+    assert batch.sample_ids_BT.tolist() == [[0, 0, 0, 0, 0, 1, 1]]
+
+
 def test_levels_are_evenly_spread_over_a_step_and_its_micro_batches():
     levels = torch.cat([low_discrepancy_levels(4, 0.37, micro / 2) for micro in range(2)]).sort().values
     assert levels.diff().tolist() == pytest.approx([(1 - MIN_LEVEL) / 8] * 7, abs=1e-6)

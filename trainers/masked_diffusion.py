@@ -76,7 +76,7 @@ class DiffusionCollator:
                 if self.fills_responses:
                     end = width
                 sample_ids_BT[b, start:end] = num_samples
-                learned_BT[b, start + sample.prompt_len : end] = True
+                learned_BT[b, start + sample.prompt_len : end - sample.num_after] = True
                 position_ids_BT[b, start:end] = torch.arange(end - start)
                 start, num_samples = end, num_samples + 1
         return {
