@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from core.log import console
-from optimization import check_fp8_support, enable_torch_compile, quantise_to_fp8, setup_cuda_optimizations
+from optimization import check_fp8_support, compile_forward, quantise_to_fp8, setup_cuda_optimizations
 from optimization.card import NO_CARD, find_card
 from optimization.cuda_optim import optimize_attention_operations
 
@@ -71,7 +71,7 @@ def compare_scoring() -> None:
         return model.get_decoder()(input_ids=token_ids, use_cache=False)
 
     plain_s = seconds_of(forward)
-    record = enable_torch_compile(model)
+    record = compile_forward(model)
     compare("compiled forward", plain_s, seconds_of(forward))
     record.undo()
     if reason := check_fp8_support().skipped:
@@ -79,7 +79,7 @@ def compare_scoring() -> None:
         return
     quantise_to_fp8(model)
     compare("fp8 forward", plain_s, seconds_of(forward))
-    enable_torch_compile(model)
+    compile_forward(model)
     compare("fp8 forward, compiled", plain_s, seconds_of(forward))
 
 

@@ -7,6 +7,7 @@ from optimization.apply import (
     optimized,
     preallocate_planned,
 )
+from optimization.card import get_vram
 from optimization.cuda_optim import (
     autoconfigure_environment,
     enable_flash_attention,
@@ -14,7 +15,7 @@ from optimization.cuda_optim import (
     print_gpu_stats,
     setup_cuda_optimizations,
 )
-from optimization.efficient import Efficient
+from optimization.efficient import Efficient, Helpers
 from optimization.fp8_optim import check_fp8_support, quantise_to_fp8
 from optimization.memory_optim import (
     clean_memory,
@@ -23,10 +24,13 @@ from optimization.memory_optim import (
     preallocate_cuda_memory,
     tile_mlps,
 )
+from optimization.optimizers import get_optimizer
+from optimization.recommend import Recommendation, recommend_config
 from optimization.record import AppliedOptimization, Change, records_table, undo_all
 from optimization.training_optim import (
     AsyncDataLoader,
     BatchChoice,
+    compile_forward,
     enable_torch_compile,
     get_optimal_batch_size_for_gpu,
     recover_from_nan,
@@ -38,14 +42,19 @@ __all__ = [
     "BatchChoice",
     "Change",
     "Efficient",
+    "Helpers",
+    "Recommendation",
     "apply_optimizations",
     "autoconfigure_environment",
     "check_fp8_support",
     "clean_memory",
+    "compile_forward",
     "configure_all_optimizations",
     "enable_flash_attention",
     "enable_torch_compile",
     "get_optimal_batch_size_for_gpu",
+    "get_optimizer",
+    "get_vram",
     "offload_checkpoints",
     "optimize_attention_operations",
     "optimize_memory_for_device",
@@ -55,6 +64,7 @@ __all__ = [
     "preallocate_planned",
     "print_gpu_stats",
     "quantise_to_fp8",
+    "recommend_config",
     "records_table",
     "recover_from_nan",
     "setup_cuda_optimizations",

@@ -22,8 +22,8 @@ from optimization.training_optim import (
     DEFAULT_RUN,
     check_optimizer,
     choose_batch_size,
+    compile_forward,
     compile_obstacle,
-    enable_torch_compile,
     planned_card,
 )
 from planner.constants import CUDA_CONTEXT_BYTES
@@ -116,7 +116,7 @@ def optimize_models(
     if config.compile_models and isinstance(config, MaskedDiffusionRunConfig):
         records.append(nothing("torch.compile", _NO_FROZEN_MODEL))
     elif config.compile_models:
-        records += [_named(enable_torch_compile(own[role]), role) for role in ("student", "reference")]
+        records += [_named(compile_forward(own[role]), role) for role in ("student", "reference")]
     return records
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from core.units import format_gb
+from core.units import format_gb, gb
 
 NO_CARD = "torch sees no CUDA device"
 
@@ -29,6 +29,12 @@ def find_card() -> Card | None:
     return Card(
         name=properties.name, capability=(properties.major, properties.minor), total_bytes=properties.total_memory
     )
+
+
+def get_vram() -> float:
+    """Decimal GB of the first GPU, as the driver reports them; 0.0 where there is none."""
+    card = find_card()
+    return gb(card.total_bytes) if card is not None else 0.0
 
 
 def is_installed(package: str) -> bool:

@@ -15,6 +15,9 @@ from optimization.nf4_cpu import fix_cpu_dequantization
 _OUTLIER_THRESHOLD = 6.0  # LLM.int8: activation columns with a larger magnitude are multiplied in 16 bits
 _NF4_BLOCK = 64
 _CPU_KERNEL_ROWS = 32
+# NF4 with double quantisation in bitsandbytes: a byte a block, a float32 for 256 of those bytes, two tables.
+_NF4_BLOCKS_PER_SCALE = 256
+_NF4_TABLE_BYTES = 4 * (16 + 256)
 
 
 class Int8WeightOnlyLinear(nn.Module):
@@ -68,13 +71,44 @@ class Quantize:
             return _replace_linears(model, Int8WeightOnlyLinear)
         if bits == 4:
             return _replace_linears(model, _nf4)
-        raise UserError(f"static quantisation to {bits} bits", expected="bits=8 or bits=4", remedy="choose one of them")
+        raise _unknown_width(bits)
+
+
+def _unknown_width(bits: int) -> UserError:
+    return UserError(f"static quantisation to {bits} bits", expected="bits=8 or bits=4", remedy="choose one of them")
 
 
 def quantised_bytes(model: nn.Module) -> int:
     """Bytes of all weights as they are stored, quantisation statistics included."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum(tensor.nbytes for tensor in tensors) + sum(tensor.nbytes for tensor in _statistics(model))
+
+
+def bytes_when_quantised(model: nn.Module, bits: int) -> int:
+    """`quantised_bytes` after `Quantize.static(model, bits)`, which is not done; the meta device will do.
+
+    Raises:
+        UserError: other widths than 8 and 4, or nothing to quantise.
+    """
+    if bits not in _BYTES_OF_LINEAR:
+        raise _unknown_width(bits)
+    linears = [linear for _, linear in _linears(model)]
+    before = sum(linear.weight.nbytes for linear in linears)
+    after = sum(_BYTES_OF_LINEAR[bits](linear.out_features, linear.in_features) for linear in linears)
+    return quantised_bytes(model) - before + after
+
+
+def _int8_bytes(num_out: int, num_in: int) -> int:
+    return num_out * num_in + 4 * num_out
+
+
+def _nf4_bytes(num_out: int, num_in: int) -> int:
+    num_blocks = -(-num_out * num_in // _NF4_BLOCK)
+    scales = num_blocks + 4 * -(-num_blocks // _NF4_BLOCKS_PER_SCALE)
+    return (num_out * num_in + 1) // 2 + scales + _NF4_TABLE_BYTES
+
+
+_BYTES_OF_LINEAR: dict[int, Callable[[int, int], int]] = {8: _int8_bytes, 4: _nf4_bytes}
 
 
 def _statistics(model: nn.Module) -> Iterator[Tensor]:
@@ -92,7 +126,8 @@ def _statistics(model: nn.Module) -> Iterator[Tensor]:
             yield scales
 
 
-def _replace_linears(model: nn.Module, convert: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Those that are quantised: all but the head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linears = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear and m is not head]
     if not linears:
@@ -101,7 +136,11 @@ def _replace_linears(model: nn.Module, convert: Callable[[nn.Linear], nn.Module]
             expected="a model in float32 or 16 bits",
             remedy="load it without quantisation first",
         )
-    for name, linear in linears:
+    return linears
+
+
+def _replace_linears(model: nn.Module, convert: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    for name, linear in _linears(model):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, convert(linear).train(linear.training))
     return model

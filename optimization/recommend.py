@@ -1,7 +1,11 @@
-"""What a card of a given size can do, as the memory planner sees it."""
+"""What a card of a given size can do, as the memory planner sees it.
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+Answers are monotone: with more memory neither model, tokens a row nor tokens a forward ever fall. Each kind of training
+is a ladder of rungs that grow in all three, and the answer is the highest rung that fits.
+"""
+
+import functools
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from core.errors import UserError
@@ -9,40 +13,65 @@ from core.units import gb
 from optimization.small_models import SIZES, model_config
 from planner.components import kv_bytes_per_token, weight_bytes
 from planner.constants import CUDA_CONTEXT_BYTES
-from planner.fit import largest_micro_batch
-from planner.full_training import FullTraining, plan_full_training
-from planner.plan import MemoryPlan, plan, plan_run, usable_bytes
-from planner.settings import Precision
+from planner.full_training import FullTraining, FullTrainingPlan, plan_full_training
+from planner.plan import plan, usable_bytes
+from planner.settings import PlanSettings, Precision, settings_from_config
 from planner.shapes import ModelShape, known_shapes, shape_from_config
-from schemas.compose import compose_run_config, run_config_names
+from schemas.compose import compose_run_config
 from schemas.run import RunConfig, load_run_config
 
 Training = Literal["scratch", "teacher", "none"]
 
+MIN_CARD_GB = 4.0
 _VOCAB_SIZE = 32_000
-_MIN_BATCH, _MAX_BATCH = 8, 256
-"""Rows of one forward: fewer leave a card idle, more only add latency."""
-_LENGTHS = (2048, 1024)
+_SCRATCH_RUNGS = (
+    ("tiny", 1024, 4),
+    ("tiny", 1024, 8),
+    ("small", 1024, 8),
+    ("medium", 1024, 8),
+    ("medium", 2048, 8),
+    ("medium", 4096, 8),
+    ("medium", 4096, 16),
+)
+"""Size, tokens a row, rows: the model grows first. 65,536 tokens of a forward keep any card busy."""
 _CHANGES: tuple[dict[str, Any], ...] = (
     {},
     {"checkpointing": True},
     {"checkpointing": True, "optimizer": "adam8bit"},
-    {"checkpointing": True, "optimizer": "lion8bit"},
 )
 """For training from scratch, the mildest first; mixed precision is always on."""
-_INFERENCE_LENGTH = 4096
+_TEACHER_RUNGS = (
+    ("teacher_rlt_mono_8gb", "model_name_or_path=Qwen/Qwen2.5-0.5B-Instruct per_device_train_batch_size=1"),
+    ("teacher_rlt_mono_8gb", "per_device_train_batch_size=1"),
+    ("teacher_rlt_mono_12gb", "per_device_train_batch_size=1"),
+    ("teacher_rlt_mono_16gb", "per_device_train_batch_size=1"),
+    ("teacher_rlt_mono_24gb", "per_device_train_batch_size=1"),
+    ("teacher_rlt_mono_48gb", "per_device_train_batch_size=1"),
+    ("teacher_rlt_mono_48gb", "per_device_train_batch_size=2"),
+    ("teacher_rlt_mono_48gb", "per_device_train_batch_size=4"),
+    ("teacher_rlt_mono_48gb", "per_device_train_batch_size=8"),
+)
+"""Run configuration and words: 0.5B, 1.5B, 3B (4 bits, then 8), 7B, 14B; then rows of a forward."""
+_SERVED_ROWS, _SERVED_LEN = 8, 4096
+_CPU_ROWS, _CPU_LEN = 4, 512
+"""Of the smallest model: seconds a step on two cores."""
+_BASES: dict[str, str] = {"int8": "8-bit bases", "nf4": "NF4 bases (QLoRA)"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recommendation:
     model: str
-    batch: int
+    batch_size: int
     """Rows of one forward (and backward)."""
-    length: int
+    seq_len: int
     """Tokens a row."""
+    precision: str
+    attention: str
+    """The attention kernel that computes it."""
     optimisations: tuple[str, ...]
-    predicted_gb: float
-    """Peak, decimal GB, with the CUDA context and without what the allocator loses."""
+    device: Literal["cuda", "cpu"]
+    predicted_gb: float | None
+    """Peak, decimal GB, with the CUDA context and without what the allocator loses; None on the CPU: not planned."""
     use: str
     """What to call."""
 
@@ -50,118 +79,164 @@ class Recommendation:
 def recommend_config(vram_gb: float, training: Training | bool = True) -> Recommendation:
     """The largest model that a card of `vram_gb` decimal GB trains or serves, with batch, length and optimisations.
 
-    `scratch` (or True): all parameters of one of `Efficient`'s sizes, vocabulary 32,000, 8 rows or more.
-    `teacher`: the shipped RLT run configuration with the largest teacher that fits, and the largest micro-batch.
+        config = recommend_config(vram_gb=get_vram(), training=True)
+
+    `scratch` (or True): all parameters of one of `Efficient`'s sizes, vocabulary 32,000, 4 rows or more.
+    `teacher`: the shipped RLT run configuration with the largest teacher that fits.
     `none` (or False): serving a Qwen2.5 with 8 sequences of 4,096 tokens.
+    `vram_gb` 0, which is what `get_vram` says without a GPU: the smallest of each kind, on the CPU.
 
     Raises:
-        UserError: not even the smallest model fits.
+        UserError: a card under 4 GB.
     """
-    kinds = {True: "scratch", False: "none"}
+    kinds: dict[bool, Training] = {True: "scratch", False: "none"}
     kind = kinds[training] if isinstance(training, bool) else training
-    gpu_bytes = round(vram_gb * 1e9)
-    found = {"scratch": _from_scratch, "teacher": _teacher, "none": _serving}[kind](gpu_bytes)
-    if found is None:
+    if vram_gb == 0:
+        return {"scratch": _scratch_on_cpu, "teacher": _teacher_on_cpu, "none": _serving_on_cpu}[kind]()
+    if not vram_gb >= MIN_CARD_GB:
         raise UserError(
-            f"a card of {vram_gb} GB for training={training!r}",
-            expected="a card that holds the smallest model",
-            remedy="use a larger card, or the CPU: ./launch_mono.sh trains the embedded model",
+            f"a card of {vram_gb:g} GB for training={training!r}",
+            expected=f"{MIN_CARD_GB:g} GB or more, or 0 for the CPU",
+            remedy="recommend_config(vram_gb=0), or ./launch_mono.sh, which trains the embedded model on the CPU",
         )
-    return found
+    return {"scratch": _from_scratch, "teacher": _teacher, "none": _serving}[kind](round(vram_gb * 1e9))
 
 
-def _from_scratch(gpu_bytes: int) -> Recommendation | None:
-    for name in reversed(SIZES):
-        shape = shape_from_config(f"{name}_llm", model_config(SIZES[name], _VOCAB_SIZE).to_dict())
+def _from_scratch(gpu_bytes: int) -> Recommendation:
+    for name, length, batch in reversed(_SCRATCH_RUNGS):
         for changes in _CHANGES:
-            for length in _LENGTHS:
-                training = FullTraining(shape=shape, batch=_MIN_BATCH, length=length, **changes)
-                if plan_full_training(training).fits(gpu_bytes):
-                    return _describe_scratch(name, _with_largest_batch(training, gpu_bytes))
-    return None
+            training = FullTraining(shape=_small_shape(name), batch=batch, length=length, **changes)
+            made = plan_full_training(training)
+            if made.fits(gpu_bytes):
+                return _describe_scratch(name, training, made)
+    raise AssertionError(f"the lowest rung fits {MIN_CARD_GB} GB")
 
 
-def _with_largest_batch(training: FullTraining, gpu_bytes: int) -> FullTraining:
-    while training.batch < _MAX_BATCH:
-        larger = replace(training, batch=2 * training.batch)
-        if not plan_full_training(larger).fits(gpu_bytes):
-            break
-        training = larger
-    return training
+@functools.cache
+def _small_shape(name: str) -> ModelShape:
+    return shape_from_config(f"{name}_llm", model_config(SIZES[name], _VOCAB_SIZE).to_dict())
 
 
-def _describe_scratch(name: str, training: FullTraining) -> Recommendation:
+def _describe_scratch(name: str, training: FullTraining, made: FullTrainingPlan) -> Recommendation:
     optimisations = ["mixed precision", *(["checkpointing"] if training.checkpointing else []), training.optimizer]
-    peak = plan_full_training(training).peak_bytes + CUDA_CONTEXT_BYTES.value
-    make, optimizer = f"Efficient.{name}_llm(vocab_size={_VOCAB_SIZE})", training.optimizer
+    steps = [
+        f"Efficient.{name}_llm(vocab_size={_VOCAB_SIZE})",
+        *(["Efficient.enable_checkpointing(model)"] if training.checkpointing else []),
+        f"Efficient.get_optimizer(model, {training.optimizer!r}, lr)",
+        "Efficient.mixed_precision(model, optimizer)",
+    ]
     return Recommendation(
         model=f"{name}_llm",
-        batch=training.batch,
-        length=training.length,
+        batch_size=training.batch,
+        seq_len=training.length,
+        precision="bf16 over float32 weights (before Ampere: fp16)",
+        attention="sdpa: FlashAttention where no row is padded (before Ampere: memory-efficient)",
         optimisations=tuple(optimisations),
-        predicted_gb=gb(peak),
-        use=f"{make}, Efficient.get_optimizer(model, {optimizer!r}, lr)",
+        device="cuda",
+        predicted_gb=gb(made.peak_bytes + CUDA_CONTEXT_BYTES.value),
+        use=", ".join(steps),
     )
 
 
-def _teacher(gpu_bytes: int) -> Recommendation | None:
-    fitting = [(name, config, made) for name, config, made in _planned_runs(gpu_bytes) if made.fits()]
-    if not fitting:
-        return None
-    name, config, made = max(fitting, key=lambda run: (run[2].settings.teacher.num_params, run[2].settings.row_len))
-    micro_batch = largest_micro_batch(made.settings, gpu_bytes) or made.settings.micro_batch
-    settings = replace(made.settings, micro_batch=micro_batch)
+def _scratch_on_cpu() -> Recommendation:
+    return Recommendation(
+        model="nano_llm",
+        batch_size=_CPU_ROWS,
+        seq_len=_CPU_LEN,
+        precision="float32",
+        attention="sdpa",
+        optimisations=("adamw",),
+        device="cpu",
+        predicted_gb=None,
+        use=f"Efficient.nano_llm(vocab_size={_VOCAB_SIZE}), Efficient.get_optimizer(model, 'adamw', lr)",
+    )
+
+
+def _teacher(gpu_bytes: int) -> Recommendation:
+    for name, words in reversed(_TEACHER_RUNGS):
+        config, settings = _planned(name, words)
+        made = plan(settings, gpu_bytes)
+        if made.fits():
+            return _describe_teacher(config, settings, f"{name} {words}", gb(made.max_bytes))
+    raise AssertionError(f"the lowest rung fits {MIN_CARD_GB} GB")
+
+
+@functools.cache
+def _planned(name: str, words: str) -> tuple[RunConfig, PlanSettings]:
+    config = load_run_config(compose_run_config(name, words.split()))
+    assert isinstance(config, RunConfig), "the teacher configurations are RLT runs"
+    return config, settings_from_config(config)
+
+
+def _describe_teacher(
+    config: RunConfig, settings: PlanSettings, words: str, predicted_gb: float | None
+) -> Recommendation:
     optimisations = [
-        {"int8": "8-bit bases", "nf4": "NF4 bases (QLoRA)"}.get(settings.precision, settings.precision),
+        _BASES.get(settings.precision, settings.precision),
         f"LoRA rank {settings.lora_r}",
         settings.optimizer,
         *(["checkpointing"] if settings.checkpointing != "none" else []),
         *(["student is the teacher's base"] if settings.student is None else []),
     ]
+    device: Literal["cuda", "cpu"] = "cuda" if predicted_gb is not None else "cpu"
+    kernel = "memory-efficient, since rows are padded" if device == "cuda" else "torch's kernel for the CPU"
     return Recommendation(
         model=config.model_name_or_path,
-        batch=micro_batch,
-        length=settings.row_len,
+        batch_size=settings.micro_batch,
+        seq_len=settings.row_len,
+        precision=f"{_BASES.get(settings.precision, settings.precision)}, {config.model_args.torch_dtype} products",
+        attention=f"{config.model_args.attn_implementation}: {kernel}",
         optimisations=tuple(optimisations),
-        predicted_gb=gb(plan(settings, gpu_bytes).max_bytes),
-        use=f"./launch_mono.sh {name} per_device_train_batch_size={micro_batch}",
+        device=device,
+        predicted_gb=predicted_gb,
+        use=f"./launch_mono.sh {words}",
     )
 
 
-def _planned_runs(gpu_bytes: int) -> Iterator[tuple[str, RunConfig, MemoryPlan]]:
-    for name in run_config_names():
-        if "_mono_" in name:
-            config = load_run_config(compose_run_config(name))
-            assert isinstance(config, RunConfig), "the mono configurations are RLT runs"
-            yield name, config, plan_run(config, gpu_bytes)
+def _teacher_on_cpu() -> Recommendation:
+    config, settings = _planned("teacher_rlt_tiny", "")
+    return _describe_teacher(config, settings, "teacher_rlt_tiny", None)
 
 
-def _serving(gpu_bytes: int) -> Recommendation | None:
-    shapes = sorted(
-        (shape for hub_id, shape in known_shapes().items() if hub_id.startswith("qwen/qwen2.5-")),
-        key=lambda shape: -shape.num_params,
-    )
+def _serving(gpu_bytes: int) -> Recommendation:
     precisions: tuple[tuple[Precision, str], ...] = (
         ("bf16", "bf16"),
         ("int8", "8-bit weights"),
         ("nf4", "NF4 weights"),
     )
-    for shape in shapes:
+    for shape in sorted(_served_shapes(), key=lambda shape: -shape.num_params):
         for precision, words in precisions:
             needed = _serving_bytes(shape, precision)
             if needed <= usable_bytes(gpu_bytes):
-                return Recommendation(
-                    model=shape.name,
-                    batch=_MIN_BATCH,
-                    length=_INFERENCE_LENGTH,
-                    optimisations=(words,),
-                    predicted_gb=gb(needed),
-                    use=f"transformers or vLLM with {shape.name}",
-                )
-    return None
+                return _describe_serving(shape, words, gb(needed))
+    raise AssertionError(f"the smallest model fits {MIN_CARD_GB} GB")
+
+
+def _served_shapes() -> list[ModelShape]:
+    return [shape for hub_id, shape in known_shapes().items() if hub_id.startswith("qwen/qwen2.5-")]
+
+
+def _describe_serving(shape: ModelShape, precision: str, predicted_gb: float | None) -> Recommendation:
+    device: Literal["cuda", "cpu"] = "cuda" if predicted_gb is not None else "cpu"
+    return Recommendation(
+        model=shape.name,
+        batch_size=_SERVED_ROWS,
+        seq_len=_SERVED_LEN,
+        precision=precision,
+        attention="FlashAttention in vLLM, sdpa in transformers" if device == "cuda" else "sdpa",
+        optimisations=(precision,),
+        device=device,
+        predicted_gb=predicted_gb,
+        use=f"transformers or vLLM with {shape.name}",
+    )
+
+
+def _serving_on_cpu() -> Recommendation:
+    shape = min(_served_shapes(), key=lambda shape: shape.num_params)
+    return _describe_serving(shape, "bf16", None)
 
 
 def _serving_bytes(shape: ModelShape, precision: Precision) -> float:
-    kv_cache = _MIN_BATCH * _INFERENCE_LENGTH * kv_bytes_per_token(shape)
-    logits = 2 * 4 * _MIN_BATCH * shape.vocab
+    kv_cache = _SERVED_ROWS * _SERVED_LEN * kv_bytes_per_token(shape)
+    logits = 2 * 4 * _SERVED_ROWS * shape.vocab
     return weight_bytes(shape, precision) + kv_cache + logits + CUDA_CONTEXT_BYTES.value

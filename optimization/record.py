@@ -1,10 +1,13 @@
-"""What an optimisation did: the answer of every function of this package."""
+"""What an optimisation did: the answer of the functions of this package that apply one."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
+
+from core.log import log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +39,11 @@ class AppliedOptimization:
     def applied(self) -> bool:
         return bool(self.changes)
 
+    def __str__(self) -> str:
+        """One line for the log."""
+        done = "; ".join(str(change) for change in self.changes) or "nothing changed"
+        return f"{self.name}: {done}" + (f" ({self.skipped})" if self.skipped else "")
+
     def undo(self) -> None:
         """Put back what was there before, last change first. A second call does nothing."""
         while self.undo_steps:
@@ -49,6 +57,11 @@ class AppliedOptimization:
 
 def nothing(name: str, reason: str) -> AppliedOptimization:
     return AppliedOptimization(name=name, skipped=reason)
+
+
+def announce(record: AppliedOptimization) -> None:
+    """Log what was done, or as a warning that nothing was; for functions that answer with a model, not a record."""
+    log.log(logging.INFO if record.applied else logging.WARNING, "%s", record)
 
 
 def undo_all(records: Sequence[AppliedOptimization]) -> None:

@@ -4,7 +4,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from core.errors import UserError
 from core.units import format_gb
 from optimization.card import NO_CARD, Card, find_card, is_installed
 from optimization.catalogue import TEACHER_RUN, run_for_model
-from optimization.record import AppliedOptimization, Change, nothing
+from optimization.record import AppliedOptimization, Change, announce, nothing
 from planner.fit import card_gb, largest_micro_batch
 from planner.masked_diffusion import MaskedDiffusionSettings
 from planner.plan import plan_run
@@ -21,6 +21,7 @@ from schemas.compose import compose_run_config
 from schemas.run import METHODS, AnyRunConfig, load_run_config
 
 DEFAULT_RUN = TEACHER_RUN
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _LIBRARY_OF_OPTIMIZER = {
     "lomo": "lomo_optim",
@@ -37,7 +38,10 @@ _LIBRARY_OF_OPTIMIZER = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchChoice:
-    """A micro-batch that fits, and the accumulation that keeps the rows of an optimizer step."""
+    """A micro-batch that fits, and the accumulation that keeps the rows of an optimizer step.
+
+    Unpacks into these two: `batch_size, grad_accum = choice`.
+    """
 
     batch_size: int
     """Rows (completions of a teacher) of one forward and backward (`per_device_train_batch_size`)."""
@@ -47,6 +51,9 @@ class BatchChoice:
     card_bytes: int
     reason: str
     """What was planned, for which card."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((self.batch_size, self.gradient_accumulation_steps))
 
 
 def choose_batch_size(config: AnyRunConfig, card_bytes: int, where: str) -> BatchChoice:
@@ -94,6 +101,8 @@ def get_optimal_batch_size_for_gpu(
 ) -> BatchChoice:
     """Micro-batch and accumulation for a model by family and size with the batch and lengths of the run `run`.
 
+        batch_size, grad_accum = get_optimal_batch_size_for_gpu(model_type="llada", size="medium")
+
     `run: None` is the run configuration that the model is trained with (`optimization.catalogue`).
 
     `gpu_gb: None` plans for the card that is here, without one for the card of the run.
@@ -114,7 +123,17 @@ def compile_obstacle(*, has_own_model: bool, on_gpu: bool) -> str | None:
     return None if on_gpu else "the model is on a CPU, where compiling takes longer than it gives back"
 
 
-def enable_torch_compile(model: nn.Module | None, *, backend: str = "inductor") -> AppliedOptimization:
+def enable_torch_compile(model: ModelT, *, backend: str = "inductor") -> ModelT:
+    """Compile the forward of a model's body in place; answers with the model: `model = enable_torch_compile(model)`.
+
+    What was done, or why nothing was (a CPU), is logged; `compile_forward` answers with that record, whose `undo()`
+    makes the forward eager again.
+    """
+    announce(compile_forward(model, backend=backend))
+    return model
+
+
+def compile_forward(model: nn.Module | None, *, backend: str = "inductor") -> AppliedOptimization:
     """Compile the forward of a frozen model's body in place, for any length (`dynamic`).
 
     Not for a model with an adapter that is trained or switched: each switch would compile anew. On a CPU nothing is

@@ -5,10 +5,11 @@ of real steps. Letters as in planner/activations.py: h hidden, i intermediate, q
 V vocabulary, T = batch * length tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from core.units import gb, sizes_line
 from planner.components import muon_state_bytes, optimizer_bytes_per_param
 from planner.constants import CUDA_CONTEXT_BYTES, FRAGMENTATION_FRAC, usable_bytes
 from planner.shapes import ModelShape
@@ -39,11 +40,18 @@ class FullTraining:
         return 2 if self.precision == "bf16" else 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class FullTrainingPlan:
-    """Allocated bytes of a step. Nothing here was measured."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FullTrainingPlan(Mapping[str, float]):
+    """Allocated bytes of a step. Nothing here was measured.
+
+    As a mapping it has decimal GB: `model`, `activations`, `gradients` and `optimizer` add up to `total`, the peak.
+    `model`, `gradients` and `optimizer` are their whole sizes; `activations` is what the peak takes beyond the three
+    (a gradient's memory is activations' before and after, so what is alive at one moment is in `moments`).
+    """
 
     weights_bytes: int
+    gradients_bytes: int
+    """All gradients at once; of one parameter for an optimizer that updates in backward."""
     optimizer_bytes: int
     moments: Mapping[str, int]
     """Moment of the step -> bytes of gradients and activations that are alive then."""
@@ -55,6 +63,24 @@ class FullTrainingPlan:
     @property
     def peak_bytes(self) -> int:
         return self.weights_bytes + self.optimizer_bytes + self.moments[self.binding_moment]
+
+    def _sizes_gb(self) -> dict[str, float]:
+        activations = self.moments[self.binding_moment] - self.gradients_bytes
+        parts = (self.weights_bytes, activations, self.gradients_bytes, self.optimizer_bytes, self.peak_bytes)
+        names = ("model", "activations", "gradients", "optimizer", "total")
+        return {name: gb(size) for name, size in zip(names, parts, strict=True)}
+
+    def __getitem__(self, name: str) -> float:
+        return self._sizes_gb()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sizes_gb())
+
+    def __len__(self) -> int:
+        return len(self._sizes_gb())
+
+    def __repr__(self) -> str:
+        return f"{sizes_line(self)} (predicted; peak: {self.binding_moment})"
 
     def fits(self, gpu_bytes: int) -> bool:
         """With the CUDA context and the allocator's overhead, within the usable share of a card."""
@@ -90,6 +116,7 @@ def plan_full_training(training: FullTraining) -> FullTrainingPlan:
     }
     return FullTrainingPlan(
         weights_bytes=shape.num_params * width,
+        gradients_bytes=gradients,
         optimizer_bytes=round(optimizer_state_bytes(training)),
         moments={name: round(size) for name, size in moments.items()},
     )

@@ -13,6 +13,7 @@ from data.arithmetic import generate_rows
 from examples.train_small import lr_factor, parse, text_batch, train
 from models.tiny import build_tokenizer
 from optimization import Efficient
+from optimization.memory_optim import checkpoint_blocks
 from optimization.optimizers import OPTIMIZERS
 from optimization.quantize import quantised_bytes
 from optimization.small_models import BUILDERS, Size
@@ -75,7 +76,7 @@ def test_vram_is_what_the_driver_reports():
 
 def test_checkpointing_saves_memory_keeps_gradients_and_can_be_undone():
     plain, checkpointed = small_model(TOY, 300), small_model(TOY, 300)
-    record = Efficient.enable_checkpointing(checkpointed)
+    record = checkpoint_blocks(checkpointed)
     assert record.applied
     ids = torch.randint(300, (4, 64))
     for model in (plain, checkpointed):
@@ -87,7 +88,7 @@ def test_checkpointing_saves_memory_keeps_gradients_and_can_be_undone():
     checkpointed.zero_grad()
     bytes_plain = measured_peak_bytes(plain, 4, 64, "fp32")
     assert measured_peak_bytes(checkpointed, 4, 64, "fp32") < 0.8 * bytes_plain
-    assert Efficient.enable_checkpointing(checkpointed).skipped
+    assert checkpoint_blocks(checkpointed).skipped
     record.undo()
     assert measured_peak_bytes(checkpointed, 4, 64, "fp32") == bytes_plain
 
@@ -316,10 +317,39 @@ def test_recommendations_fit_their_card_and_grow_with_it(training):
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
     for vram_gb, one in zip(CARDS_GB, found, strict=True):
         assert one.predicted_gb <= 0.97 * vram_gb
-        assert one.batch >= 1 and one.length >= 1024 and one.optimisations
+        assert one.batch_size >= 1 and one.seq_len >= 1024 and one.optimisations and one.device == "cuda"
+        assert "sdpa" in one.attention and one.precision
 
 
-def test_a_recommended_training_fits_and_the_next_batch_does_not():
+@pytest.mark.parametrize("training", ["scratch", "teacher", "none"])
+def test_recommendations_never_fall_as_memory_grows(training):
+    """Model, tokens a row and tokens a forward, in steps of 0.5 GB from 4 to 200 GB."""
+    sizes: dict[str, int] = {}
+    before = (0, 0, 0)
+    for vram_gb in [half / 2 for half in range(8, 401)]:
+        one = Efficient.recommend_config(vram_gb, training)
+        if one.model not in sizes:
+            sizes[one.model] = num_params(one.model)
+        now = (sizes[one.model], one.seq_len, one.batch_size * one.seq_len)
+        assert all(new >= old for new, old in zip(now, before, strict=True)), (vram_gb, before, one)
+        assert one.predicted_gb <= 0.97 * vram_gb + 1e-6
+        before = now
+    assert len(sizes) >= 3
+
+
+@pytest.mark.parametrize("training", ["scratch", "teacher", "none"])
+def test_without_a_gpu_the_smallest_is_recommended_for_the_cpu(training):
+    one = Efficient.recommend_config(0.0, training)
+    smallest = Efficient.recommend_config(4, training)
+    assert one.device == "cpu" and one.predicted_gb is None and one.attention.startswith("sdpa")
+    if one.model == "tiny":
+        assert one.use == "./launch_mono.sh teacher_rlt_tiny" and "teacher_rlt_tiny" in run_config_names()
+    else:
+        assert num_params(one.model) <= num_params(smallest.model)
+    assert one.batch_size * one.seq_len <= smallest.batch_size * smallest.seq_len or training == "teacher"
+
+
+def test_a_recommended_training_fits_and_twice_its_rows_do_not():
     one = Efficient.recommend_config(8, training=True)
     shape = shape_from_config("x", BUILDERS[one.model.removesuffix("_llm")](32_000, device="meta").config.to_dict())
 
@@ -328,14 +358,14 @@ def test_a_recommended_training_fits_and_the_next_batch_does_not():
             FullTraining(
                 shape=shape,
                 batch=batch,
-                length=one.length,
+                length=one.seq_len,
                 optimizer=one.optimisations[-1],
                 checkpointing="checkpointing" in one.optimisations,
             )
         )
 
-    assert plan_with(one.batch).fits(round(8e9))
-    assert not plan_with(2 * one.batch).fits(round(8e9))
+    assert plan_with(one.batch_size).fits(round(8e9))
+    assert not plan_with(2 * one.batch_size).fits(round(8e9))
 
 
 def test_a_recommended_teacher_run_exists_and_its_plan_fits():
@@ -347,10 +377,11 @@ def test_a_recommended_teacher_run_exists_and_its_plan_fits():
     assert config.model_name_or_path == one.model
 
 
-def test_a_card_that_holds_nothing_is_refused():
+@pytest.mark.parametrize("vram_gb", [0.2, 3.9, -1.0, float("nan")])
+def test_a_card_that_holds_nothing_is_refused(vram_gb):
     for training in (True, "teacher", False):
-        with pytest.raises(UserError, match="0.2 GB"):
-            Efficient.recommend_config(0.2, training)
+        with pytest.raises(UserError, match="4 GB or more, or 0 for the CPU"):
+            Efficient.recommend_config(vram_gb, training)
 
 
 # the script

@@ -47,7 +47,7 @@ def test_savings_are_those_of_real_steps():
             Efficient.enable_checkpointing(model)
         return measured_peak_bytes(model, 4, 128, precision, optimizer)
 
-    savings, before = Efficient.estimate_savings(small_model(NARROW, 512), 4, 128), measure()
+    savings, before = Efficient.estimate_training_savings(small_model(NARROW, 512), 4, 128), measure()
     assert savings["checkpointing"] == pytest.approx(before - measure(checkpointing=True), rel=0.1)
     assert savings["mixed precision"] == pytest.approx(before - measure("mixed"), rel=0.1)
     assert savings["adam8bit"] == pytest.approx(before - measure(optimizer="adam8bit"), rel=0.1)

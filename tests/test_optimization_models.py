@@ -18,7 +18,7 @@ from core.types import ScoringRow
 from generation import make_generator
 from models.load import load_frozen
 from models.logprobs import score_spans
-from optimization import check_fp8_support, enable_torch_compile, quantise_to_fp8, tile_mlps
+from optimization import check_fp8_support, compile_forward, quantise_to_fp8, tile_mlps
 from optimization.fp8_optim import Fp8Linear, choose_fp8
 from optimization.memory_optim import CheckpointOffload
 from planner.activations import train_activation_bytes
@@ -249,7 +249,7 @@ def test_a_compiled_forward_is_used_gives_the_same_and_is_undone(model):
     model.eval().requires_grad_(False)
     expected = score_spans(model, ROWS)[0][0]
     counter = CompileCounter()
-    record = enable_torch_compile(model, backend=counter)
+    record = compile_forward(model, backend=counter)
     assert torch.allclose(score_spans(model, ROWS)[0][0], expected, atol=1e-5)
     assert counter.frame_count > 0 and record.applied
     record.undo()
@@ -261,7 +261,7 @@ def test_a_compiled_forward_is_used_gives_the_same_and_is_undone(model):
 
 @pytest.mark.parametrize(("with_model", "reason"), [(True, "on a CPU"), (False, "teacher's own base")])
 def test_what_is_not_compiled_says_why(with_model, reason, model):
-    assert reason in enable_torch_compile(model if with_model else None).skipped
+    assert reason in compile_forward(model if with_model else None).skipped
 
 
 def test_a_non_finite_activation_stays_visible_through_fp8():

@@ -232,7 +232,7 @@ OLD_SCRIPTS = (
 def test_the_readme_names_every_function_and_every_setting():
     text = (Path(optimization.__file__).parent / "README.md").read_text()
     helpers = {"AppliedOptimization", "BatchChoice", "Change", "records_table", "optimized", "optimize_models"}
-    helpers |= {"apply_optimizations", "preallocate_planned"}
+    helpers |= {"apply_optimizations", "preallocate_planned", "Recommendation"}
     for name in set(optimization.__all__) - helpers | {field.name for field in fields(OptimizationConfig)}:
         assert name in text, name
 
