@@ -53,8 +53,8 @@ _TEACHER_RUNGS = (
 )
 """Run configuration and words: 0.5B, 1.5B, 3B (4 bits, then 8), 7B, 14B; then rows of a forward."""
 _SERVED_ROWS, _SERVED_LEN = 8, 4096
-_CPU_ROWS, _CPU_LEN = 4, 512
-"""Of the smallest model: seconds a step on two cores."""
+_CPU_ROWS, _CPU_LEN = 4, 256
+"""Of the smallest model."""
 _BASES: dict[str, str] = {"int8": "8-bit bases", "nf4": "NF4 bases (QLoRA)"}
 
 
