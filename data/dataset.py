@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from core.errors import UserError
 from core.log import log
 from data.arithmetic import generate_rows
-from data.formats import TAG_STYLES, PromptFormat, TagPair, TagStyle, encode
-from data.sources import RawRow, read_rows
+from data.formats import PromptFormat, TagStyle, encode
+from data.layouts import QUESTION_COLUMNS, SOLUTION_COLUMNS, BadRowError, Row, RowParser, check_fields
+from data.sources import read_rows
 from data.spans import encode_student_tail
 from schemas.data import DataConfig
 
@@ -18,13 +19,6 @@ ARITHMETIC = "arithmetic"
 NUM_ARITHMETIC_ROWS = 4096
 MAX_HELD_OUT_FRAC = 0.2
 _NUM_PROBLEMS_SHOWN = 10
-
-Row = dict[str, str]
-"""`question`, `solution` and, where the source has one, `reasoning_trace`."""
-
-
-class BadRowError(ValueError):
-    """One row cannot be used; the message says why."""
 
 
 def prepare_datasets(
@@ -83,83 +77,38 @@ def load_rows(
     """The usable rows of a dataset; the others are logged with their place and the reason.
 
     Raises:
-        UserError: the dataset cannot be read, or more than `max_bad_rows_frac` of its rows are unusable.
+        UserError: the dataset cannot be read, has no column of a name in `column_names`, or more than
+            `max_bad_rows_frac` of its rows are unusable.
     """
     if dataset_id_or_path == ARITHMETIC:
         if is_eval:
             return generate_rows(max(config.num_eval_prompts, 1), seed, "eval")
+        check_fields(config.column_names, ())
         return generate_rows(NUM_ARITHMETIC_ROWS, seed, "train")
     good: list[Row] = []
     problems: list[str] = []
+    parser = RowParser(config.column_names, tags)
     for raw in read_rows(dataset_id_or_path, config.dataset_config_name, config.dataset_split):
         try:
-            good.append(parse_row(raw, tags))
+            good.append(parser.parse(raw))
         except BadRowError as error:
             problems.append(f"{raw.place}: {error}")
+    parser.check_columns(dataset_id_or_path)
     report_bad_rows(dataset_id_or_path, problems, num_rows=len(good) + len(problems), limit=config.max_bad_rows_frac)
+    for note, num_rows in parser.notes.items():
+        log.info("%d of %d rows of `%s`: %s", num_rows, len(good) + len(problems), dataset_id_or_path, note)
     return good
 
 
-def parse_row(raw: RawRow, tags: TagStyle) -> Row:
-    """A raw row as question, solution and maybe trace, or `BadRowError`."""
-    if raw.problem is not None:
-        raise BadRowError(raw.problem)
-    if not isinstance(raw.values, dict):
-        raise BadRowError(f"is of type {type(raw.values).__name__}, not an object with fields")
-    if raw.values.get("conversations") is not None:
-        row = _parse_conversation(raw.values["conversations"])
-    else:
-        question_name = "question" if "question" in raw.values or "prompt" not in raw.values else "prompt"
-        row = {
-            "question": _text(raw.values, question_name),
-            "solution": _text(raw.values, "solution"),
-        }
-        if raw.values.get("reasoning_trace") is not None:
-            row["reasoning_trace"] = _text(raw.values, "reasoning_trace")
-    for name, value in row.items():
-        for tag in tags.all_tags:
-            if tag in value:
-                raise BadRowError(f"the tag {tag} is inside `{name}`")
-    return row
+_EXPECTED_ROW = f"chats, or the columns {' / '.join(QUESTION_COLUMNS)} and {' / '.join(SOLUTION_COLUMNS)}"
 
 
-def _text(values: dict, name: str) -> str:
-    value = values.get(name)
-    if value is None:
-        raise BadRowError(f"`{name}` is missing (the fields are {', '.join(map(str, values)) or 'none'})")
-    if not isinstance(value, str):
-        raise BadRowError(f"`{name}` is of type {type(value).__name__}, not a text")
-    if not value.strip():
-        raise BadRowError(f"`{name}` is empty")
-    return value
+def report_bad_rows(name: str, problems: list[str], num_rows: int, limit: float, expected: str = _EXPECTED_ROW) -> None:
+    """Logs the rows that are left out with place and reason.
 
-
-_USER_NAMES, _ASSISTANT_NAMES = ("user", "human"), ("assistant", "gpt")
-
-
-def _parse_conversation(turns: object) -> Row:
-    """A question and a tagged answer, as in Bespoke-Stratos-17k. The contents keep the padding inside their tags."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise BadRowError("`conversations` is not a list of turns")
-    speakers = [turn.get("from", turn.get("role")) for turn in turns]
-    if len(turns) < 2 or speakers[0] not in _USER_NAMES or speakers[1] not in _ASSISTANT_NAMES:
-        raise BadRowError(f"`conversations` has turns of {speakers}, not of a user and then an assistant")
-    question, answer = (_text({"value": turn.get("value", turn.get("content"))}, "value") for turn in turns[:2])
-    for style in TAG_STYLES.values():
-        thought, solution = _between(answer, style.thought), _between(answer, style.solution)
-        if thought is not None and solution is not None:
-            fields = {"question": question, "solution": solution, "reasoning_trace": thought}
-            return {name: _text(fields, name) for name in fields}
-    raise BadRowError("the assistant's turn has no tagged thought and solution")
-
-
-def _between(text: str, pair: TagPair) -> str | None:
-    _, opened, rest = text.partition(pair.opening)
-    content, closed, _ = rest.partition(pair.closing)
-    return content if opened and closed else None
-
-
-def report_bad_rows(name: str, problems: list[str], num_rows: int, limit: float) -> None:
+    Raises:
+        UserError: there are no rows, or more than the share `limit` of them is unusable.
+    """
     shown = "\n".join(f"  {problem}" for problem in problems[:_NUM_PROBLEMS_SHOWN])
     more = f"\n  and {len(problems) - _NUM_PROBLEMS_SHOWN} more" if len(problems) > _NUM_PROBLEMS_SHOWN else ""
     if num_rows == 0:
@@ -167,8 +116,8 @@ def report_bad_rows(name: str, problems: list[str], num_rows: int, limit: float)
     if len(problems) > limit * num_rows or len(problems) == num_rows:
         raise UserError(
             f"{len(problems)} of {num_rows} rows of `{name}` cannot be used:\n{shown}{more}",
-            expected=f"texts `question` (or `prompt`) and `solution`; at most {limit:.1%} of the rows unusable",
-            remedy="mend these rows, or raise max_bad_rows_frac to drop them",
+            expected=f"{expected}; at most {limit:.1%} of the rows unusable",
+            remedy="mend these rows, name the columns (column_names), or raise max_bad_rows_frac to drop the rows",
         )
     if problems:
         log.warning("%d of %d rows of `%s` are left out:\n%s%s", len(problems), num_rows, name, shown, more)

@@ -11,6 +11,7 @@ from core.log import log
 from data.arithmetic import generate_facts
 from data.dataset import ARITHMETIC, Row, report_bad_rows, split_rows
 from data.formats import PromptFormat, encode
+from data.layouts import check_columns, check_fields
 from data.sources import read_rows
 from schemas.llada import MaskedDiffusionRunConfig
 
@@ -169,14 +170,21 @@ def _prepare_texts(
 
 
 def _texts(config: MaskedDiffusionRunConfig, name: str) -> list[str]:
+    check_fields(config.column_names, ("text",))
+    column = config.column_names.get("text", "text")
     texts, problems = [], []
+    columns: dict[str, None] = {}
     for row in read_rows(name, config.dataset_config_name, config.dataset_split):
-        text = row.values.get("text") if isinstance(row.values, dict) else None
+        values = row.values if isinstance(row.values, dict) else {}
+        columns |= dict.fromkeys(values)
+        text = values.get(column)
         if isinstance(text, str) and text.strip():
             texts.append(text)
         else:
-            problems.append(f"{row.place}: {row.problem or 'has no field `text` with a text'}")
-    report_bad_rows(name, problems, num_rows=len(texts) + len(problems), limit=config.max_bad_rows_frac)
+            problems.append(f"{row.place}: {row.problem or f'has no field `{column}` with a text'}")
+    check_columns(config.column_names, columns, name)
+    num_rows = len(texts) + len(problems)
+    report_bad_rows(name, problems, num_rows, config.max_bad_rows_frac, expected=f"texts in the field `{column}`")
     return texts
 
 

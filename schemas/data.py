@@ -1,21 +1,27 @@
 """Knobs of the data: where the questions come from and how they are written into prompts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from schemas.model import PositiveInt
 
+ColumnField = Literal["question", "solution", "reasoning_trace", "messages", "text"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     dataset_id_or_path: str
-    """Hub id, local file (.jsonl, .json, .parquet, .csv), local folder, or `arithmetic` (the embedded task)."""
+    """Hub id, local file (.jsonl, .json, .csv, .tsv, each also as .gz, or .parquet), local folder, or `arithmetic` (the
+    embedded task)."""
     dataset_config_name: str | None = None
     """Subset of a hub dataset."""
     dataset_split: str = "train"
     """Split to train on."""
+    column_names: dict[ColumnField, str] = field(default_factory=lambda: {})
+    """Columns with names of their own: `column_names.question=my_question`, and so for `solution`, `reasoning_trace`,
+    `messages` (chats) and `text` (plain text). The usual names are looked for where none is given."""
     eval_dataset_id_or_path: str | None = None
     """Held-out questions; null takes `num_eval_prompts` rows off the training split before training."""
     num_eval_prompts: Annotated[int, Field(ge=0)] = 64

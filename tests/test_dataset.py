@@ -93,16 +93,23 @@ BAD_ROWS = {
     "missing": ({"question": "q"}, "`solution` is missing"),
     "null": ({"question": None, "solution": "s"}, "`question` is missing"),
     "blank": ({"question": "q", "solution": " \n"}, "`solution` is empty"),
-    "number": ({"question": "q", "solution": 12}, "`solution` is of type int, not a text"),
+    "no text": ({"question": "q", "solution": True}, "`solution` is of type bool, not a text"),
+    "not a number": ('{"question": "q", "solution": NaN}\n', "`solution` is missing"),
     "tag": ({"question": "q", "solution": "4<|end_of_solution|>"}, "the tag <|end_of_solution|> is inside `solution`"),
     "not an object": ([1], "is of type list, not an object"),
     "not JSON": ("{oops\n", "is not JSON"),
     "one turn": ({"conversations": [{"from": "user", "value": "q"}]}, "`conversations` has turns"),
     "no turns": ({"conversations": "q"}, "`conversations` is not a list of turns"),
     "roles": ({"conversations": [{"from": "system", "value": "q"}] * 2}, "`conversations` has turns"),
-    "untagged": (
-        {"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "4"}]},
-        "the assistant's turn has no tagged thought",
+    "no content": (
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None}]},
+        "`messages` has a turn without content",
+    ),
+    "an endless thought": ({"question": "q", "solution": "<think>hm"}, "`solution` opens its thought with <think> and"),
+    "a thought alone": ({"question": "q", "answer": "<think>hm</think>\n"}, "`answer` has nothing behind its thought"),
+    "two turns": (
+        {"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "solution": "s"},
+        "`prompt` has turns of ['user', 'assistant'], not one of the user",
     ),
 }
 
@@ -120,8 +127,8 @@ def test_a_bad_row_is_named_with_its_line_and_reason(name: str, tmp_path: Path, 
 
 
 def test_tags_of_another_style_are_ordinary_text(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "x.jsonl", [{"question": "q", "solution": "<solution>4</solution>"}])
-    assert load(path)[0]["solution"] == "<solution>4</solution>"
+    path = write_jsonl(tmp_path / "x.jsonl", [{"question": "q", "solution": "as <solution>4</solution>"}])
+    assert load(path)[0]["solution"] == "as <solution>4</solution>"
     with pytest.raises(UserError, match="<solution>"):
         load(path, tag_format="r1")
 
