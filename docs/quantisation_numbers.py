@@ -19,7 +19,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "docs")]
+
+import quantisation_examples as examples  # noqa: E402
+from quantisation_examples import NUM_PARAMS, OUTLIER_WEIGHT, table  # noqa: E402
 
 from core.units import gb  # noqa: E402
 from models.tiny import ensure_tiny_model  # noqa: E402
@@ -120,11 +123,6 @@ def real_weight() -> Tensor:
 # tables
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def absmax_table() -> str:
     weight = torch.tensor([0.10, -0.32, 0.71, -1.20, 0.04, 0.55, -0.08, 0.26])
     scale = weight.abs().max() / 127
@@ -215,7 +213,63 @@ def real_error_table() -> str:
     return table(["error, % of the weight's norm", "as trained", "with outliers"], rows)
 
 
+def slips_table() -> str:
+    """What the usual worked examples say, and what the tables of the page say."""
+    whole, training = examples.whole_10b_bytes(), examples.training_rows()
+    names = (examples.FLOAT32, examples.FLOAT32_8BIT, examples.MIXED, examples.QLORA)
+    full, eight_bit, mixed, qlora = (sum(training[name]) for name in names)
+    states = training[examples.QLORA][2]
+    saved = 32 / 64 - 8 / 64 - 32 / (64 * 256)
+    back = examples.absmax_int8(OUTLIER_WEIGHT, 8)
+    lost = 100 * ((back - OUTLIER_WEIGHT)[:4].norm() / OUTLIER_WEIGHT[:4].norm()).item()
+    outlier, outlier_back = OUTLIER_WEIGHT[examples.OUTLIER_AT], back[examples.OUTLIER_AT]
+    quantile = NormalDist().inv_cdf
+    weight, one = normal_weight(), torch.tensor(1.0, dtype=torch.bfloat16)
+    lines = {
+        f"Double quantisation saves {saved:.2f} GB a billion parameters": f"{saved:.3f} bits, an eighth of that: "
+        f"{gb(saved / 8 * 1e9):.3f} GB a billion, {gb(saved / 8 * NUM_PARAMS):.2f} GB of 10 billion",
+        "Before double quantisation the scales cost a bit a weight": f"32 / 64 = {32 / 64:.3f}",
+        "NF4's level i is the quantile at (i + 0.5) / 16": "those are symmetric, without a zero: the smallest would be "
+        f"{quantile(8.5 / 16) / quantile(15.5 / 16):+.4f}; NF4 has an exact zero, then {nf4_levels()[8]:+.4f}",
+        "10 billion parameters are 10 GB in 8 bits and 5 GB in 4": f"{gb(whole[examples.INT8]):.2f} and "
+        f"{gb(whole[examples.NF4_DOUBLE]):.2f}: scales, and embedding and head in 16 bits",
+        "40 GB of weights fill what `nvidia-smi` shows as 40": "it counts in MiB, and they are "
+        f"{examples.gib(4 * NUM_PARAMS):.2f} GiB; a card sold as 24 GB has 24 GiB or {gb(24 * 2**30):.2f} GB",
+        "An outlier is clipped by int8": f"absmax clips nothing: {outlier:.2f} comes back as {outlier_back:.2f}. "
+        f"Its neighbours pay: {lost:.1f} % in the example",
+        "LLM.int8 keeps outlier weights in 16 bits": "all its weights are int8. Activation columns are 16-bit, and the "
+        "weights that meet them are dequantised for the product",
+        "A zero point makes int8 weights twice as good": "it does where values have one sign. Of normal weights by row "
+        f"the error is {100 * relative_error(weight, int8_per_row):.2f} % without and "
+        f"{100 * relative_error(weight, lambda w: examples.zero_point_int8(w)[1]):.2f} % with one",
+        "Mixed precision halves the memory of training": f"{full / NUM_PARAMS:.0f} bytes a parameter without and "
+        f"{mixed / NUM_PARAMS:.0f} with it, for the float32 copy and the states stay",
+        "16-bit weights can be trained as they are": f"in bfloat16 1 + 0.001 is {one + 0.001:g}, and the next number "
+        f"is {1 + torch.finfo(torch.bfloat16).eps:g}: the updates of a small learning rate are lost",
+        "8-bit Adam divides the memory of training by four": f"only the states: {gb(full):.0f} GB become "
+        f"{gb(eight_bit):.0f}, {100 * (1 - eight_bit / full):.0f} % less",
+        "LoRA trains under 1 % of the parameters, so it takes 1 % of the memory": f"QLoRA takes {gb(qlora):.1f} GB of "
+        f"{gb(full):.0f}, {100 * qlora / full:.1f} %, nearly all of it the frozen base; activations come on top",
+        "Paged optimizers let QLoRA run on a card that is too small": f"its states are {gb(states):.2f} GB, of which "
+        f"{gb(2 * examples.adapter_states()[0]):.2f} can leave the card; weights, gradients and activations cannot",
+        "The adapter can be merged into the 4-bit base": "that rounds again. For an adapter of 2 % of the weight's "
+        f"norm the new error is {100 * merging_error(weight):.0f} % of the adapter's norm: nothing of it is left",
+    }
+    return "\n".join(["| often read | what holds |", "| --- | --- |", *[f"| {k} | {v} |" for k, v in lines.items()]])
+
+
+def merging_error(weight: Tensor) -> float:
+    """Error of NF4(base + B A) over the norm of B A, which is 2 % of that of the base, itself dequantised from NF4."""
+    random = torch.Generator().manual_seed(2)
+    base = four_bit(weight, "nf4")
+    update = torch.randn(weight.shape[0], 16, generator=random) @ torch.randn(16, weight.shape[1], generator=random)
+    update *= 0.02 * base.norm() / update.norm()
+    return ((four_bit(base + update, "nf4") - base - update).norm() / update.norm()).item()
+
+
 TABLES = {
+    **examples.EXAMPLES,
+    "slips": slips_table,
     "absmax": absmax_table,
     "levels": levels_table,
     "bits": bits_table,

@@ -1,6 +1,7 @@
 """docs/quantisation.md says what its script computes."""
 
 import importlib.util
+import inspect
 import itertools
 import re
 
@@ -40,6 +41,39 @@ def test_the_formula_gives_the_levels_of_bitsandbytes(numbers):
     levels = numbers.nf4_levels()
     assert torch.allclose(levels, numbers.nf4_levels_by_formula().float(), atol=2e-7)
     assert (levels > 0).sum() == 8 and (levels < 0).sum() == 7 and 0.0 in levels
+
+
+def test_only_states_of_tensors_of_the_documented_size_are_paged(numbers):
+    """bitsandbytes' own condition; the branch behind it needs a GPU."""
+    from bitsandbytes.optim.optimizer import Optimizer8bit
+
+    assert numbers.examples.PAGED_FROM_VALUES == 1e5
+    assert "if not self.is_paged or p.numel() < 1e5:" in inspect.getsource(Optimizer8bit.get_state_buffer)
+
+
+def test_shapes_of_the_adapter_are_those_of_peft(numbers):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    n_in, n_out = numbers.examples.SHAPE_10B.linears["k_proj"]
+    with torch.device("meta"):
+        model = torch.nn.ModuleDict({"k_proj": torch.nn.Linear(n_in, n_out, bias=False)})
+        inject_adapter_in_model(LoraConfig(r=numbers.examples.LORA_R, target_modules=["k_proj"]), model)
+    layer = model["k_proj"]
+    a, b = (tuple(part["default"].weight.shape) for part in (layer.lora_A, layer.lora_B))
+    row = next(line for line in numbers.TABLES["lora"]().splitlines() if "k_proj" in line)
+    assert [f"{x:,} x {y:,}" for x, y in ((n_out, n_in), a, b)] == row.split(" | ")[1:4]
+
+
+def test_bytes_that_bitsandbytes_holds_are_the_bits_that_are_counted(numbers):
+    measured = [
+        float(bits) for bits in re.findall(r"bits a weight \| +\| ([\d.]+) \| +\| ([\d.]+)", _bytes(numbers))[0]
+    ]
+    counted = [numbers.examples.BITS["NF4, float32 scales"] - 4, numbers.examples.BITS[numbers.examples.NF4_DOUBLE] - 4]
+    assert measured == pytest.approx(counted, abs=1e-4)
+
+
+def _bytes(numbers) -> str:
+    return numbers.TABLES["constantbytes"]()
 
 
 @pytest.mark.slow
