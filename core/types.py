@@ -1,8 +1,6 @@
-"""Runtime types that cross package boundaries. Letters: P prompts, G generations per prompt, B = P*G rows, T tokens."""
+"""Runtime types that cross package boundaries: roles of models, phases of a step."""
 
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
 
 
 class Role(StrEnum):
@@ -24,22 +22,3 @@ class Phase(StrEnum):
     SCORE = "score"
     TRAIN = "train"
     SYNC = "sync"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """One sampled row, e.g. `Completion(token_ids=[7, 9, 2], logprobs=[-0.1, -1.2, -0.3], finish_reason="stop")`."""
-
-    token_ids: list[int]
-    """[T] sampled ids, the stop id included where one was sampled."""
-    logprobs: list[float]
-    """[T] log-prob of each sampled id under the sampling distribution (temperature applied), in nats."""
-    finish_reason: Literal["stop", "length"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoringRow:
-    """Token ids and the spans in them whose log-probs are wanted. Spans are half-open `(start, end)` and start >= 1."""
-
-    token_ids: list[int]
-    spans: tuple[tuple[int, int], ...]

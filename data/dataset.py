@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -9,10 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from core.errors import UserError
 from core.log import log
 from data.arithmetic import generate_rows
-from data.formats import PromptFormat, TagStyle, encode
+from data.formats import PromptFormat, TagStyle, encode, encode_student_tail
 from data.layouts import QUESTION_COLUMNS, SOLUTION_COLUMNS, BadRowError, Row, RowParser, check_fields
 from data.sources import read_rows
-from data.spans import encode_student_tail
 from schemas.data import DataConfig
 
 ARITHMETIC = "arithmetic"
@@ -24,7 +24,8 @@ _NUM_PROBLEMS_SHOWN = 10
 def prepare_datasets(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, seed: int
 ) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out rows: `prompt` (the teacher's, as text), `question`, `solution`, maybe `reasoning_trace`.
+    """Training and held-out rows: `prompt` (the teacher's, as text), `prompt_ids`, `question`, `solution`.
+
 
     No held-out question occurs in training. Without `eval_dataset_id_or_path` they are taken off the training rows, at
     most a fifth of the questions. The second dataset is None where `num_eval_prompts` is 0 or nothing can be spared.
@@ -136,13 +137,14 @@ def _fit(
     fused: list[str] = []
     for row in rows:
         prompt = prompt_format.teacher_prompt_text(tokenizer, row["question"], row["solution"])
+        prompt_ids = encode(tokenizer, prompt)
         _, (start, end) = encode_student_tail(tokenizer, prompt_format, row["question"], row["solution"])
         if start == end:
             fused.append(f"the solution {row['solution']!r} has no token of its own: its text fuses with the tags")
-        elif len(encode(tokenizer, prompt)) > config.max_prompt_length:
+        elif len(prompt_ids) > config.max_prompt_length:
             num_too_long += 1
         else:
-            fitting.append({"prompt": prompt, **row})
+            fitting.append({"prompt": prompt, "prompt_ids": prompt_ids, **row})
     if fused:
         report_bad_rows(name, fused, len(rows), config.max_bad_rows_frac)
     if num_too_long:

@@ -211,3 +211,19 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, head: str, tail: str) -> st
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text that already contains every special token it needs; never cut."""
     return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+
+
+def encode_student_tail(
+    tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, question: str, solution: str, leftover: str = ""
+) -> tuple[list[int], tuple[int, int]]:
+    """Ids of `PromptFormat.student_tail` and the tokens in it that are the solution's, by character offsets."""
+    tail = prompt_format.student_tail(tokenizer, question, solution, leftover)
+    encoded = tokenizer(
+        tail.text, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True
+    )
+    inside = [
+        i
+        for i, (start, end) in enumerate(encoded["offset_mapping"])
+        if start >= tail.solution_start and end <= tail.solution_end
+    ]
+    return encoded["input_ids"], (inside[0], inside[-1] + 1) if inside else (0, 0)

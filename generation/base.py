@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from core.types import Completion
+from rollout.types import Completion
 
 ProgressCallback = Callable[[int, int], None]
 """Called with (finished rows, all rows) while a batch is sampled."""

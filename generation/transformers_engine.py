@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from core.errors import NonFiniteError
-from core.types import Completion
 from generation.base import ProgressCallback, SamplingSettings, check_rows, prompts_in_a_call
 from models.evaluation import evaluation_mode
+from rollout.types import Completion
 
 
 class TransformersGenerator:
@@ -124,7 +124,7 @@ class TransformersGenerator:
         logprobs_BT = torch.cat(logprobs, dim=-1)
         if not torch.isfinite(logprobs_BT).all():
             raise NonFiniteError("a sampled token has a log-prob that is not finite; the model's logits overflowed")
-        return _completions(token_ids_BT, logprobs_BT, lengths_B, stopped_B)
+        return _completions(token_ids_BT, logprobs_BT, lengths_B, stopped_B, seeds)
 
     def _last_logits(
         self, token_ids_BT: Tensor, mask_BT: Tensor, position_ids_BT: Tensor, cache: DynamicCache
@@ -180,13 +180,16 @@ def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[T
     return torch.tensor(token_ids, device=device), mask_BT, (mask_BT.cumsum(-1) - 1).clamp_min(0)
 
 
-def _completions(token_ids_BT: Tensor, logprobs_BT: Tensor, lengths_B: Tensor, stopped_B: Tensor) -> list[Completion]:
+def _completions(
+    token_ids_BT: Tensor, logprobs_BT: Tensor, lengths_B: Tensor, stopped_B: Tensor, seeds: Sequence[int]
+) -> list[Completion]:
     num_sampled = logprobs_BT.shape[1]
     rows = zip(
         token_ids_BT[:, -num_sampled:].tolist(),
         logprobs_BT.tolist(),
         lengths_B.tolist(),
         stopped_B.tolist(),
+        seeds,
         strict=True,
     )
     return [
@@ -194,6 +197,7 @@ def _completions(token_ids_BT: Tensor, logprobs_BT: Tensor, lengths_B: Tensor, s
             token_ids=token_ids[:length],
             logprobs=logprobs[:length],
             finish_reason="stop" if stopped else "length",
+            seed=seed,
         )
-        for token_ids, logprobs, length, stopped in rows
+        for token_ids, logprobs, length, stopped, seed in rows
     ]

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 
 from core.errors import UserError
 from core.log import log
-from core.types import Completion
 from generation.base import ProgressCallback, SamplingSettings, check_rows, prompts_in_a_call
+from rollout.types import Completion
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _SHARED_MEMORY = Path("/dev/shm")
@@ -97,7 +97,8 @@ class VLLMGenerator:
                 if on_progress is not None:
                     on_progress(start + num_finished, num_rows)
 
-            completions += [_completion(output) for output in self._run(prompts, params, report)]
+            outputs = self._run(prompts, params, report)
+            completions += [_completion(output, seeds[row]) for row, output in zip(rows, outputs, strict=True)]
         return completions
 
     def sync_adapter(self, model: Any) -> None:
@@ -226,11 +227,11 @@ def lora_rank_slot(rank: int) -> int:
     return next(slot for slot in _LORA_RANKS if slot >= rank)
 
 
-def _completion(output: Any) -> Completion:
+def _completion(output: Any, seed: int) -> Completion:
     sampled = output.outputs[0]
     token_ids = list(sampled.token_ids)
     logprobs = [position[token_id].logprob for token_id, position in zip(token_ids, sampled.logprobs, strict=True)]
-    return Completion(token_ids=token_ids, logprobs=logprobs, finish_reason=sampled.finish_reason)
+    return Completion(token_ids=token_ids, logprobs=logprobs, finish_reason=sampled.finish_reason, seed=seed)
 
 
 def _start_engine(config: VLLMEngineConfig) -> Any:

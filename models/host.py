@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import use_adapter
 
 from core.log import log
-from core.types import Phase, Role, ScoringRow
+from core.types import Phase, Role
 from models.device import pick_device
 from models.evaluation import evaluation_mode
 from models.load import add_adapter, load_base, load_frozen
-from models.logprobs import score_spans
+from rollout.logprobs import score_spans
+from rollout.types import ScoringRow
 from schemas.model import ModelConfig
 
 REFERENCE_ADAPTER = "ref"
@@ -92,7 +93,7 @@ class ModelHost:
             yield model
 
     def score(self, role: Role, rows: Sequence[ScoringRow], temperature: float) -> list[tuple[torch.Tensor, ...]]:
-        """`models.logprobs.score_spans` under the model of a role."""
+        """`rollout.logprobs.score_spans` under the model of a role."""
         with self.acting_as(role) as model:
             return score_spans(model, rows, temperature=temperature, max_batch_tokens=self.max_score_tokens)
 

@@ -76,10 +76,14 @@ HEAD_TILE_VOCAB = Constant(
     value=32768, label="from source", card="TRL 1.16", date="2026-11", note="ChunkedLogProbFunction: columns a tile"
 )
 SCORE_BATCH_TOKENS = Constant(
-    value=16384, label="from source", card="models/logprobs.py", date="2026-11", note="padded tokens of a scoring batch"
+    value=16384,
+    label="from source",
+    card="rollout/logprobs.py",
+    date="2026-11",
+    note="padded tokens of a scoring batch",
 )
 SCORE_HEAD_TOKENS = Constant(
-    value=512, label="from source", card="models/logprobs.py", date="2026-11", note="tokens whose logits live at once"
+    value=512, label="from source", card="rollout/logprobs.py", date="2026-11", note="tokens whose logits live at once"
 )
 
 ALL_CONSTANTS = {name.lower(): value for name, value in list(globals().items()) if isinstance(value, Constant)}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from core.errors import UserError
+from planner.constants import SCORE_BATCH_TOKENS
 from planner.shapes import ModelShape, load_shape
 from schemas.run import RunConfig
 
@@ -50,7 +51,9 @@ class PlanSettings:
     kv_cache_bytes: int | None = None
     """None: what the batch needs, within what the card leaves."""
     micro_batch: int
-    """Rows of one training forward, and of one scoring forward."""
+    """Rows of full length in one training forward."""
+    train_tokens: int | None = None
+    """Padded tokens of one training forward, where they are set apart from `micro_batch`."""
     train_batch: int
     """Completions per optimizer step."""
     num_generations: int
@@ -75,6 +78,16 @@ class PlanSettings:
     @property
     def row_len(self) -> int:
         return self.max_prompt_len + self.max_completion_len
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Padded tokens of one training forward: rows of any length that fit are taken together."""
+        return self.train_tokens if self.train_tokens is not None else self.micro_batch * self.row_len
+
+    @property
+    def score_batch_tokens(self) -> int:
+        """Padded tokens of one scoring forward, for every role; a row of full length goes alone."""
+        return max(int(SCORE_BATCH_TOKENS.value), self.row_len)
 
     @property
     def num_groups_at_once(self) -> int:
@@ -116,6 +129,7 @@ def settings_from_config(config: RunConfig, *, allow_download: bool = False) -> 
         vllm_utilization_frac=grpo.vllm_gpu_memory_utilization,
         kv_cache_bytes=None if config.kv_cache_gb == "auto" else round(config.kv_cache_gb * 1e9),
         micro_batch=grpo.per_device_train_batch_size,
+        train_tokens=None if config.micro_batch_tokens == "auto" else config.micro_batch_tokens,
         train_batch=config.train_batch_size,
         num_generations=grpo.num_generations,
         aggregation_steps=config.generation_aggregation_steps,

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from schemas.data import DataConfig
 from schemas.generation import GenerationConfig
 from schemas.llada import MaskedDiffusionRunConfig, NewModelShape
-from schemas.model import ModelArgs, ModelConfig
+from schemas.model import ModelArgs, ModelConfig, PositiveInt
 from schemas.optimization import OptimizationConfig
 from schemas.ranges import schedule_problems
 from schemas.reward import RewardConfig
@@ -47,6 +47,9 @@ class RunConfig(ModelConfig, DataConfig, GenerationConfig, RewardConfig, Trainer
 
     __pydantic_config__ = {"extra": "forbid"}
 
+    micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
+    """Tokens of one forward and backward, prompts and padding counted; rows of like length go together. `auto`:
+    per_device_train_batch_size x (max_prompt_length + max_completion_length)."""
     method: Literal["rlt"] = "rlt"
     """What the run trains: `rlt` (a teacher) or `masked_diffusion` (schemas/llada.py)."""
     grpo: Any

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from core.types import Role, ScoringRow
+from core.types import Role
 from data.formats import encode
-from data.spans import RowBuilder
-from models.logprobs import score_spans
-from rewards import RewardBreakdown, RolloutScorer, score_texts
+from rewards import RewardBreakdown
+from rollout.logprobs import score_spans
+from rollout.offline import score_texts
+from rollout.scoring import RolloutScorer
+from rollout.spans import RowBuilder
+from rollout.types import ScoringRow
 from schemas.reward import RewardConfig
 from tests.helpers.golden import GOLDEN_FOLDER, golden_data, golden_format, golden_model, golden_tokenizer
+from tests.helpers.rollouts import rollout_of, row_of
 
 TOLERANCE = 1e-4
 # The k3 estimate holds exponentials of log-prob differences. From about 30 on a term's sixth digit is float32's: the
@@ -86,8 +90,8 @@ def test_sampled_ids_score_as_published_with_a_teacher_forward(variant: str) -> 
         sampling_temperature=golden_data()["temperature"],
         score=score,
     )
-    completion_ids = [case["completion_ids"] for case in INPUTS]
-    assert_golden(scorer(QUESTIONS, SOLUTIONS, completion_ids, every_term=True).breakdown, variant)
+    rollout = rollout_of(QUESTIONS, SOLUTIONS, [case["completion_ids"] for case in INPUTS])
+    assert_golden(scorer(rollout, every_term=True).breakdown, variant)
 
 
 def test_sampler_logprobs_replace_the_teacher_forward() -> None:
@@ -113,15 +117,15 @@ def test_sampler_logprobs_replace_the_teacher_forward() -> None:
         sampling_temperature=golden_data()["temperature"],
         score=score_student_only,
     )
-    scored = scorer(QUESTIONS, SOLUTIONS, [case["completion_ids"] for case in INPUTS], sampler_logprobs)
-    assert_golden(scored.breakdown, "run_cfg")
+    rollout = rollout_of(QUESTIONS, SOLUTIONS, [case["completion_ids"] for case in INPUTS], sampler_logprobs)
+    assert_golden(scorer(rollout).breakdown, "run_cfg")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_rows_and_spans_are_the_published_ones(case: dict) -> None:
     given, detail = case["input"], case["detail"]
     row = RowBuilder(golden_tokenizer(), golden_format()).build(
-        given["question"], given["solution"], given["completion_ids"]
+        row_of(given["question"], given["solution"], given["completion_ids"])
     )
     assert row.student.token_ids == detail["student_ids"]
     assert row.student.spans == (tuple(detail["student_solution_span"]), tuple(detail["student_thought_span"]))

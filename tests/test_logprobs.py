@@ -12,8 +12,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from core.types import ScoringRow
-from models.logprobs import score_spans
+from rollout.logprobs import score_spans
+from rollout.types import ScoringRow
 
 SIZES = {
     "vocab_size": 97,

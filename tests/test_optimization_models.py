@@ -14,14 +14,14 @@ from torch._dynamo.testing import CompileCounter
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from core.errors import UserError
-from core.types import ScoringRow
 from generation import make_generator
 from models.load import load_frozen
-from models.logprobs import score_spans
 from optimization import check_fp8_support, compile_forward, quantise_to_fp8, tile_mlps
 from optimization.fp8_optim import Fp8Linear, choose_fp8
 from optimization.memory_optim import CheckpointOffload
 from planner.activations import train_activation_bytes
+from rollout.logprobs import score_spans
+from rollout.types import ScoringRow
 from schemas.compose import compose_run_config
 from schemas.generation import GenerationConfig
 from schemas.model import ModelArgs, ModelConfig

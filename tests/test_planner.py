@@ -320,8 +320,8 @@ def test_the_planner_answers_without_torch() -> None:
 
 
 def test_constants_agree_with_the_code_that_they_describe() -> None:
-    from models.logprobs import DEFAULT_LOGIT_CHUNK_LEN, DEFAULT_MAX_BATCH_TOKENS
     from planner import constants
+    from rollout.logprobs import DEFAULT_LOGIT_CHUNK_LEN, DEFAULT_MAX_BATCH_TOKENS
     from trainers import build
 
     assert constants.SCORE_BATCH_TOKENS.value == DEFAULT_MAX_BATCH_TOKENS

@@ -10,14 +10,17 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from core.errors import UserError
-from core.types import Role, ScoringRow
+from core.types import Role
 from data.formats import encode
-from data.spans import RowBuilder, find_explanation
-from data.token_text import TokenText
-from models.logprobs import score_spans
-from rewards import RolloutScorer, score_texts
+from rollout.logprobs import score_spans
+from rollout.offline import score_texts
+from rollout.scoring import RolloutScorer
+from rollout.spans import RowBuilder, find_explanation
+from rollout.token_text import TokenText
+from rollout.types import ScoringRow
 from schemas.reward import RewardConfig
 from tests.helpers.golden import golden_format, golden_model, golden_tokenizer
+from tests.helpers.rollouts import rollout_of, row_of
 
 CLOSING = golden_format().tags.explanation.closing
 EOS = golden_tokenizer().eos_token_id
@@ -115,7 +118,7 @@ def test_a_token_that_straddles_the_closing_tag_does_not_count_and_its_text_reac
     completion_ids = encode(tokenizer, "two boxes." + CLOSING)
     straddling = tokenizer.convert_tokens_to_ids("es.<|")
     assert straddling in completion_ids
-    row = builder(tokenizer).build("How many?", "two", completion_ids)
+    row = builder(tokenizer).build(row_of("How many?", "two", completion_ids, tokenizer))
     assert row.matched and row.explanation == "two boxes."
     assert tokenizer.decode(completion_ids[row.explanation_slice]) == "two box"
     assert "<|begin_of_thought|>\n\ntwo boxes.<|end_of_thought|>" in tokenizer.decode(row.student.token_ids)
@@ -127,7 +130,7 @@ def test_a_token_that_straddles_the_closing_tag_does_not_count_and_its_text_reac
 def test_sampled_ids_are_scored_as_sampled_though_their_text_encodes_otherwise() -> None:
     sampled = [id_ for c in "There are" for id_ in encode(golden_tokenizer(), c)]
     assert sampled != encode(golden_tokenizer(), "There are")
-    row = builder().build("q", "s", sampled + encode(golden_tokenizer(), CLOSING))
+    row = builder().build(row_of("q", "s", sampled + encode(golden_tokenizer(), CLOSING)))
     for scoring_row, (start, end) in ((row.student, row.student.spans[1]), (row.teacher, row.teacher.spans[0])):
         assert scoring_row.token_ids[start:end] == sampled
 
@@ -136,7 +139,8 @@ def test_sampled_ids_are_scored_as_sampled_though_their_text_encodes_otherwise()
     "solution", ["end", "of", "|", "solution", "<|", "How many boxes?", "two", " two ", "\n\n二\n\n"]
 )
 def test_solution_span_is_the_solution_at_its_own_place(solution: str) -> None:
-    row = builder().build("How many boxes?", solution, encode(golden_tokenizer(), "two, the end of it" + CLOSING))
+    completion_ids = encode(golden_tokenizer(), "two, the end of it" + CLOSING)
+    row = builder().build(row_of("How many boxes?", solution, completion_ids))
     start, end = row.student.spans[0]
     assert golden_tokenizer().decode(row.student.token_ids[start:end]).strip() == solution.strip()
     assert golden_tokenizer().decode(row.student.token_ids[end:]).strip() == "<|end_of_solution|><|im_end|>"
@@ -144,7 +148,7 @@ def test_solution_span_is_the_solution_at_its_own_place(solution: str) -> None:
 
 
 def test_an_explanation_that_repeats_the_question_is_scored_where_it_stands() -> None:
-    row = builder().build("two boxes", "two", encode(golden_tokenizer(), "two boxes" + CLOSING))
+    row = builder().build(row_of("two boxes", "two", encode(golden_tokenizer(), "two boxes" + CLOSING)))
     start, end = row.student.spans[1]
     assert golden_tokenizer().decode(row.student.token_ids[:start]).endswith("<|begin_of_thought|>\n\n")
     assert golden_tokenizer().decode(row.student.token_ids[start:end]) == "two boxes"
@@ -152,7 +156,7 @@ def test_an_explanation_that_repeats_the_question_is_scored_where_it_stands() ->
 
 def test_an_empty_explanation_keeps_the_padding_in_the_students_chat_and_has_an_empty_span() -> None:
     for completion, matched in ((CLOSING, True), ("", False)):
-        row = builder().build("q", "s", encode(golden_tokenizer(), completion))
+        row = builder().build(row_of("q", "s", encode(golden_tokenizer(), completion)))
         assert row.matched == matched and row.explanation == ""
         assert row.student.spans[1][0] == row.student.spans[1][1]
         assert row.teacher.spans[0][0] == row.teacher.spans[0][1]
@@ -163,7 +167,7 @@ def test_an_empty_explanation_keeps_the_padding_in_the_students_chat_and_has_an_
 def test_a_solution_without_a_token_of_its_own_is_refused() -> None:
     tokenizer = with_token("|>.<|")
     with pytest.raises(UserError, match="lies inside its tags"):
-        builder(tokenizer).build("q", ".", encode(tokenizer, "text" + CLOSING))
+        builder(tokenizer).build(row_of("q", ".", encode(tokenizer, "text" + CLOSING), tokenizer))
 
 
 def test_any_sampled_bytes_give_aligned_rows() -> None:
@@ -174,7 +178,7 @@ def test_any_sampled_bytes_give_aligned_rows() -> None:
         ids = [chance.randrange(556) for _ in range(chance.randrange(30))]
         if chance.random() < 0.5:
             ids[5:5] = encode(golden_tokenizer(), CLOSING)
-        row = rows.build("q", "s", ids)
+        row = rows.build(row_of("q", "s", ids))
         (start, end), (teacher_start, teacher_end) = row.student.spans[1], row.teacher.spans[0]
         assert row.student.token_ids[start:end] == row.teacher.token_ids[teacher_start:teacher_end]
         assert row.student.token_ids[start:end] == ids[row.explanation_slice]
@@ -214,7 +218,7 @@ def make_scorer(config: RewardConfig, student: PreTrainedTokenizerBase) -> Rollo
 
 def test_a_student_with_another_tokenizer_scores_the_solution_from_text() -> None:
     student = byte_tokenizer()
-    scored = make_scorer(NO_KL, student)(["q"], ["二 s"], [encode(golden_tokenizer(), "two 🙂" + CLOSING)])
+    scored = make_scorer(NO_KL, student)(rollout_of(["q"], ["二 s"], [encode(golden_tokenizer(), "two 🙂" + CLOSING)]))
     row = scored.rows[0]
     assert len(row.student.spans) == 1
     start, end = row.student.spans[0]
@@ -240,7 +244,7 @@ def test_sampler_logprobs_at_another_temperature_are_refused() -> None:
 def test_missing_sampler_logprobs_are_refused() -> None:
     scorer = make_scorer(RewardConfig(), golden_tokenizer())
     with pytest.raises(UserError, match="returned no log-probs"):
-        scorer(["q"], ["s"], [encode(golden_tokenizer(), "x" + CLOSING)])
+        scorer(rollout_of(["q"], ["s"], [encode(golden_tokenizer(), "x" + CLOSING)]))
 
 
 def test_score_texts_closes_open_explanations_unless_told_otherwise() -> None:

@@ -12,9 +12,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from core.types import Completion, Phase, Role
+from core.types import Phase, Role
 from models.host import REFERENCE_ADAPTER
 from rewards.format import is_well_formed
+from rollout.types import Completion, Group
 from tests.helpers.tiny_run import make_trainer, write_random_model
 from trainers.callbacks import TEACHER_SHOWN, mix_into_reference
 from trainers.teacher_grpo import EpochRepeatSampler, sampling_seeds
@@ -115,10 +116,7 @@ def test_the_format_rate_of_a_step_is_that_of_its_completions(finished):
     tags = finished.scorer.format.tags
     assert step["rlt/format_rate"] == mean(is_well_formed(text, tags) for text in table["completion"])
     texts = ["1+1=2" + tags.explanation.closing, "1+1=2", "1" + tags.explanation.closing]
-    ids = [finished.processing_class(text)["input_ids"] for text in texts]
-    logprobs, logged = [[-0.1] * len(row) for row in ids], {}
-    finished.rlt(ids, ["1+1"] * 3, ["2"] * 3, logprobs, log_metric=logged.__setitem__, log_extra=lambda *_: None)
-    assert logged["rlt/format_rate"] == pytest.approx(2 / 3)
+    assert finished._format_rate(texts) == pytest.approx(2 / 3)
 
 
 def test_what_the_console_shows_of_a_step_is_logged(finished):
@@ -188,7 +186,7 @@ def test_starting_from_an_adapter_keeps_a_copy_as_reference(finished, model, tmp
 
 def test_a_separate_reference_is_used_in_the_loss(model, tmp_path):
     trainer = make_trainer(model, tmp_path / "run", "max_steps=1", "reference_model=separate", "num_eval_prompts=0")
-    assert trainer.ref_model is trainer.host.reference is not None
+    assert trainer.host.reference is not None
     assert list(trainer.host.teacher.peft_config) == ["default"]
     trainer.host.reference.lm_head.weight.data *= 2
     trainer.train()
@@ -323,7 +321,9 @@ def test_prompts_are_generated_in_groups_in_the_order_of_the_batch(finished):
 
     generator, canary = finished.generator, finished.canary
     finished.generator, finished.canary = Recorder(), NoCanary()
-    ids, logprobs = finished._generate_single_turn([[1], [1], [2], [2]], None, {}, 2)
+    groups = [Group(question="q", solution="s", prompt_ids=[i]) for i in (1, 2)]
+    rollout = finished._sample(groups, 2, stream=0)
     finished.generator, finished.canary = generator, canary
     assert calls == [([[1], [2]], 2, 4)]
-    assert len(ids) == len(logprobs) == 4
+    assert [group.prompt_ids for group in rollout.groups] == [[1], [2]]
+    assert [len(group.completions) for group in rollout.groups] == [2, 2]

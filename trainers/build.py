@@ -14,14 +14,14 @@ from core.errors import UserError
 from core.log import console
 from data.arithmetic import classify_explanation
 from data.dataset import prepare_datasets
-from data.formats import PromptFormat, encode
+from data.formats import PromptFormat
 from generation import Canary, Generator, Precision, SamplingSettings, check_generator, make_generator
 from models.device import memory_of
 from models.host import ModelHost
 from models.load import check_adapter, load_tokenizer, resolve_model_path
 from optimization import optimize_models, preallocate_planned, records_table
 from planner.plan import MemoryPlan
-from rewards.rollout import RolloutScorer, check_scoring
+from rollout.scoring import RolloutScorer, check_scoring
 from schemas.run import RunConfig
 from trainers.callbacks import TEACHER_SHOWN, ConsoleProgress, MemoryWatch, MetricsFile
 from trainers.grpo_args import build_grpo_args
@@ -108,9 +108,8 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
     disable_progress_bar()
     set_verbosity_error()
     set_seed(config.grpo.seed)  # the adapter's initial values
-    row_len = config.max_prompt_length + config.grpo.max_completion_length
     optimisations = preallocate_planned(config, run.plan)
-    host = ModelHost(config, max_score_tokens=config.grpo.per_device_train_batch_size * row_len)
+    host = ModelHost(config, max_score_tokens=run.plan.settings.score_batch_tokens)
     optimisations += optimize_models(config, host.teacher, host.student, host.reference)
     if optimisations:
         console.print(records_table(optimisations, "optimisations of the models"))
@@ -174,8 +173,8 @@ def _start_generator(run: PreparedRun, host: ModelHost) -> Generator:
 
 def _make_canary(run: PreparedRun, host: ModelHost, generator: Generator) -> Canary:
     """Probe tokens: the ends of a few training prompts, which hold what the policy is trained on."""
-    prompts = run.train_dataset.select(range(min(_NUM_CANARY_ROWS, len(run.train_dataset))))["prompt"]
-    rows = [encode(run.tokenizer, prompt)[-_CANARY_ROW_LEN:] for prompt in prompts]
+    prompts = run.train_dataset.select(range(min(_NUM_CANARY_ROWS, len(run.train_dataset))))["prompt_ids"]
+    rows = [prompt_ids[-_CANARY_ROW_LEN:] for prompt_ids in prompts]
     return Canary(generator, host.policy_logprobs, rows, run.config.canary_tolerance)
 
 

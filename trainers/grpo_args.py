@@ -10,8 +10,8 @@ from schemas.run import ConfigError, RunConfig
 def build_grpo_args(config: RunConfig, *, use_cpu: bool, resuming: bool = False) -> GRPOConfig:
     """TRL's arguments: what the configuration sets, and what follows from our own settings.
 
-    `sync_ref_model` is ours (TRL refuses it with an adapter), so TRL is told that it is off. One generation phase feeds
-    one optimizer step: `steps_per_generation` equals the gradient accumulation.
+    `sync_ref_model` is ours (TRL refuses it with an adapter), so TRL is told that it is off. One training step is one
+    optimizer step over the whole batch: micro-batches are made inside it (trainers/teacher_grpo.py).
 
     Raises:
         ConfigError: TRL or transformers refuse a value.
@@ -23,9 +23,9 @@ def build_grpo_args(config: RunConfig, *, use_cpu: bool, resuming: bool = False)
         "use_vllm": config.use_vllm_server,
         "vllm_mode": "server",
         "vllm_importance_sampling_correction": config.importance_sampling_correction is True,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "steps_per_generation": config.gradient_accumulation_steps,
-        "per_device_eval_batch_size": config.grpo.per_device_train_batch_size,
+        "per_device_train_batch_size": config.train_batch_size,
+        "gradient_accumulation_steps": 1,
+        "steps_per_generation": 1,
         "num_generations_eval": 1,
         "sync_ref_model": False,
         "eval_strategy": values.get("eval_strategy", "no") if has_eval else "no",

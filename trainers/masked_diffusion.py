@@ -150,7 +150,7 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._offload():
-            return super().training_step(*args, **kwargs)
+            return self.guarded(lambda: super(MaskedDiffusionTrainer, self).training_step(*args, **kwargs))
 
     def _pass_over_micro_batch(self) -> None:
         self._next_micro_batch()

@@ -176,13 +176,13 @@ class RecoveryMixin(Trainer):
                 self.args.eval_on_start = False
                 self._forget_unfinished_step()
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-batch; the rest of a bad step is passed over."""
+    def guarded(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The loss of `step`, which computes gradients; 0 where the step at work is a bad one."""
         if self.recovery is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return step()
         if self.recovery.cause is None:
             try:
-                loss = super().training_step(model, inputs, num_items_in_batch)
+                loss = step()
             except NonFiniteError as error:
                 self.recovery.cause = str(error)
             else:

@@ -1,14 +1,16 @@
-"""TeacherGRPOTrainer: TRL's GRPOTrainer with our generator, our reward and one card to share.
+"""TeacherGRPOTrainer: TRL's GRPOTrainer with a training step of our own around TRL's loss.
 
-Only hooks are overridden. A step is TRL's: `_prepare_inputs` -> `_generate_single_turn` (here: GENERATE) ->
-`_calculate_rewards` (here: SCORE) -> advantages and loss (TRAIN) -> optimizer. What TRL 1.16 cannot do with an 8-bit
-adapter model is put right in `__init__`, each in one commented place.
+transformers calls `training_step` once per optimizer step. Inside it, in this order: sample (GENERATE), score and
+reward (SCORE), advantages, then for each micro-batch TRL's loss and its backward (TRAIN). A rollout is the object that
+these stages fill. What TRL 1.16 cannot do with an 8-bit adapter model is put right in `__init__`, in commented places.
 
 Letters: P prompts, G generations per prompt, B = P*G rows, T tokens.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,22 +24,28 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers.trainer import Trainer
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import RepeatSampler, add_fused_lm_head
+from trl.trainer.utils import RepeatSampler
 
-from core.types import Completion, Phase
+from core.types import Phase, Role
 from core.units import gb
 from generation.base import Generator
 from generation.canary import Canary
 from models.host import REFERENCE_ADAPTER, ModelHost
 from optimization.memory_optim import CheckpointOffload
 from planner.plan import MemoryPlan
-from rewards import EXTRA_REWARDS, RolloutScorer
+from rewards import EXTRA_REWARDS, RewardBreakdown
 from rewards.format import is_well_formed
+from rollout.advantages import group_advantages, importance_ratios
+from rollout.logprobs import span_logprobs
+from rollout.packing import MicroBatch, micro_batches
+from rollout.scoring import RolloutScorer
+from rollout.types import Completion, Group, Rollout, ScoringRow
 from schemas.run import RunConfig
 from trainers.callbacks import StopOnSignal, SyncReferenceAdapter
 from trainers.checkpoints import WholeCheckpoints
 from trainers.model_card import WritesModelCard, teacher_card
 from trainers.recovery import RecoveryMixin
+from trainers.step_metrics import StepMetrics, rollout_metrics
 
 _TRAIN_STREAM, _EVAL_STREAM = 0, 1
 
@@ -45,6 +53,14 @@ _TRAIN_STREAM, _EVAL_STREAM = 0, 1
 def sampling_seeds(seed: int, *, stream: int, step: int, num_rows: int) -> list[int]:
     """[B] one 32-bit seed a row: a function of (seed, stream, step, row) alone: a resumed run repeats itself."""
     return [int(np.random.SeedSequence([seed, stream, step, row]).generate_state(1)[0]) for row in range(num_rows)]
+
+
+def _group(row: Mapping[str, Any]) -> Group:
+    """A dataset row as a group without completions."""
+    columns = {name: value for name, value in row.items() if name not in ("question", "solution", "prompt_ids")}
+    return Group(
+        question=row["question"], solution=row["solution"], prompt_ids=list(row["prompt_ids"]), columns=columns
+    )
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -90,8 +106,8 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         self.generator, self.canary, self.scorer = generator, canary, scorer
         self._classify_explanation, self._on_progress = classify_explanation, on_progress
         self._synced_step = self._evaluated_step = -1
-        self._sampled: list[Completion] = []
-        self._policy_logps_BT: torch.Tensor | None = None
+        self._rollout: Rollout | None = None
+        self._num_uses = 0
         self._reported_use = host.checkpoint_use()
         trained = {name: p.data for name, p in host.teacher.named_parameters() if p.requires_grad}
         super().__init__(
@@ -111,7 +127,7 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
             self.vllm_importance_sampling_correction = (
                 not generator.shares_trainer_weights if wanted == "auto" else wanted
             )
-            # In TRL 1.16 `use_vllm` gates the correction; generation itself goes through `_generate_single_turn`.
+            # In TRL 1.16 `use_vllm` gates the correction in the loss; generation itself goes through `_sample`.
             self.use_vllm = self.vllm_importance_sampling_correction
         offloads = config.offload_checkpoints and args.gradient_checkpointing and host.device.type == "cuda"
         self._offload = CheckpointOffload(host.teacher) if offloads else nullcontext
@@ -138,116 +154,203 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         needs_adapter = self.config.model_args.adapter_path is not None or wants_sync
         if REFERENCE_ADAPTER in teacher.peft_config and (self.host.reference is not None or not needs_adapter):
             teacher.delete_adapter(REFERENCE_ADAPTER)
-        if self.host.reference is not None and self.beta != 0:
-            add_fused_lm_head(self.host.reference, temperature=self.temperature)
-            self.ref_model = self.host.reference
         if wants_sync:
             self.add_callback(
                 SyncReferenceAdapter(alpha=self.args.ref_model_mixup_alpha, every_steps=self.args.ref_model_sync_steps)
             )
 
-    # Generation
+    # One optimizer step
 
-    def _generate_single_turn(
-        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, *_: Any, **__: Any
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        prompts_P_T = prompt_ids[::num_generations]
-        seeds = sampling_seeds(
-            self.args.seed, stream=_TRAIN_STREAM, step=self.state.global_step, num_rows=len(prompt_ids)
-        )
-        self._sampled = self._sample(prompts_P_T, num_generations, seeds)
-        return [c.token_ids for c in self._sampled], [c.logprobs for c in self._sampled]
+    def training_step(self, model: Any, inputs: list[dict[str, Any]], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One optimizer step on P dataset rows; transformers clips, steps and logs afterwards.
 
-    def _sample(self, prompts_P_T: list[list[int]], num_generations: int, seeds: list[int]) -> list[Completion]:
-        """[B] completions of the current policy, after the canary has seen that the generator holds it.
-
-        Without a generator of ours, TRL's client of a vLLM server samples; it takes no seed for each row.
+        A rollout serves `num_iterations` optimizer steps.
         """
-        if self.generator is None or self.canary is None:
-            rows_B_T = [prompt for prompt in prompts_P_T for _ in range(num_generations)]
-            with self.host.phase(Phase.GENERATE):
-                ids_B_T, logprobs_B_T = super()._generate_single_turn(rows_B_T, None, {}, num_generations)
-            return [
-                Completion(
-                    token_ids=list(ids_T),
-                    logprobs=list(logprobs_T),
-                    finish_reason="stop" if ids_T[-1] in self.eos_token_ids else "length",
-                )
-                for ids_T, logprobs_T in zip(ids_B_T, logprobs_B_T, strict=True)
-            ]
-        with self.host.phase(Phase.GENERATE):
-            with self.host.phase(Phase.SYNC):
-                if self._synced_step != self.state.global_step:
-                    self.generator.sync_adapter(self.host.teacher)
-                    self._synced_step = self.state.global_step
-                self.canary.check()
-            return self.generator.generate(
-                prompts_P_T,
-                num_generations,
-                seeds,
-                on_progress=lambda done, total: self._on_progress("generating", done, total),
-            )
-
-    # Reward
-
-    def rlt(
-        self,
-        completion_ids: list[list[int]],
-        question: list[str],
-        solution: list[str],
-        sampler_logprobs: list[list[float]] | None = None,
-        *,
-        log_metric: Callable[[str, float], None],
-        log_extra: Callable[[str, list[Any]], None],
-        **_: Any,
-    ) -> list[float]:
-        """TRL reward function: the RLT reward of B sampled completions, every term logged."""
-        scored = self.scorer(question, solution, completion_ids, sampler_logprobs)
-        for name, values_B in scored.breakdown.terms.items():
-            log_metric(f"rlt/{name}", values_B.nanmean().item())
-            log_extra(name, values_B.tolist())
-        log_metric("rlt/format_rate", self._format_rate(completion_ids))
-        return scored.breakdown.reward.tolist()
-
-    def _format_rate(self, completion_ids: Sequence[Sequence[int]]) -> float:
-        texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-        return mean(is_well_formed(text, self.scorer.format.tags) for text in texts)
-
-    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> torch.Tensor:
-        if self._sampled and len(self._sampled) == len(inputs):
-            inputs = [{**row, "sampler_logprobs": c.logprobs} for row, c in zip(inputs, self._sampled, strict=True)]
-        with self.host.phase(Phase.SCORE):
-            return super()._calculate_rewards(inputs, *args)
-
-    # Loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._offload():
-            return super().training_step(*args, **kwargs)
+            return self.guarded(lambda: self._train_on_rows(model, inputs))
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-            self._policy_logps_BT = result[0].detach()
-            return result
-        with self.host.phase(Phase.SCORE):
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-
-    def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        loss = super()._compute_loss(model, inputs)
-        sampler_logps_BT = inputs.get("sampling_per_token_logps")
-        if sampler_logps_BT is not None and self._policy_logps_BT is not None:
-            mask_BT = inputs["completion_mask"].bool()
-            difference = (self._policy_logps_BT - sampler_logps_BT).abs()[mask_BT]
-            self._metrics["train"]["sampling/logp_difference"].append(difference.mean().item())
+    def _train_on_rows(self, model: Any, inputs: list[dict[str, Any]]) -> torch.Tensor:
+        start_s = time.perf_counter()
+        if self._rollout is None or self._num_uses == self.num_iterations:
+            rollout = self._sample([_group(row) for row in inputs], self.num_generations, _TRAIN_STREAM)
+            rollout = self._score(rollout)
+            rollout = self._reward(rollout)
+            self._rollout, self._num_uses = self._with_advantages(rollout), 0
+        self._num_uses += 1
+        loss = torch.zeros((), device=self.accelerator.device)
+        metrics = StepMetrics(self.loss_type, self.importance_sampling_level)
+        for batch in self._pack(self._rollout):
+            with metrics.of_micro_batch(self, batch):
+                loss += Trainer.training_step(self, model, batch)  # forward, `_compute_loss`, backward
+        self._record(metrics.combined() | {"step_time": time.perf_counter() - start_s})
         return loss
 
-    def _pass_over_micro_batch(self) -> None:
-        self._step += 1
+    def _sample(
+        self, groups: Sequence[Group], num_generations: int, stream: int, *, step: int | None = None
+    ) -> Rollout:
+        """`num_generations` completions of the current policy for each group.
+
+        The canary has seen before that the generator holds the policy. Without a generator of ours, TRL's client of a
+        vLLM server samples; it takes no seed per row.
+        """
+        prompts_P_T, num_rows = [group.prompt_ids for group in groups], len(groups) * num_generations
+        if self.generator is None or self.canary is None:
+            completions = self._sample_by_server([prompt for prompt in prompts_P_T for _ in range(num_generations)])
+        else:
+            step = self.state.global_step if step is None else step
+            seeds = sampling_seeds(self.args.seed, stream=stream, step=step, num_rows=num_rows)
+            with self.host.phase(Phase.GENERATE):
+                with self.host.phase(Phase.SYNC):
+                    if self._synced_step != self.state.global_step:
+                        self.generator.sync_adapter(self.host.teacher)
+                        self._synced_step = self.state.global_step
+                    self.canary.check()
+                completions = self.generator.generate(
+                    prompts_P_T,
+                    num_generations,
+                    seeds,
+                    on_progress=lambda done, total: self._on_progress("generating", done, total),
+                )
+        return Rollout(
+            groups=tuple(
+                replace(group, completions=tuple(completions[p * num_generations : (p + 1) * num_generations]))
+                for p, group in enumerate(groups)
+            )
+        )
+
+    def _sample_by_server(self, prompts_B_T: list[list[int]]) -> list[Completion]:
+        with self.host.phase(Phase.GENERATE):
+            ids_B_T, logprobs_B_T = self._generate_single_turn(prompts_B_T, None, {}, self.num_generations)
+        return [
+            Completion(
+                token_ids=list(ids_T),
+                logprobs=list(logprobs_T),
+                finish_reason="stop" if ids_T[-1] in self.eos_token_ids else "length",
+            )
+            for ids_T, logprobs_T in zip(ids_B_T, logprobs_B_T, strict=True)
+        ]
+
+    def _score(self, rollout: Rollout) -> Rollout:
+        """Log-probs of the completions under the old policy and the reference, where the loss uses them."""
+        needed = []
+        if self.num_iterations > 1 or self.vllm_importance_sampling_correction:
+            needed.append(Role.TEACHER)
+        if self.beta != 0:
+            needed.append(Role.REFERENCE)
+        rows = [ScoringRow(token_ids=row.token_ids, spans=(row.completion_span,)) for row in rollout.rows]
+        with self.host.phase(Phase.SCORE), self.accelerator.autocast():
+            logprobs = {role: [spans[0] for spans in self.host.score(role, rows, self.temperature)] for role in needed}
+        ratios = None
+        if self.vllm_importance_sampling_correction:
+            ratios = importance_ratios(
+                logprobs[Role.TEACHER],
+                [torch.tensor(completion.logprobs) for completion in rollout.completions],
+                mode=self.vllm_importance_sampling_mode,
+                clip_min=self.vllm_importance_sampling_clip_min,
+                clip_max=self.vllm_importance_sampling_clip_max,
+            )
+        return replace(rollout, logprobs=logprobs, importance_ratios=ratios)
+
+    def rlt(self, rollout: Rollout) -> RewardBreakdown:
+        """The RLT reward of a rollout; the first of `reward_funcs`, which names its column in the tables."""
+        with self.host.phase(Phase.SCORE):
+            return self.scorer(rollout).breakdown
+
+    def _reward(self, rollout: Rollout) -> Rollout:
+        """The RLT reward and those of `extra_rewards`, every term logged."""
+        breakdown = self.rlt(rollout)
+        texts = self._texts(rollout.completions)
+        columns = {
+            "prompts": [row.group.columns["prompt"] for row in rollout.rows],
+            "completions": texts,
+            "completion_ids": [completion.token_ids for completion in rollout.completions],
+            "question": [row.group.question for row in rollout.rows],
+            "solution": [row.group.solution for row in rollout.rows],
+        }
+        rewards = [breakdown.reward]
+        rewards += [torch.tensor(function(**columns)) for function in self.reward_funcs[1:]]
+        rollout = replace(rollout, breakdown=breakdown, rewards_BF=torch.stack(rewards, -1))
+        self._record(
+            {f"rlt/{name}": values_B.nanmean().item() for name, values_B in breakdown.terms.items()}
+            | {"rlt/format_rate": self._format_rate(texts)}
+        )
+        return rollout
+
+    def _with_advantages(self, rollout: Rollout) -> Rollout:
+        """Advantages within groups; the rollout is complete now and its figures are logged."""
+        assert rollout.rewards_BF is not None
+        advantages_B, std_B = group_advantages(
+            rollout.rewards_BF,
+            self.reward_weights.cpu(),
+            self.num_generations,
+            scale_rewards=self.scale_rewards,
+            aggregation=self.multi_objective_aggregation,
+        )
+        rollout = replace(rollout, advantages_B=advantages_B)
+        self.state.num_input_tokens_seen += sum(len(row.token_ids) for row in rollout.rows)
+        self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
+        self._record(rollout_metrics(rollout, std_B, self.reward_func_names, self.reward_weights.cpu()))
+        self._log_completions(rollout)
+        return rollout
+
+    def _pack(self, rollout: Rollout) -> Iterator[MicroBatch]:
+        return micro_batches(
+            rollout,
+            self.plan.settings.micro_batch_tokens,
+            device=self.accelerator.device,
+            mask_truncated=self.mask_truncated_completions,
+        )
+
+    # TRL's loss of one micro-batch
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """A micro-batch is ready; TRL would sample here."""
+        return inputs
+
+    def _compute_loss(self, model: Any, batch: MicroBatch) -> torch.Tensor:
+        """TRL's loss of a micro-batch, weighted so that those of a step add up to one batch's."""
+        with self.accelerator.autocast():
+            logprobs_N, entropy_N = span_logprobs(
+                self.accelerator.unwrap_model(model), batch.rows, temperature=self.temperature, with_entropy=True
+            )
+        assert entropy_N is not None
+        logprobs_bT = batch.pad(logprobs_N)
+        loss = super()._compute_loss((logprobs_bT, batch.pad(entropy_N), None), batch.tensors)
+        if (sampler_bT := batch.tensors.get("sampling_per_token_logps")) is not None:
+            difference_N = (logprobs_bT.detach() - sampler_bT).abs()[batch.tensors["completion_mask"].bool()]
+            self._metrics["train"]["sampling/logp_difference"].append(difference_N.mean().item())
+        return loss * batch.loss_weight(self.loss_type)
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *_: Any, **__: Any) -> Any:
+        """TRL's loss asks here for the log-probs and entropies of its `model`, which is them: see `_compute_loss`."""
+        return model
 
     def _forget_unfinished_step(self) -> None:
-        self._step, self._buffered_inputs, self._sampled = 0, None, []
+        self._rollout, self._num_uses = None, 0
         self._metrics["train"].clear()
+
+    # Metrics
+
+    def _record(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._metrics["train"][name].append(value)
+
+    def _texts(self, completions: Sequence[Completion]) -> list[str]:
+        return self.processing_class.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+
+    def _format_rate(self, texts: Sequence[str]) -> float:
+        return mean(is_well_formed(text, self.scorer.format.tags) for text in texts)
+
+    def _log_completions(self, rollout: Rollout) -> None:
+        """What TRL's `log` writes to `completions/`: one line per completion of the last step."""
+        assert rollout.breakdown is not None and rollout.rewards_BF is not None and rollout.advantages_B is not None
+        self._logs["prompt"].extend(row.group.columns["prompt"] for row in rollout.rows)
+        self._logs["completion"].extend(self._texts(rollout.completions))
+        for name, values_B in zip(self.reward_func_names, rollout.rewards_BF.T, strict=True):
+            self._logs["rewards"][name].extend(values_B.tolist())
+        for name, values_B in rollout.breakdown.terms.items():
+            self._logs["extra"][name].extend(values_B.tolist())
+        self._logs["advantages"].extend(rollout.advantages_B.tolist())
 
     # Evaluation
 
@@ -259,27 +362,19 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         `eval_solution_log_prob` is the student's mean log-prob a solution token given the explanation (nats, at the
         reward's student temperature).
         """
-        rows = (eval_dataset or self.eval_dataset)[:]
-        prompts = self.processing_class(rows["prompt"], add_special_tokens=False)["input_ids"]
-        seeds = sampling_seeds(self.args.seed, stream=_EVAL_STREAM, step=0, num_rows=len(prompts))
-        completions = self._sample(prompts, 1, seeds)
+        groups = [_group(row) for row in eval_dataset or self.eval_dataset]
+        rollout = self._sample(groups, 1, _EVAL_STREAM, step=0)
         with self.host.phase(Phase.SCORE):
-            scored = self.scorer(
-                rows["question"],
-                rows["solution"],
-                [c.token_ids for c in completions],
-                [c.logprobs for c in completions],
-                every_term=True,
-            )
+            scored = self.scorer(rollout, every_term=True)
         means = scored.breakdown.means()
         metrics = {
             f"{metric_key_prefix}_{name}": value
             for name, value in {
                 "solution_log_prob": means["unprocessed_answer_log_prob_mean"],
                 "reward": means["reward"],
-                "format_rate": self._format_rate([c.token_ids for c in completions]),
+                "format_rate": self._format_rate(self._texts(rollout.completions)),
                 "explanation_tokens": mean(row.explanation_slice.stop for row in scored.rows),
-                **self._explanation_shares(rows, [row.explanation for row in scored.rows]),
+                **self._explanation_shares(groups, [row.explanation for row in scored.rows]),
             }.items()
         }
         self._evaluated_step = self.state.global_step
@@ -287,12 +382,12 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _explanation_shares(self, rows: dict[str, list[str]], explanations: Sequence[str]) -> dict[str, float]:
+    def _explanation_shares(self, groups: Sequence[Group], explanations: Sequence[str]) -> dict[str, float]:
         if self._classify_explanation is None:
             return {}
         kinds = [
-            self._classify_explanation(q, s, e)
-            for q, s, e in zip(rows["question"], rows["solution"], explanations, strict=True)
+            self._classify_explanation(group.question, group.solution, explanation)
+            for group, explanation in zip(groups, explanations, strict=True)
         ]
         return {f"share/{kind}": kinds.count(kind) / len(kinds) for kind in sorted(set(kinds))}
 
@@ -321,7 +416,7 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         for phase in (p for p in use if use[p].peak_reserved_bytes):
             metrics[f"memory/{phase}_{kind}_gb"] = gb(use[phase].peak_reserved_bytes)
             metrics[f"memory/{phase}_predicted_gb"] = gb(self.plan.peak_bytes(phase))
-        sampled_tokens = sum(len(c.token_ids) for c in self._sampled)
+        sampled_tokens = sum(len(c.token_ids) for c in self._rollout.completions) if self._rollout is not None else 0
         if sampled_tokens and self.args.logging_steps == 1:
             for phase in (Phase.GENERATE, Phase.SCORE, Phase.TRAIN):
                 if seconds[phase] > 0:
@@ -344,12 +439,25 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
 
     # Data order and checkpoints
 
+    def get_train_dataloader(self) -> Any:
+        """Batches of P dataset rows, one per optimizer step; TRL's repeat each prompt G times."""
+        return self._get_dataloader(
+            dataset=self.train_dataset,
+            description="Training",
+            batch_size=self.config.num_prompts_per_step,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
-        plain = super()._get_train_sampler(dataset)
-        if not plain.shuffle:
-            return plain
-        return EpochRepeatSampler(
-            plain.data_source, plain.mini_repeat_count, plain.batch_size, plain.repeat_count, seed=plain.seed
+        sampler_class = EpochRepeatSampler if self.shuffle_dataset else RepeatSampler
+        return sampler_class(
+            data_source=dataset if dataset is not None else self.train_dataset,
+            mini_repeat_count=1,
+            batch_size=self.config.num_prompts_per_step,
+            repeat_count=self.num_iterations,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -335,7 +335,7 @@ def _restore(packed: Any) -> Tensor:
 
 
 def simulate_scoring(settings: PlanSettings, *, adapter: bool = False) -> Simulated:
-    """Peak of a forward without gradients through the body (models/logprobs.py runs the head on small chunks apart)."""
+    """Peak of a forward without gradients through the body (the head runs on small chunks apart)."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     model = build_model(replace(settings, checkpointing="none"))
     tracker, autocast = MemoryTracker(), Bf16Autocast()

@@ -7,11 +7,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from core.types import Role, ScoringRow
+from core.types import Role
 from data.formats import PromptFormat, encode
-from models.logprobs import score_spans
 from rewards.rlt import RewardBreakdown
-from rewards.rollout import RolloutScorer
+from rollout.logprobs import score_spans
+from rollout.scoring import RolloutScorer
+from rollout.types import Completion, Group, Rollout, ScoringRow
 from schemas.reward import RewardConfig
 
 
@@ -58,5 +59,13 @@ def score_texts(
         score=score,
         student_tokenizer=student_tokenizer,
     )
-    completion_ids = [encode(tokenizer, text) for text in texts]
-    return scorer(questions, solutions, completion_ids, every_term=True).breakdown
+    groups = tuple(
+        Group(
+            question=question,
+            solution=solution,
+            prompt_ids=encode(tokenizer, prompt_format.teacher_prompt_text(tokenizer, question, solution)),
+            completions=(Completion(token_ids=encode(tokenizer, text), logprobs=None, finish_reason="stop"),),
+        )
+        for question, solution, text in zip(questions, solutions, texts, strict=True)
+    )
+    return scorer(Rollout(groups=groups), every_term=True).breakdown

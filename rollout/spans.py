@@ -10,9 +10,9 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
-from core.types import ScoringRow
-from data.formats import PromptFormat, encode
-from data.token_text import TokenText
+from data.formats import PromptFormat, encode, encode_student_tail
+from rollout.token_text import TokenText
+from rollout.types import RolloutRow, ScoringRow
 
 _NUM_CACHED_PROMPTS = 256
 
@@ -73,7 +73,7 @@ def find_explanation(token_ids: list[int], closing_tag: str, token_text: TokenTe
 
 
 class RowBuilder:
-    """Builds `ExplanationRow`s; the completions of one prompt share its encoded texts.
+    """Builds `ExplanationRow`s; the completions of one group share its encoded texts.
 
     `student_tokenizer: None` means that the student reads the teacher's tokens and chat template.
     """
@@ -89,18 +89,18 @@ class RowBuilder:
         self.student_tokenizer = student_tokenizer if student_tokenizer is not None else tokenizer
         self.shares_tokens = student_tokenizer is None or student_tokenizer.get_vocab() == tokenizer.get_vocab()
         self._token_text = TokenText(tokenizer)
-        self._prompt_ids = lru_cache(_NUM_CACHED_PROMPTS)(self._encode_prompt)
         self._student_head_ids = lru_cache(_NUM_CACHED_PROMPTS)(self._encode_student_head)
         self._student_tail_ids = lru_cache(_NUM_CACHED_PROMPTS)(self._encode_student_tail)
 
-    def build(self, question: str, solution: str, completion_ids: list[int]) -> ExplanationRow:
-        """One row.
+    def build(self, row: RolloutRow) -> ExplanationRow:
+        """One completion, ready to be scored.
 
         Raises:
             UserError: no token of the solution lies inside its tags (the data filter drops such rows beforehand).
         """
+        question, solution, prompt_ids = row.group.question, row.group.solution, row.group.prompt_ids
+        completion_ids = row.completion.token_ids
         found = find_explanation(completion_ids, self.format.tags.explanation.closing, self._token_text)
-        prompt_ids = self._prompt_ids(question, solution)
         head_ids = self._student_head_ids(question)
         if self.shares_tokens:
             thought_ids, leftover = completion_ids[found.token_slice], found.leftover
@@ -128,27 +128,8 @@ class RowBuilder:
             matched=found.matched,
         )
 
-    def _encode_prompt(self, question: str, solution: str) -> list[int]:
-        return encode(self.tokenizer, self.format.teacher_prompt_text(self.tokenizer, question, solution))
-
     def _encode_student_head(self, question: str) -> list[int]:
         return encode(self.student_tokenizer, self.format.student_head_text(self.student_tokenizer, question))
 
     def _encode_student_tail(self, question: str, solution: str, leftover: str) -> tuple[list[int], tuple[int, int]]:
         return encode_student_tail(self.student_tokenizer, self.format, question, solution, leftover)
-
-
-def encode_student_tail(
-    tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, question: str, solution: str, leftover: str = ""
-) -> tuple[list[int], tuple[int, int]]:
-    """Ids of `PromptFormat.student_tail` and the tokens in it that are the solution's, by character offsets."""
-    tail = prompt_format.student_tail(tokenizer, question, solution, leftover)
-    encoded = tokenizer(
-        tail.text, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True
-    )
-    inside = [
-        i
-        for i, (start, end) in enumerate(encoded["offset_mapping"])
-        if start >= tail.solution_start and end <= tail.solution_end
-    ]
-    return encoded["input_ids"], (inside[0], inside[-1] + 1) if inside else (0, 0)

@@ -9,15 +9,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
-from core.types import Role, ScoringRow
+from core.types import Role
 from data.formats import PromptFormat
-from data.spans import ExplanationRow, RowBuilder
 from rewards.rlt import RewardBreakdown, RLTReward
+from rollout.spans import ExplanationRow, RowBuilder
+from rollout.types import Rollout, ScoringRow
 from schemas.reward import RewardConfig
 
 
 class SpanScorer(Protocol):
-    """Log-probs of the rows' spans under the model of a role, as `models.logprobs.score_spans` returns them."""
+    """Log-probs of the rows' spans under the model of a role, as `rollout.logprobs.score_spans` returns them."""
 
     def __call__(self, role: Role, rows: Sequence[ScoringRow], temperature: float) -> list[tuple[Tensor, ...]]: ...
 
@@ -78,34 +79,25 @@ class RolloutScorer:
         self.format = prompt_format
         self._builder = RowBuilder(tokenizer, prompt_format, student_tokenizer)
         self._score = score
+        self._sampling_temperature = sampling_temperature
         self._teacher_temperature = sampling_temperature if reward_config.unbias_teacher_log_probs else 1.0
         check_scoring(reward_config, sampling_temperature, shares_tokens=self._builder.shares_tokens)
 
-    def __call__(
-        self,
-        questions: Sequence[str],
-        solutions: Sequence[str],
-        completion_ids: Sequence[list[int]],
-        sampler_logprobs: Sequence[list[float]] | None = None,
-        *,
-        every_term: bool = False,
-    ) -> ScoredRollout:
-        """Rewards of B completions.
+    def __call__(self, rollout: Rollout, *, every_term: bool = False) -> ScoredRollout:
+        """Rewards of the B completions of a rollout.
 
         Args:
-            sampler_logprobs: log-prob of each sampled id; used where `teacher_logprobs` is `sampler`.
             every_term: also score what only zero coefficients or a switched-off teacher term would use (by a forward).
 
         Raises:
             UserError: sampler log-probs are wanted and were not given, or a solution has no token of its own.
             NonFiniteError: a log-prob is not finite.
         """
-        triples = zip(questions, solutions, completion_ids, strict=True)
-        rows = [self._builder.build(question, solution, ids) for question, solution, ids in triples]
+        rows = [self._builder.build(row) for row in rollout.rows]
         use_solution = self.reward.needs_solution or every_term
         use_kl = self.reward.needs_kl or (every_term and self._builder.shares_tokens)
         solution, student = self._student_logprobs(rows, use_solution, use_kl)
-        teacher = self._teacher_logprobs(rows, sampler_logprobs, every_term) if use_kl else None
+        teacher = self._teacher_logprobs(rows, rollout, every_term) if use_kl else None
         breakdown = self.reward(
             matched=[row.matched for row in rows],
             solution_logprobs=solution,
@@ -128,10 +120,10 @@ class RolloutScorer:
             [spans[-1] for spans in scored] if use_kl else None,
         )
 
-    def _teacher_logprobs(
-        self, rows: list[ExplanationRow], sampler_logprobs: Sequence[list[float]] | None, every_term: bool
-    ) -> list[Tensor] | None:
-        if self.config.teacher_logprobs == "sampler" and sampler_logprobs is not None:
+    def _teacher_logprobs(self, rows: list[ExplanationRow], rollout: Rollout, every_term: bool) -> list[Tensor] | None:
+        """The policy's log-probs of each explanation: the sampler's, those the rollout has already, or a forward's."""
+        sampler_logprobs = [c.logprobs for c in rollout.completions if c.logprobs is not None]
+        if self.config.teacher_logprobs == "sampler" and len(sampler_logprobs) == len(rows):
             return [
                 torch.tensor(logprobs[row.explanation_slice], dtype=torch.float32)
                 for row, logprobs in zip(rows, sampler_logprobs, strict=True)
@@ -144,5 +136,8 @@ class RolloutScorer:
                 expected="one log-prob for each sampled token",
                 remedy="set teacher_logprobs=forward",
             )
+        if Role.TEACHER in rollout.logprobs and self._teacher_temperature == self._sampling_temperature:
+            policy = rollout.logprobs[Role.TEACHER]
+            return [logprobs_T[row.explanation_slice] for row, logprobs_T in zip(rows, policy, strict=True)]
         scored = self._score(Role.TEACHER, [row.teacher for row in rows], self._teacher_temperature)
         return [spans[0] for spans in scored]

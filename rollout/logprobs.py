@@ -1,0 +1,180 @@
+"""Per-token log-probs of given spans for every role, without a [batch, tokens, vocabulary] tensor.
+
+One scorer: student, teacher and reference (`score_spans`, no gradient) and the policy (`span_logprobs`, with gradient)
+share the batching rule, the head and the temperature.
+
+Letters: B rows of a batch, T tokens (right-padded), H hidden size, N scored positions of a batch, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from rollout.types import ScoringRow
+
+DEFAULT_MAX_BATCH_TOKENS = 16384
+DEFAULT_LOGIT_CHUNK_LEN = 512
+
+
+@torch.no_grad()
+def score_spans(
+    model: PreTrainedModel | PeftModel,
+    rows: Sequence[ScoringRow],
+    *,
+    temperature: float = 1.0,
+    max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
+    logit_chunk_len: int = DEFAULT_LOGIT_CHUNK_LEN,
+) -> list[tuple[Tensor, ...]]:
+    """`log_softmax(logits_{t-1} / temperature)[x_t]` for every t in the spans of every row, in nats.
+
+    Rows are batched by length, with at most `max_batch_tokens` padded tokens a batch (a longer row goes alone), see
+    `token_batches`. Tokens after a row's last scored one are not computed.
+
+    The caller decides on adapters, dropout (`model.eval()`) and what is on the card.
+
+    Returns:
+        One tuple a row with one float32 CPU tensor a span, in the order of `row.spans`; empty for an empty span.
+    """
+    results: list[tuple[Tensor, ...]] = [tuple(torch.empty(0) for _ in row.spans) for row in rows]
+    lengths = [_input_len(row) for row in rows]
+    for batch in token_batches(lengths, max_batch_tokens):
+        batch_rows = [rows[i] for i in batch]
+        logprobs_N, _ = span_logprobs(model, batch_rows, temperature=temperature, logit_chunk_len=logit_chunk_len)
+        pieces = iter(logprobs_N.cpu().split([end - start for row in batch_rows for start, end in row.spans]))
+        for index in batch:
+            results[index] = tuple(next(pieces) for _ in rows[index].spans)
+    return results
+
+
+def token_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of the rows of each batch: rows sorted by length, as many as fit `max_tokens` padded tokens.
+
+    Longest first, so that the largest batch meets the memory limit first. A row above the limit goes alone; rows of no
+    length are left out.
+    """
+    batch: list[int] = []
+    for index in sorted((i for i, length in enumerate(lengths) if length > 0), key=lambda i: -lengths[i]):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def span_logprobs(
+    model: PreTrainedModel | PeftModel,
+    rows: Sequence[ScoringRow],
+    *,
+    temperature: float = 1.0,
+    logit_chunk_len: int = DEFAULT_LOGIT_CHUNK_LEN,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of the spans of one batch of rows, with gradient where gradients are on.
+
+    Runs the decoder's body, gathers the hidden states that predict a scored token and applies the head to
+    `logit_chunk_len` of them at a time: at most `logit_chunk_len * V` float32 logits live at once, also in the
+    backward, which computes them again.
+
+    Returns:
+        [N] float32 log-probs on the model's device, span after span and row after row; and, `with_entropy`, the [N]
+        entropies of the distributions (nats at `temperature`, no gradient).
+    """
+    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    device = causal_lm.get_input_embeddings().weight.device
+    lengths = [_input_len(row) for row in rows]
+    input_ids_BT = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        input_ids_BT[b, :length] = torch.tensor(row.token_ids[:length])
+    # No mask: attention is causal and the padding comes last, so no scored position sees it.
+    hidden_BTH = causal_lm.get_decoder()(input_ids=input_ids_BT.to(device), use_cache=False).last_hidden_state
+
+    spans = [(b, start, end) for b, row in enumerate(rows) for start, end in row.spans]
+    row_N = torch.tensor([b for b, start, end in spans for _ in range(start, end)], device=device)
+    position_N = torch.tensor([t for _, start, end in spans for t in range(start, end)], device=device)
+    target_N = torch.tensor([t for b, start, end in spans for t in rows[b].token_ids[start:end]], device=device)
+    hidden_NH = hidden_BTH[row_N, position_N - 1]
+    del hidden_BTH
+    chunks = [
+        _head_chunk(causal_lm, hidden_nH, target_n, temperature, with_entropy)
+        for hidden_nH, target_n in zip(hidden_NH.split(logit_chunk_len), target_N.split(logit_chunk_len), strict=True)
+    ]
+    logprobs_N = torch.cat([logprobs_n for logprobs_n, _ in chunks])
+    return logprobs_N, torch.cat([entropy_n for _, entropy_n in chunks]) if with_entropy else None
+
+
+def _input_len(row: ScoringRow) -> int:
+    """Tokens that must be read to predict the row's last scored one; 0 where nothing is scored."""
+    for start, end in row.spans:
+        if not 1 <= start <= end <= len(row.token_ids):
+            raise ValueError(f"span {(start, end)} does not fit a row of {len(row.token_ids)} tokens (start >= 1)")
+    return max((end - 1 for start, end in row.spans if end > start), default=0)
+
+
+def _head_chunk(
+    causal_lm: PreTrainedModel, hidden_NH: Tensor, target_N: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies ([0] unless wanted) of one chunk; its logits are not kept for the backward."""
+
+    def compute(hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            logits_NV = _head_logits(causal_lm, hidden_NH)
+            logits_NV = logits_NV / temperature if temperature != 1.0 else logits_NV
+            logsumexp_N = logits_NV.logsumexp(-1)
+            logprobs_N = logits_NV.gather(-1, target_N.unsqueeze(-1)).squeeze(-1) - logsumexp_N
+            if not with_entropy:
+                return logprobs_N, logprobs_N.new_empty(0)
+            with torch.no_grad():
+                expected_N = torch.linalg.vecdot(logits_NV.softmax(-1), logits_NV)
+            return logprobs_N, logsumexp_N.detach() - expected_N
+
+    if torch.is_grad_enabled() and hidden_NH.requires_grad:
+        outputs: Any = checkpoint(compute, hidden_NH, use_reentrant=False, preserve_rng_state=False)
+        return outputs
+    return compute(hidden_NH)
+
+
+class _Float32Product(torch.autograd.Function):
+    """`hidden @ weight.T` of 16-bit factors, accumulated and kept in float32; for a weight that is not trained."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_VH)
+        ctx.hidden_dtype = hidden_NH.dtype
+        return torch.mm(hidden_NH.to(weight_VH.dtype), weight_VH.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NV: Tensor) -> tuple[Tensor, None]:
+        (weight_VH,) = ctx.saved_tensors
+        return (grad_NV.to(weight_VH.dtype) @ weight_VH).to(ctx.hidden_dtype), None
+
+
+def _head_logits(causal_lm: PreTrainedModel, hidden_NH: Tensor) -> Tensor:
+    """Float32 logits. A 16-bit head is accumulated and kept in float32: near -10 a bf16 logit has steps of 0.06."""
+    head = causal_lm.get_output_embeddings()
+    if type(head) is not nn.Linear or head.weight.dtype == torch.float32:
+        logits_NV = head(hidden_NH).float()
+    elif head.weight.device.type == "cuda":
+        logits_NV = _Float32Product.apply(hidden_NH, head.weight)
+        logits_NV = logits_NV if head.bias is None else logits_NV + head.bias
+    else:
+        bias = None if head.bias is None else head.bias.float()
+        logits_NV = nn.functional.linear(hidden_NH.float(), head.weight.float(), bias)
+    return _transform_logits(causal_lm, logits_NV)
+
+
+def _transform_logits(causal_lm: PreTrainedModel, logits_NV: Tensor) -> Tensor:
+    """What some families do to the head's output: Cohere multiplies, Granite divides, Gemma 2 caps smoothly."""
+    config = causal_lm.config.get_text_config()
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        logits_NV = logits_NV * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        logits_NV = logits_NV / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits_NV = torch.tanh(logits_NV / cap) * cap
+    return logits_NV
