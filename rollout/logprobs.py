@@ -6,7 +6,7 @@ share the batching rule, the head and the temperature.
 Letters: B rows of a batch, T tokens (right-padded), H hidden size, N scored positions of a batch, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from rollout.types import ScoringRow
 
 DEFAULT_MAX_BATCH_TOKENS = 16384
 DEFAULT_LOGIT_CHUNK_LEN = 512
+BATCH_OVERHEAD_TOKENS = 256
+"""What one more forward costs, as tokens: its launches and reading the weights (assumed, not measured on a GPU)."""
 
 
 @torch.no_grad()
@@ -51,20 +53,31 @@ def score_spans(
     return results
 
 
-def token_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of the rows of each batch: rows sorted by length, as many as fit `max_tokens` padded tokens.
+def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of the rows of each batch: rows of like length together, at most `max_tokens` padded tokens a batch.
 
-    Longest first, so that the largest batch meets the memory limit first. A row above the limit goes alone; rows of no
-    length are left out.
+    Of all ways to cut the rows, sorted by length, into batches, the one with the fewest padded tokens, where a batch
+    costs as much as `BATCH_OVERHEAD_TOKENS` beside them. Longest first, so that the largest batch meets the memory
+    limit first. A row above the limit goes alone; rows of no length are left out.
     """
-    batch: list[int] = []
-    for index in sorted((i for i, length in enumerate(lengths) if length > 0), key=lambda i: -lengths[i]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+    order = sorted((i for i, length in enumerate(lengths) if length > 0), key=lambda i: -lengths[i])
+    cost, cut = [0], [0]  # of the best batches for the first n rows: their cost, and where the last of them begins
+    for end in range(1, len(order) + 1):
+        options = []
+        for start in range(end - 1, -1, -1):
+            num_tokens = (end - start) * lengths[order[start]]
+            if num_tokens > max_tokens and end - start > 1:
+                break
+            options.append((cost[start] + num_tokens + BATCH_OVERHEAD_TOKENS, start))
+        best = min(options)
+        cost.append(best[0])
+        cut.append(best[1])
+    batches: list[list[int]] = []
+    end = len(order)
+    while end:
+        batches.insert(0, order[cut[end] : end])
+        end = cut[end]
+    return batches
 
 
 def span_logprobs(

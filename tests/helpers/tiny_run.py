@@ -22,7 +22,7 @@ SMALL = (
 )
 
 
-def write_random_model(folder: Path, seed: int = 0) -> Path:
+def write_random_model(folder: Path, seed: int = 0, initializer_range: float = 0.2) -> Path:
     """The embedded tokenizer and a two-layer Qwen2 whose random weights make outputs depend on the input."""
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
@@ -33,7 +33,7 @@ def write_random_model(folder: Path, seed: int = 0) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        initializer_range=0.2,
+        initializer_range=initializer_range,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
