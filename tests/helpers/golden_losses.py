@@ -9,7 +9,7 @@ from tests.helpers.tiny_run import make_trainer, write_random_model
 GOLDEN_LOSSES_FILE = Path(__file__).parents[1] / "golden" / "losses_of_three_steps.json"
 
 
-def three_steps(folder: Path) -> list[dict[str, float]]:
+def three_steps(folder: Path) -> dict[str, list[float]]:
     """Loss, gradient norm and reward of each step of the embedded configuration, float32, on a random model."""
     trainer = make_trainer(
         write_random_model(folder / "model"),
@@ -22,7 +22,8 @@ def three_steps(folder: Path) -> list[dict[str, float]]:
     )
     trainer.train()
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in ("loss", "grad_norm", "reward", "kl")} for line in lines if "loss" in line]
+    steps = [line for line in lines if "loss" in line]
+    return {name: [step[name] for step in steps] for name in ("loss", "grad_norm", "reward", "kl")}
 
 
 if __name__ == "__main__":
