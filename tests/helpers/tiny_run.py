@@ -22,17 +22,19 @@ SMALL = (
 )
 
 
-def write_random_model(folder: Path, seed: int = 0, initializer_range: float = 0.2) -> Path:
-    """The embedded tokenizer and a two-layer Qwen2 whose random weights make outputs depend on the input."""
+def write_random_model(
+    folder: Path, seed: int = 0, *, initializer_range: float = 0.2, hidden: int = 64, num_layers: int = 2
+) -> Path:
+    """The embedded tokenizer and a small Qwen2 whose random weights make outputs depend on the input."""
     tokenizer = build_tokenizer()
     torch.manual_seed(seed)
     shape = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        hidden_size=hidden,
+        intermediate_size=hidden * (2 if hidden == 64 else 4),
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
         initializer_range=initializer_range,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
