@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable
-from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase

@@ -24,8 +24,8 @@ ROW_FIELDS: tuple[ColumnField, ...] = ("question", "solution", "reasoning_trace"
 _FINAL_ANSWER = "#### "
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 
-Row = dict[str, str]
-"""`question`, `solution` and, where the source has one, `reasoning_trace`."""
+Row = dict[str, Any]
+"""Texts: `question`, `solution` and, where the source has one, `reasoning_trace`; prepared also `prompt`, `prompt_ids`."""
 
 
 class BadRowError(ValueError):
