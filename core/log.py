@@ -3,10 +3,16 @@
 import logging
 import os
 import sys
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from core.units import format_duration
 
 console = Console(width=None if sys.stdout.isatty() else 160)
 log = logging.getLogger("rlt")
@@ -32,3 +38,15 @@ def configure_logging(level: str = "INFO") -> None:
     )  # its engine is not the one we use
     for name, noisy_level in _NOISY_LOGGERS.items():
         logging.getLogger(name).setLevel(noisy_level)
+
+
+@contextmanager
+def long_work(what: str) -> Iterator[None]:
+    """Say what is begun and how long it took; on a terminal the seconds so far are shown while it lasts."""
+    log.info("%s", what)
+    start_s = time.perf_counter()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield
+    log.info("%s: done in %s", what, format_duration(time.perf_counter() - start_s))

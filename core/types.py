@@ -43,3 +43,11 @@ class ScoringRow:
 
     token_ids: list[int]
     spans: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UnmappedMemory:
+    """What torch's memory counters still hold of an engine although it is not on the card."""
+
+    allocated_bytes: int = 0
+    reserved_bytes: int = 0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from core.types import Completion
+from core.types import Completion, UnmappedMemory
 
 ProgressCallback = Callable[[int, int], None]
 """Called with (finished rows, all rows) while a batch is sampled."""
@@ -57,6 +57,9 @@ class Generator(Protocol):
 
     def wake(self) -> None:
         """Undo `sleep`; the adapter of the last `sync_adapter` serves again."""
+
+    def unmapped_memory(self) -> UnmappedMemory:
+        """What torch's counters still hold of this engine although it is not on the card."""
 
     def close(self) -> None:
         """Free everything. The generator cannot be used afterwards."""

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from core.errors import NonFiniteError
-from core.types import Completion
+from core.types import Completion, UnmappedMemory
 from generation.base import ProgressCallback, SamplingSettings, check_rows, prompts_in_a_call
 from models.evaluation import evaluation_mode
 
@@ -89,6 +89,10 @@ class TransformersGenerator:
 
     def wake(self) -> None:
         """See `Generator.wake`: nothing was given back."""
+
+    def unmapped_memory(self) -> UnmappedMemory:
+        """See `Generator.unmapped_memory`: nothing is ever unmapped."""
+        return UnmappedMemory()
 
     def close(self) -> None:
         """See `Generator.close`: nothing is owned."""

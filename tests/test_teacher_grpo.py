@@ -16,6 +16,7 @@ from core.types import Completion, Phase, Role
 from models.host import REFERENCE_ADAPTER
 from rewards.format import is_well_formed
 from tests.helpers.tiny_run import make_trainer, write_random_model
+from trainers import build
 from trainers.callbacks import TEACHER_SHOWN, mix_into_reference
 from trainers.teacher_grpo import EpochRepeatSampler, sampling_seeds
 
@@ -239,6 +240,20 @@ def test_engine_is_awake_in_the_generate_phase_only(finished):
         events.append("score")
     host._engine = before
     assert events == ["wake", "sync", "generate", "sleep", "score"]
+
+
+def test_the_generator_is_started_within_the_loading_phase(model, tmp_path, monkeypatch):
+    """vLLM takes minutes for it, and its memory is in the plan of that phase."""
+    open_phases = []
+
+    def start(run, host):
+        open_phases.append(list(host._open_phases))
+        return start_generator(run, host)
+
+    start_generator = build._start_generator
+    monkeypatch.setattr(build, "_start_generator", start)
+    make_trainer(model, tmp_path / "run", "max_steps=1")
+    assert open_phases == [[Phase.LOAD]]
 
 
 def test_phase_seconds_go_to_the_innermost_phase(finished):

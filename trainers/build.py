@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from core.errors import UserError
 from core.log import console
+from core.types import Phase
 from data.arithmetic import classify_explanation
 from data.dataset import prepare_datasets
 from data.formats import PromptFormat, encode
@@ -122,7 +123,8 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
         score=host.score,
         student_tokenizer=run.student_tokenizer,
     )
-    generator = None if config.use_vllm_server else _start_generator(run, host)
+    with host.phase(Phase.LOAD):
+        generator = None if config.use_vllm_server else _start_generator(run, host)
     progress = ConsoleProgress(TEACHER_SHOWN)
     watch = MemoryWatch(host, limit_bytes=memory_of(run.device), max_warnings=config.max_growth_warnings)
     return TeacherGRPOTrainer(

@@ -47,11 +47,15 @@ DIFFUSION_REPORT = Report(
 
 
 def memory_by_phase(plan: MemoryPlan, host: ModelHost) -> dict[str, Any]:
-    """Predicted and measured peak of each phase in decimal GB; on a CPU the measured one is the process's RSS."""
+    """Predicted and measured peak of each phase in decimal GB; on a CPU the measured one is the process's RSS.
+
+    `driver_gb`: what the driver reported as used on the card, CUDA's context and other processes included.
+    """
     return {
         "measured": "reserved on the GPU" if host.device.type == "cuda" else "RSS of the process (no GPU)",
         "phases": {
             str(phase): {"predicted_gb": gb(plan.peak_bytes(phase)), "measured_gb": gb(use.peak_reserved_bytes)}
+            | ({"driver_gb": gb(use.peak_driver_bytes)} if use.peak_driver_bytes else {})
             for phase, use in host.checkpoint_use().items()
             if use.peak_reserved_bytes
         },
@@ -102,8 +106,14 @@ def summary_table(summary: dict[str, Any], report: Report = TEACHER_REPORT) -> T
 def memory_table(summary: dict[str, Any]) -> Table:
     memory = summary["memory"]
     table = Table(title="peak memory, GB", title_justify="left")
-    for column in ("phase", "predicted for a GPU", memory["measured"]):
+    columns = {
+        "predicted_gb": "predicted for a GPU",
+        "measured_gb": memory["measured"],
+        "driver_gb": "used on the card",
+    }
+    shown = [key for key in columns if any(key in peak for peak in memory["phases"].values())]
+    for column in ("phase", *(columns[key] for key in shown)):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for phase, peak in memory["phases"].items():
-        table.add_row(phase, f"{peak['predicted_gb']:.2f}", f"{peak['measured_gb']:.2f}")
+        table.add_row(phase, *(f"{peak[key]:.2f}" for key in shown))
     return table

@@ -311,7 +311,8 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
     def _phase_metrics(self) -> dict[str, float]:
         """Seconds of each phase since the last log, peak memory so far beside the plan's, and tokens/s.
 
-        On a CPU the measured memory is this process's resident set (`rss`), and the plan's stays that of a GPU.
+        On a GPU the measured memory is what torch reserved, a sleeping vLLM left out, and beside it what the driver
+        reports as used. On a CPU it is this process's resident set (`rss`), and the plan's stays that of a GPU.
         """
         use, before = self.host.checkpoint_use(), self._reported_use
         self._reported_use = use
@@ -321,6 +322,8 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         for phase in (p for p in use if use[p].peak_reserved_bytes):
             metrics[f"memory/{phase}_{kind}_gb"] = gb(use[phase].peak_reserved_bytes)
             metrics[f"memory/{phase}_predicted_gb"] = gb(self.plan.peak_bytes(phase))
+            if use[phase].peak_driver_bytes:
+                metrics[f"memory/{phase}_driver_gb"] = gb(use[phase].peak_driver_bytes)
         sampled_tokens = sum(len(c.token_ids) for c in self._sampled)
         if sampled_tokens and self.args.logging_steps == 1:
             for phase in (Phase.GENERATE, Phase.SCORE, Phase.TRAIN):
