@@ -5,9 +5,11 @@
 Composes and validates the configuration, plans memory, builds, trains. Exit status: 0 done, 2 the call or the
 configuration cannot work (nothing was started), 130 interrupted, 1 anything else.
 Ctrl-C or SIGTERM while training finishes the step at work and saves it; a second one stops at once. The same call
-continues from the last checkpoint.
+continues from the last checkpoint. A sweep (`-m`) on a GPU trains each job in a process of its own and ends with the
+worst of their statuses.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -32,7 +34,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import NonFiniteError, UserError
 from core.log import configure_logging, console, log
-from schemas.compose import command_line, register_search_path, run_config_names, to_values, with_sweep_folders
+from schemas.compose import (
+    JOB_OF_A_SWEEP,
+    command_line,
+    register_search_path,
+    run_config_names,
+    to_values,
+    with_sweep_folders,
+)
 from schemas.llada import MaskedDiffusionRunConfig
 from schemas.run import ConfigError, RunConfig, resolved_values
 
@@ -51,10 +60,17 @@ def compose(composed: DictConfig) -> None:
 _composed: list[dict[str, Any]] = []
 
 
-def _train_all(composed: list[dict[str, Any]]) -> None:
-    from trainers.preflight import check_hardware_and_plan, load_for_this_machine
+def _train_all(composed: list[dict[str, Any]]) -> int:
+    """Train every run; the exit status."""
+    import torch
 
-    runs = [(load_for_this_machine(values), values) for values in with_sweep_folders(composed)]
+    from trainers.preflight import check_hardware_and_plan, load_for_this_machine
+    from trainers.sweep import run_jobs
+
+    jobs = with_sweep_folders(composed)
+    if len(jobs) > 1 and torch.cuda.is_available():
+        return run_jobs([sys.executable, os.path.abspath(__file__), JOB_OF_A_SWEEP], jobs)
+    runs = [(load_for_this_machine(values), values) for values in jobs]
 
     from optimization import optimized  # imports bitsandbytes and transformers: seconds that a wrong key need not wait
 
@@ -62,6 +78,7 @@ def _train_all(composed: list[dict[str, Any]]) -> None:
         values = resolved_values(config, composed_values)
         with optimized(config) as config:
             _TRAIN[config.method](config, values, *check_hardware_and_plan(config))
+    return 0
 
 
 def train_teacher(config: RunConfig, values: dict[str, Any], plan: "MemoryPlan", device: "torch.device") -> None:
@@ -75,12 +92,12 @@ def train_teacher(config: RunConfig, values: dict[str, Any], plan: "MemoryPlan",
     try:
         trainer.train(resume_from_checkpoint=prepared.resume_from)
         trainer.finish()
-    finally:
+        summary = summarise(prepared.folder.path, memory_by_phase(plan, trainer.host))
+        console.print(summary_table(summary), memory_table(summary))
+        log.info("adapter, metrics and completions are in %s", prepared.folder.path)
+    finally:  # after the results are written: what vLLM does as it ends can no longer cost them
         trainer.close()
         shutil.rmtree(prepared.export_folder, ignore_errors=True)
-    summary = summarise(prepared.folder.path, memory_by_phase(plan, trainer.host))
-    console.print(summary_table(summary), memory_table(summary))
-    log.info("adapter, metrics and completions are in %s", prepared.folder.path)
 
 
 def train_masked_diffusion(
@@ -98,11 +115,14 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of exiting, so that there is one place for messages
     configure_logging()
     register_search_path()
-    sys.argv[1:] = command_line(sys.argv[1:])
     try:
-        compose()
+        if sys.argv[1:] == [JOB_OF_A_SWEEP]:
+            _composed.append(json.load(sys.stdin))
+        else:
+            sys.argv[1:] = command_line(sys.argv[1:])
+            compose()
         if _composed:
-            _train_all(_composed)
+            return _train_all(_composed)
     except (ConfigError, UserError) as error:
         return _refuse("this run cannot start", str(error))
     except (HydraException, OmegaConfBaseException) as error:

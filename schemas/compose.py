@@ -17,6 +17,8 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
 CONFIG_ROOT = Path(__file__).resolve().parent.parent / "cfgs"
+JOB_OF_A_SWEEP = "--job-of-a-sweep"
+"""The only word of a `train.py` call that trains one composed configuration, read from its stdin as JSON."""
 _KEY_VALUE = re.compile(r"^([A-Za-z_][\w.]*)=")
 
 
