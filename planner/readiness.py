@@ -175,14 +175,14 @@ def check_disk(values: Mapping[str, Any], plan: MemoryPlan) -> Check:
 
 
 def check_host_ram(plan: MemoryPlan) -> Check:
-    """vLLM keeps its sleeping weights in pinned host memory."""
+    """vLLM keeps its sleeping weights in pinned host memory, and offloaded layer inputs go there."""
     free = psutil.virtual_memory().available
     if free < plan.host_bytes:
         return Check(
             name="host RAM",
             status="warning",
-            detail=f"{format_gb(free)} free, the generator's sleeping weights need {format_gb(plan.host_bytes)}",
-            remedy="close other programs, or set generator=transformers",
+            detail=f"{format_gb(free)} free, {format_gb(plan.host_bytes)} needed ({', '.join(plan.host_components)})",
+            remedy="close other programs, or set offload_checkpoints=false, generator=transformers",
         )
     return Check(name="host RAM", status="ok", detail=f"{format_gb(free)} free, {format_gb(plan.host_bytes)} needed")
 

@@ -31,7 +31,9 @@ class PlanSettings:
     reference: Literal["none", "shared", "separate"]
     """Separate: one more copy of the teacher's base."""
     precision: Precision
-    """Of every base that the trainer loads."""
+    """Of the teacher's base."""
+    scoring_precision: Precision | None = None
+    """Of a student and a reference of their own; None: that of the teacher."""
     double_quant: bool = True
     """NF4 only: the scales are quantised too."""
     lora_r: int = 32
@@ -77,6 +79,11 @@ class PlanSettings:
         return self.max_prompt_len + self.max_completion_len
 
     @property
+    def scored_in(self) -> Precision:
+        """Precision of a student and a reference of their own."""
+        return self.scoring_precision or self.precision
+
+    @property
     def num_groups_at_once(self) -> int:
         return min(self.aggregation_steps, self.train_batch // self.num_generations)
 
@@ -105,6 +112,7 @@ def settings_from_config(config: RunConfig, *, allow_download: bool = False) -> 
         student=student,
         reference=config.reference_model if uses_reference else "none",
         precision=precision,
+        scoring_precision="fp8" if config.scoring_weights == "fp8" else None,
         double_quant=args.bnb_4bit_use_double_quant,
         lora_r=args.lora_r,
         lora_targets=adapter_targets(teacher, args.lora_target_modules),

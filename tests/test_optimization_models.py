@@ -4,6 +4,7 @@ import copy
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from trl.models.activation_offloading import OffloadActivations
 
 from core.errors import UserError
 from core.types import ScoringRow
@@ -19,7 +21,7 @@ from generation import make_generator
 from models.load import load_frozen
 from models.logprobs import score_spans
 from optimization import check_fp8_support, compile_forward, quantise_to_fp8, tile_mlps
-from optimization.fp8_optim import Fp8Linear, choose_fp8
+from optimization.fp8_optim import Fp8Linear, _quantise_rows, choose_fp8
 from optimization.memory_optim import CheckpointOffload
 from planner.activations import train_activation_bytes
 from schemas.compose import compose_run_config
@@ -141,6 +143,30 @@ def test_every_micro_batch_runs_inside_the_offload(tmp_path):
     assert entered == ["in", "out"] * trainer.args.gradient_accumulation_steps
 
 
+def test_offloading_leaves_the_allocators_cache_alone_and_keeps_one_layer_on_the_card(monkeypatch):
+    """TRL's own context empties the cache each time it is entered, where bitsandbytes is loaded."""
+    cleanings = []
+
+    class Stream:
+        def synchronize(self):
+            pass
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cleanings.append("emptied"))
+    linear, x = nn.Linear(4, 4), torch.randn(3, 4, requires_grad=True)
+    offload = CheckpointOffload(linear)
+    for _ in range(3):
+        with offload():
+            linear(x).square().sum().backward()
+    assert not cleanings
+    assert offload._offload.max_fwd_stash_size == 1
+    with OffloadActivations():
+        pass
+    assert cleanings == ["emptied"]
+
+
 @pytest.mark.gpu
 def test_offloaded_checkpoints_give_the_same_gradients_on_less_memory():
     settings = point("0.5B", 2, 2048, 2048, "bf16")
@@ -165,6 +191,25 @@ def test_offloaded_checkpoints_give_the_same_gradients_on_less_memory():
     assert all(torch.allclose(a, b, rtol=1e-2, atol=1e-4) for a, b in zip(plain, offloaded, strict=True))
     kept = settings.teacher.num_layers * 2 * settings.teacher.hidden * token_ids.numel()
     assert plain_bytes - offloaded_bytes > 0.5 * kept
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounding_to_fp8_is_that_of_a_float32_division(dtype):
+    """Without a float32 copy of the matrix, which would be 4 bytes a value more on the card."""
+    matrix = (torch.randn(64, 96) * torch.logspace(-3, 3, 64)[:, None]).to(dtype)
+    values, scale = _quantise_rows(matrix)
+    assert torch.equal(values.float(), (matrix.float() / scale).to(torch.float8_e4m3fn).float())
+    assert scale.dtype == torch.float32
+
+
+@pytest.mark.gpu
+def test_rounding_to_fp8_takes_the_planned_workspace():
+    matrix = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    _quantise_rows(matrix)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    _quantise_rows(matrix)
+    assert torch.cuda.max_memory_allocated() - before < 5.1 * matrix.numel()
 
 
 def test_an_fp8_linear_is_within_its_rounding_of_the_plain_one():
