@@ -46,7 +46,7 @@ def long_work(what: str) -> Iterator[None]:
     log.info("%s", what)
     start_s = time.perf_counter()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         progress.add_task(what, total=None)
         yield
     log.info("%s: done in %s", what, format_duration(time.perf_counter() - start_s))

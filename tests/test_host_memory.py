@@ -143,7 +143,8 @@ def test_a_sleeping_engine_is_in_no_peak_of_scoring_and_training(card, host, mon
     )
 
 
-def test_loading_contains_the_start_of_the_engine_and_its_memory_awake(card, host, monkeypatch):
+def test_loading_contains_the_start_of_the_engine_and_its_memory_awake(card, host, monkeypatch, caplog):
+    monkeypatch.setattr(log, "propagate", True)
     before_s = host.checkpoint_use()[Phase.LOAD].seconds
     with host.phase(Phase.LOAD):
         generator, _ = start_generator(card, monkeypatch)
@@ -152,6 +153,8 @@ def test_loading_contains_the_start_of_the_engine_and_its_memory_awake(card, hos
     assert load.seconds > before_s
     assert load.peak_reserved_bytes == 18 * GB + ENGINE_BYTES
     assert load.peak_driver_bytes == 18 * GB + ENGINE_BYTES + CONTEXT_BYTES
+    begun, done = dict.fromkeys(caplog.messages)
+    assert begun.startswith("starting vLLM on the GPU") and done == f"{begun}: done in 0s"
 
 
 def test_an_engine_that_sleeps_is_woken_on_an_emptied_cache_before_it_is_freed(card, monkeypatch):

@@ -157,3 +157,5 @@ def test_the_summary_compares_first_and_last_steps_and_evaluations(tmp_path):
     assert json.loads((tmp_path / SUMMARY_FILE).read_text()) == summary
     assert summary_table(summary).row_count == 5
     assert memory_table(summary).row_count == 1
+    summary["memory"]["phases"]["train"]["driver_gb"] = 2.75  # on a GPU
+    assert list(memory_table(summary).columns[-1].cells) == ["2.75"]

@@ -18,6 +18,7 @@ from rewards.format import is_well_formed
 from tests.helpers.tiny_run import make_trainer, write_random_model
 from trainers import build
 from trainers.callbacks import TEACHER_SHOWN, mix_into_reference
+from trainers.summary import memory_by_phase
 from trainers.teacher_grpo import EpochRepeatSampler, sampling_seeds
 
 
@@ -240,6 +241,14 @@ def test_engine_is_awake_in_the_generate_phase_only(finished):
         events.append("score")
     host._engine = before
     assert events == ["wake", "sync", "generate", "sleep", "score"]
+
+
+def test_the_drivers_figure_stands_beside_what_torch_reserved_where_there_is_one(finished, monkeypatch):
+    assert not any("driver" in name for name in finished._phase_metrics())
+    monkeypatch.setattr(finished.host.use[Phase.TRAIN], "peak_driver_bytes", 5_000_000_000)
+    assert finished._phase_metrics()["memory/train_driver_gb"] == 5.0
+    phases = memory_by_phase(finished.plan, finished.host)["phases"]
+    assert phases["train"]["driver_gb"] == 5.0 and "driver_gb" not in phases["score"]
 
 
 def test_the_generator_is_started_within_the_loading_phase(model, tmp_path, monkeypatch):
