@@ -273,9 +273,11 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
 def _process_state_preserved() -> Iterator[None]:
     """Put back what vLLM changes in the process that it starts in.
 
-    It seeds Python's, numpy's and torch's global generators; its CPU build also replaces `torch.set_num_threads` and
-    sets LD_PRELOAD, which every later child process would inherit.
+    It seeds Python's, numpy's and torch's global generators and sets the precision of float32 products to "highest"
+    (no TF32); its CPU build also replaces `torch.set_num_threads` and sets LD_PRELOAD, which every later child process
+    would inherit. That its CUDA build switches cuDNN's attention off stays so (`trainers.preflight` does it as well).
     """
+    matmul_precision = torch.get_float32_matmul_precision()
     python_state, numpy_state = random.getstate(), np.random.get_state()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     preload = os.environ.get("LD_PRELOAD")
@@ -284,6 +286,7 @@ def _process_state_preserved() -> Iterator[None]:
         yield
     random.setstate(python_state)
     np.random.set_state(numpy_state)
+    torch.set_float32_matmul_precision(matmul_precision)
     torch.set_num_threads = set_num_threads
     torch.set_num_threads(num_threads)
     if preload is None:

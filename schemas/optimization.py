@@ -16,7 +16,7 @@ class OptimizationConfig:
     allow_tf32: bool = False
     """Float32 matrix products on the GPU in TF32 (10 bits of mantissa); products in 16 bits are not touched."""
     sdpa_backend: Literal["torch", "auto", "cudnn", "flash", "efficient"] = "torch"
-    """Kernel that torch's attention tries first on a GPU, the others being fall-backs; `auto`: cuDNN from Hopper on."""
+    """Kernel that torch's attention tries first on a GPU; `torch`, `auto`: its own order. `cudnn` is refused (NaN)."""
     use_flash_attention: bool = False
     """Replace `sdpa` by Flash Attention 3 or 2 where the package and the card are there: no padding is computed."""
     expandable_segments: bool = False
@@ -37,3 +37,10 @@ class OptimizationConfig:
     """Bad steps after which a run with `recover_from_nan` stops all the same."""
     lr_backoff: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Factor of the learning rate at each backing off."""
+
+    def __post_init__(self) -> None:
+        if self.sdpa_backend == "cudnn":
+            raise ValueError(
+                "`sdpa_backend` is cudnn; the gradients of cuDNN's attention are NaN for some lengths and models "
+                "(torch 2.11 and later, pytorch#196678), so no run uses it. Use sdpa_backend=auto."
+            )

@@ -91,7 +91,8 @@ def test_everything_at_once_answers_with_a_batch_and_can_be_undone(monkeypatch):
     ("words", "name", "change"),
     [
         ("allow_tf32=true", "cuda", "float32 products"),
-        ("sdpa_backend=auto", "cuda", "first attention kernel"),
+        ("sdpa_backend=auto", "cuda", "cuDNN's attention"),
+        ("sdpa_backend=efficient", "cuda", "first attention kernel"),
         ("expandable_segments=true", "allocator", "PYTORCH_ALLOC_CONF"),
         ("use_fp8=true", "fp8", "kv_cache_dtype"),
         ("use_flash_attention=true", "flash attention", "model_args.attn_implementation"),

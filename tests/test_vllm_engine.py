@@ -109,7 +109,7 @@ def generator(checkpoint, teacher, tmp_path_factory):
     made.close()
 
 
-def test_starting_leaves_random_generators_thread_settings_and_preloads_alone(checkpoint):
+def test_starting_leaves_random_generators_thread_settings_precision_and_preloads_alone(checkpoint):
     def state():
         return (
             random.getstate(),
@@ -117,18 +117,21 @@ def test_starting_leaves_random_generators_thread_settings_and_preloads_alone(ch
             torch.get_rng_state().tolist(),
             torch.get_num_threads(),
             torch.set_num_threads.__name__,
+            torch.get_float32_matmul_precision(),
             os.environ.get("LD_PRELOAD"),
         )
 
     torch.manual_seed(77)
     random.seed(78)
     np.random.seed(79)
+    torch.set_float32_matmul_precision("high")
     before = state()
     engine = start(checkpoint)
     try:
         assert state() == before
     finally:
         engine.close()
+        torch.set_float32_matmul_precision("highest")
     assert not engine._adapter_folder.exists()
 
 

@@ -9,6 +9,7 @@ from core.errors import UserError
 from core.units import format_gb
 from models.device import memory_of, pick_device
 from optimization.card import is_installed
+from optimization.cuda_optim import switch_cudnn_attention_off
 from planner.fit import resolve_auto
 from planner.plan import MemoryPlan, plan_run
 from schemas.run import AnyRunConfig, load_run_config
@@ -30,7 +31,7 @@ def load_for_this_machine(values: Mapping[str, Any]) -> AnyRunConfig:
 
 
 def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.device]:
-    """The memory plan and the device of the run.
+    """The memory plan and the device of the run. On a GPU cuDNN's attention is off from here on.
 
     Raises:
         UserError: there is no GPU for a run that needs one, the attention kernel is not installed, or the plan exceeds
@@ -46,6 +47,8 @@ def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.dev
             remedy="model_args.device_map=auto; nvidia-smi shows cards and driver; without a GPU run ./launch_mono.sh "
             "(the embedded model, on the CPU)",
         )
+    if device.type == "cuda":
+        switch_cudnn_attention_off()
     _require_attention_package(config.model_args.attn_implementation)
     gpu_bytes = int(config.gpu_gb * 1e9) if config.gpu_gb is not None else memory_of(device)
     plan = plan_run(config, gpu_bytes, allow_download=device.type == "cuda")

@@ -75,11 +75,12 @@ def _run_elsewhere(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def _lost(item: pytest.Item, done: "subprocess.CompletedProcess[str]") -> pytest.TestReport:
+    said = done.stdout[-3000:] + done.stderr[-3000:]
     return pytest.TestReport(
         nodeid=item.nodeid,
         location=item.location,
         keywords={},
         outcome="failed",
-        longrepr=f"the test's own process ended with status {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}",
+        longrepr=f"the test's own process ended with status {done.returncode}\n{said}",
         when="call",
     )
