@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import NonFiniteError, UserError
 from core.log import configure_logging, console, log
+from core.one_gpu import show_one_gpu
 from schemas.compose import command_line, register_search_path, run_config_names, to_values, with_sweep_folders
 from schemas.llada import MaskedDiffusionRunConfig
 from schemas.run import ConfigError, RunConfig, resolved_values
@@ -52,6 +53,7 @@ _composed: list[dict[str, Any]] = []
 
 
 def _train_all(composed: list[dict[str, Any]]) -> None:
+    show_one_gpu(composed)
     from trainers.preflight import check_hardware_and_plan, load_for_this_machine
 
     runs = [(load_for_this_machine(values), values) for values in with_sweep_folders(composed)]

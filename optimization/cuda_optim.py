@@ -17,7 +17,7 @@ from core.units import format_gb
 from optimization.card import NO_CARD, Card, find_card, is_installed
 from optimization.record import AppliedOptimization, Change, nothing
 
-SdpaBackend = Literal["torch", "auto", "flash", "efficient"]
+SdpaBackend = Literal["torch", "auto", "cudnn", "flash", "efficient"]
 AttentionImplementation = Literal["sdpa", "flash_attention_2", "flash_attention_3"]
 
 _BACKENDS = {

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import psutil
 from packaging.requirements import Requirement
 
+from core.one_gpu import visible_gpus
 from core.units import format_gb
 from planner.components import num_lora_params, optimizer_bytes_per_param, weight_bytes
 from planner.plan import MemoryPlan
@@ -48,11 +49,14 @@ class Gpu:
 
 
 def find_gpu() -> Gpu | None:
-    """The first NVIDIA GPU as its driver reports it; None without a driver or a GPU."""
-    if (program := shutil.which("nvidia-smi")) is None:
+    """The first GPU that CUDA_VISIBLE_DEVICES leaves, as its driver reports it; None without a driver or a GPU."""
+    visible = visible_gpus()
+    if (program := shutil.which("nvidia-smi")) is None or visible == []:
         return None
     query = "name,driver_version,memory.total,memory.used"
     command = [program, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    if visible and not visible[0].startswith("MIG"):  # nvidia-smi reports the whole GPU of a part
+        command.append(f"--id={visible[0]}")
     result = subprocess.run(command, capture_output=True, text=True, timeout=5)
     if result.returncode or not result.stdout.strip():
         return None

@@ -1,5 +1,6 @@
 """What is checked before anything is downloaded or loaded: the hardware, and the memory plan against it."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,8 +35,8 @@ def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.dev
     """The memory plan and the device of the run. On a GPU cuDNN's attention is off from here on.
 
     Raises:
-        UserError: there is no GPU for a run that needs one, the attention kernel is not installed, or the plan exceeds
-            the card.
+        UserError: there is no GPU for a run that needs one, or several, the attention kernel is not installed, or the
+            plan exceeds the card.
     """
     device = pick_device(config.model_args.device_map)
     num_cards = torch.cuda.device_count()
@@ -46,6 +47,12 @@ def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.dev
             expected="an NVIDIA GPU, its driver and a CUDA build of torch",
             remedy="model_args.device_map=auto; nvidia-smi shows cards and driver; without a GPU run ./launch_mono.sh "
             "(the embedded model, on the CPU)",
+        )
+    if num_cards > 1 and device.type == "cuda" and "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"{num_cards} GPUs that this process sees",
+            expected="one: transformers would multiply the batch by their number, and vLLM takes the first",
+            remedy="set CUDA_VISIBLE_DEVICES to the one to use before torch is imported; train.py does so itself",
         )
     if device.type == "cuda":
         switch_cudnn_attention_off()
