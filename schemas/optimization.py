@@ -30,7 +30,7 @@ class OptimizationConfig:
     use_fp8: bool = False
     """On a card with fp8: KV cache and an unquantised generator in fp8; frozen models of their own scored in fp8."""
     compile_models: bool = False
-    """torch.compile for the forward of a student and a reference of their own (GPU; takes a minute once)."""
+    """torch.compile for the forward of a student and a reference of their own (GPU; bf16 or fp8; a minute once)."""
     recover_from_nan: bool = False
     """Get past non-finite losses, gradients and rewards: skip the step, then lower the rate, then roll back."""
     max_recoveries: PositiveInt = 8
