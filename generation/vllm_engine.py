@@ -237,6 +237,9 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process; read when vLLM is imported
     # The variable counts once vLLM has set up its logger, the level until then.
     logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
+    # vLLM switches expandable segments off for the memory that sleeps; 0.26 looks for them under the older name alone.
+    if "PYTORCH_ALLOC_CONF" in os.environ:
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = os.environ["PYTORCH_ALLOC_CONF"]
     from vllm import LLM
 
     gpu_memory_utilization = config.gpu_memory_utilization
