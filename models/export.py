@@ -3,7 +3,8 @@
 Forms of a linear layer with int8 values q [N out, K in] and LLM.int8 scales SCB [N] (weight = q * SCB / 127):
 
 * `packed_int8` (CUDA): compressed-tensors `pack-quantized`, weight-only with 16-bit activations (W8A16): four int8 to
-  an int32 along K, scales SCB / 127. NF4 bases are written the same way in groups of 64, the NF4 block: each of the 16
+  an int32 along K, scales SCB / 127 in float32, which vLLM keeps in the activations' 16 bits
+  (docs/measurements.md). NF4 bases are written the same way in groups of 64, the NF4 block: each of the 16
   NF4 levels (-1 .. 1) becomes round(127 * level), so a value is off by at most 0.4 % of its group's maximum. Where rows
   do not hold whole blocks (a width of 96) the groups are of 32, the least that vLLM's kernels take.
 * `dequantized` (CPU, whose vLLM has no 8-bit weight-only kernel): the products, in the model's 16-bit dtype.
