@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from core.errors import UserError
+from core.gpu_software import compiler_obstacle, driver_obstacle, driver_version
+from core.one_gpu import visible_gpus
 from core.units import format_gb
 from models.device import memory_of, pick_device
 from optimization.card import is_installed
@@ -35,9 +37,10 @@ def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.dev
     """The memory plan and the device of the run. On a GPU cuDNN's attention is off from here on.
 
     Raises:
-        UserError: there is no GPU for a run that needs one, or several, the attention kernel is not installed, or the
-            plan exceeds the card.
+        UserError: there is no GPU for a run that needs one, or several, its driver is too old, there is no C compiler
+            for vLLM, the attention kernel is not installed, or the plan exceeds the card.
     """
+    _require_gpu_software(config)
     device = pick_device(config.model_args.device_map)
     num_cards = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= num_cards:
@@ -77,6 +80,20 @@ def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.dev
             "allow_oversubscription=true starts all the same",
         )
     return plan, device
+
+
+def _require_gpu_software(config: AnyRunConfig) -> None:
+    """A CUDA build of torch with a driver that it can use, and what Triton compiles with where the run uses Triton."""
+    if torch.version.cuda is None or config.model_args.device_map == "cpu" or visible_gpus() == []:
+        return
+    uses_vllm = getattr(config, "generator", "transformers") != "transformers" and is_installed("vllm")
+    obstacle = None
+    if not torch.cuda.is_available():
+        obstacle = driver_obstacle(driver_version(), int(torch.version.cuda.partition(".")[0]))
+    elif uses_vllm or config.compile_models:
+        obstacle = compiler_obstacle()
+    if obstacle is not None:
+        raise obstacle
 
 
 def _require_attention_package(implementation: str) -> None:
