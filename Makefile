@@ -1,6 +1,6 @@
 # make test       install what is missing, then linters and every test that needs no GPU
 # make test-fast  the same without the slow tests
-# make test-gpu   the tests that need a GPU
+# make test-gpu   the tests that need a GPU, and vLLM's, each engine in a process of its own
 PYTHON ?= python3
 VENV := .venv/bin
 
@@ -22,4 +22,4 @@ test-fast: lint
 	$(VENV)/python -m pytest
 
 test-gpu: install
-	$(VENV)/python -m pytest -m gpu
+	$(VENV)/python -m pytest -m "gpu or engine"

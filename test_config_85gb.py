@@ -48,6 +48,7 @@ from planner.masked_diffusion import MaskedDiffusionSettings
 from planner.plan import MemoryPlan, plan_run
 from planner.readiness import (
     Check,
+    check_compiler,
     check_disk,
     check_generator,
     check_gpu,
@@ -193,6 +194,7 @@ def main(words: list[str] | None = None) -> int:
     if plans:
         asked = next((p for p in plans if p.name == arguments.config_name), plans[0])
         checks += [check_generator(asked.config), *check_gpu(gpu, asked.plan), check_disk(asked.values, asked.plan)]
+        checks += check_compiler(gpu, asked.config)
         checks += [check_host_ram(asked.plan), *check_models(asked.config), check_loggers(asked.config)]
     console.print()
     show_checks(checks)

@@ -34,6 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import NonFiniteError, UserError
 from core.log import configure_logging, console, log
+from core.one_gpu import show_one_gpu
 from schemas.compose import (
     JOB_OF_A_SWEEP,
     command_line,
@@ -62,6 +63,7 @@ _composed: list[dict[str, Any]] = []
 
 def _train_all(composed: list[dict[str, Any]]) -> int:
     """Train every run; the exit status."""
+    show_one_gpu(composed)
     import torch
 
     from trainers.preflight import check_hardware_and_plan, load_for_this_machine

@@ -293,6 +293,9 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process; read when vLLM is imported
     # The variable counts once vLLM has set up its logger, the level until then.
     logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
+    # vLLM switches expandable segments off for the memory that sleeps; 0.26 looks for them under the older name alone.
+    if "PYTORCH_ALLOC_CONF" in os.environ:
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = os.environ["PYTORCH_ALLOC_CONF"]
     from vllm import LLM
 
     gpu_memory_utilization = config.gpu_memory_utilization
@@ -330,9 +333,11 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
 def _process_state_preserved() -> Iterator[None]:
     """Put back what vLLM changes in the process that it starts in.
 
-    It seeds Python's, numpy's and torch's global generators; its CPU build also replaces `torch.set_num_threads` and
-    sets LD_PRELOAD, which every later child process would inherit.
+    It seeds Python's, numpy's and torch's global generators and sets the precision of float32 products to "highest"
+    (no TF32); its CPU build also replaces `torch.set_num_threads` and sets LD_PRELOAD, which every later child process
+    would inherit. That its CUDA build switches cuDNN's attention off stays so (`trainers.preflight` does it as well).
     """
+    matmul_precision = torch.get_float32_matmul_precision()
     python_state, numpy_state = random.getstate(), np.random.get_state()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     preload = os.environ.get("LD_PRELOAD")
@@ -341,6 +346,7 @@ def _process_state_preserved() -> Iterator[None]:
         yield
     random.setstate(python_state)
     np.random.set_state(numpy_state)
+    torch.set_float32_matmul_precision(matmul_precision)
     torch.set_num_threads = set_num_threads
     torch.set_num_threads(num_threads)
     if preload is None:

@@ -28,8 +28,9 @@ _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 def optimize_memory_for_device(*, expandable_segments: bool = True, card: Card | None = None) -> AppliedOptimization:
     """Let the trainer's allocator map pages into growing segments instead of keeping blocks of every size it ever saw.
 
-    vLLM's sleeping memory is a pool of its own in which vLLM (0.26 and later) switches the setting off, so the two do
-    not meet. The live allocator is told as well as the environment: torch reads that only once.
+    vLLM's sleeping memory is a pool of its own, for which vLLM switches the setting off where it finds it, so the two
+    do not meet: 0.26 reads PYTORCH_CUDA_ALLOC_CONF (`generation.vllm_engine` copies the setting there), later versions
+    both names and the live allocator. That is told as well as the environment: torch reads the latter only once.
     """
     card = card or find_card()
     if not expandable_segments:

@@ -102,7 +102,9 @@ def settings_from_config(config: RunConfig, *, allow_download: bool = False) -> 
     )
     generator_precision: Precision = precision if config.generator_weights == "auto" else config.generator_weights
     if generator_precision == "nf4":
-        generator_precision = "int8_groups"  # models/export.py writes NF4 values as int8 in groups of 64
+        # models/export.py writes NF4 values as int8 in groups of 64 or 32, and in 16 bits where these do not divide.
+        uneven = any(n_in % 32 for n_in, _ in teacher.linears.values())
+        generator_precision = "bf16" if uneven else "int8_groups"
     uses_reference = grpo.beta != 0
     frozen_adapter = (
         uses_reference and config.reference_model == "shared" and bool(grpo.sync_ref_model or args.adapter_path)

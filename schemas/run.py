@@ -55,6 +55,7 @@ class RunConfig(ModelConfig, DataConfig, GenerationConfig, RewardConfig, Trainer
     def __post_init__(self) -> None:
         ModelArgs.__post_init__(self.model_args)
         RewardConfig.__post_init__(self)
+        OptimizationConfig.__post_init__(self)
         _check_batch_arithmetic(self)
         _check_combinations(self)
 

@@ -18,9 +18,10 @@ from trl.models.activation_offloading import OffloadActivations
 from core.errors import UserError
 from core.types import ScoringRow
 from generation import make_generator
-from models.load import load_frozen
+from models.load import load_base, load_frozen
 from models.logprobs import score_spans
 from optimization import check_fp8_support, compile_forward, quantise_to_fp8, tile_mlps
+from optimization.apply import announce_models
 from optimization.fp8_optim import Fp8Linear, _quantise_rows, choose_fp8
 from optimization.memory_optim import CheckpointOffload
 from planner.activations import train_activation_bytes
@@ -307,6 +308,40 @@ def test_a_compiled_forward_is_used_gives_the_same_and_is_undone(model):
 @pytest.mark.parametrize(("with_model", "reason"), [(True, "on a CPU"), (False, "teacher's own base")])
 def test_what_is_not_compiled_says_why(with_model, reason, model):
     assert reason in compile_forward(model if with_model else None).skipped
+
+
+@pytest.mark.parametrize(
+    ("words", "num_breaks"),
+    [
+        ({"load_in_8bit": False}, 0),
+        ({"load_in_8bit": False, "load_in_4bit": True}, 0),
+        ({"load_in_8bit": True, "llm_int8_threshold": 0.0}, 0),
+        ({"load_in_8bit": True}, 2 * 7),
+    ],
+)
+def test_what_is_compiled_is_one_graph_and_what_is_not_would_break_at_each_linear(words, num_breaks, tmp_path):
+    folder = write_random_model(tmp_path / "model")
+    model = load_base(str(folder), ModelArgs(**words), torch.device("cpu")).eval()
+    token_ids = torch.arange(8)[None]
+    with torch.no_grad():
+        model.get_decoder()(token_ids, use_cache=False)
+        torch._dynamo.reset()
+        explained = torch._dynamo.explain(model.get_decoder())(token_ids, use_cache=False)
+    assert explained.graph_break_count >= num_breaks and (explained.graph_break_count == 0) == (num_breaks == 0)
+    record = compile_forward(model, backend="eager")
+    assert (record.skipped is None) == (num_breaks == 0)
+    assert num_breaks == 0 or "every LLM.int8 linear ends the graph" in record.skipped
+    record.undo()
+
+
+@pytest.mark.parametrize(
+    ("words", "compiled"), [([], False), (["scoring_weights=fp8"], True), (["model_args.load_in_8bit=false"], True)]
+)
+def test_the_obstacle_is_said_before_anything_is_loaded(words, compiled, monkeypatch):
+    monkeypatch.setattr("optimization.apply.find_card", lambda: H100)
+    words = ["compile_models=true", "model_args.load_in_8bit=true", *words]
+    (record,) = announce_models(load_run_config(compose_run_config("teacher_rlt_mono_85gb", words)))
+    assert record.name == "torch.compile" and (record.skipped is None) == compiled
 
 
 def test_a_non_finite_activation_stays_visible_through_fp8():

@@ -1,14 +1,18 @@
 """What is checked before anything is downloaded or loaded: the hardware, and the memory plan against it."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from core.errors import UserError
+from core.gpu_software import compiler_obstacle, driver_obstacle, driver_version
+from core.one_gpu import visible_gpus
 from core.units import format_gb
 from models.device import memory_of, pick_device
 from optimization.card import is_installed
+from optimization.cuda_optim import switch_cudnn_attention_off
 from planner.fit import resolve_auto
 from planner.plan import MemoryPlan, plan_run
 from schemas.run import AnyRunConfig, load_run_config
@@ -30,12 +34,13 @@ def load_for_this_machine(values: Mapping[str, Any]) -> AnyRunConfig:
 
 
 def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.device]:
-    """The memory plan and the device of the run.
+    """The memory plan and the device of the run. On a GPU cuDNN's attention is off from here on.
 
     Raises:
-        UserError: there is no GPU for a run that needs one, the attention kernel is not installed, or the plan exceeds
-            the card.
+        UserError: there is no GPU for a run that needs one, or several, its driver is too old, there is no C compiler
+            for vLLM, the attention kernel is not installed, or the plan exceeds the card.
     """
+    _require_gpu_software(config)
     device = pick_device(config.model_args.device_map)
     num_cards = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= num_cards:
@@ -46,6 +51,14 @@ def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.dev
             remedy="model_args.device_map=auto; nvidia-smi shows cards and driver; without a GPU run ./launch_mono.sh "
             "(the embedded model, on the CPU)",
         )
+    if num_cards > 1 and device.type == "cuda" and "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"{num_cards} GPUs that this process sees",
+            expected="one: transformers would multiply the batch by their number, and vLLM takes the first",
+            remedy="set CUDA_VISIBLE_DEVICES to the one to use before torch is imported; train.py does so itself",
+        )
+    if device.type == "cuda":
+        switch_cudnn_attention_off()
     _require_attention_package(config.model_args.attn_implementation)
     gpu_bytes = int(config.gpu_gb * 1e9) if config.gpu_gb is not None else memory_of(device)
     plan = plan_run(config, gpu_bytes, allow_download=device.type == "cuda")
@@ -67,6 +80,20 @@ def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.dev
             "allow_oversubscription=true starts all the same",
         )
     return plan, device
+
+
+def _require_gpu_software(config: AnyRunConfig) -> None:
+    """A CUDA build of torch with a driver that it can use, and what Triton compiles with where the run uses Triton."""
+    if torch.version.cuda is None or config.model_args.device_map == "cpu" or visible_gpus() == []:
+        return
+    uses_vllm = getattr(config, "generator", "transformers") != "transformers" and is_installed("vllm")
+    obstacle = None
+    if not torch.cuda.is_available():
+        obstacle = driver_obstacle(driver_version(), int(torch.version.cuda.partition(".")[0]))
+    elif uses_vllm or config.compile_models:
+        obstacle = compiler_obstacle()
+    if obstacle is not None:
+        raise obstacle
 
 
 def _require_attention_package(implementation: str) -> None:
