@@ -28,6 +28,7 @@ from generation.base import ProgressCallback, SamplingSettings, check_rows, prom
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _SHARED_MEMORY = Path("/dev/shm")
+_MIN_BATCHED_TOKENS_ON_CPU = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,6 +245,11 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
         # vLLM refuses to start where less than this share is free, although the cache's size is given in bytes.
         free_bytes, total_bytes = torch.cuda.mem_get_info()
         gpu_memory_utilization = min(gpu_memory_utilization, 0.99 * free_bytes / total_bytes)
+    # vLLM rewinds the seeded generator of a row whose prompt it reads in pieces; a CPU generator cannot be rewound.
+    whole_prompts: dict[str, Any] = {
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS_ON_CPU, config.max_model_len),
+    }
     log.info("starting vLLM on %s", "the GPU" if config.on_gpu else "the CPU")
     return LLM(
         model=config.checkpoint,
@@ -266,6 +272,7 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
         use_tqdm_on_load=False,
+        **({} if config.on_gpu else whole_prompts),
     )
 
 
