@@ -30,6 +30,7 @@ from planner.constants import VLLM_BATCHED_TOKENS
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _SHARED_MEMORY = Path("/dev/shm")
+_MIN_BATCHED_TOKENS_ON_CPU = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,6 +304,14 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
         # vLLM refuses to start where less than this share is free, although the cache's size is given in bytes.
         free_bytes, total_bytes = torch.cuda.mem_get_info()
         gpu_memory_utilization = min(gpu_memory_utilization, 0.99 * free_bytes / total_bytes)
+    # A GPU: what the plan counts, since vLLM's own choice grows with the card. A CPU: vLLM rewinds the seeded generator
+    # of a row whose prompt it reads in pieces, and a CPU generator cannot be rewound.
+    batching: dict[str, Any] = {"max_num_batched_tokens": int(VLLM_BATCHED_TOKENS.value)}
+    if not config.on_gpu:
+        batching = {
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS_ON_CPU, config.max_model_len),
+        }
     return LLM(
         model=config.checkpoint,
         quantization=config.quantization,
@@ -312,8 +321,6 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
         generation_config="vllm",
         max_model_len=config.max_model_len,
         max_num_seqs=config.rows_per_call,
-        # On a GPU what the plan counts: vLLM's own choice grows with the card.
-        **({"max_num_batched_tokens": int(VLLM_BATCHED_TOKENS.value)} if config.on_gpu else {}),
         enable_lora=True,
         max_loras=1,
         max_lora_rank=config.max_lora_rank,
@@ -326,6 +333,7 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
         use_tqdm_on_load=False,
+        **batching,
     )
 
 

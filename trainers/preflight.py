@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub import get_token
+from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from core.errors import UserError
 from core.gpu_software import compiler_obstacle, driver_obstacle, driver_version
@@ -38,7 +40,7 @@ def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.dev
 
     Raises:
         UserError: there is no GPU for a run that needs one, or several, its driver is too old, there is no C compiler
-            for vLLM, the attention kernel is not installed, or the plan exceeds the card.
+            for vLLM, a setting needs a package, a GPU or the hub that is not there, or the plan exceeds the card.
     """
     _require_gpu_software(config)
     device = pick_device(config.model_args.device_map)
@@ -60,6 +62,7 @@ def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.dev
     if device.type == "cuda":
         switch_cudnn_attention_off()
     _require_attention_package(config.model_args.attn_implementation)
+    _require_what_settings_need(config.arguments, device)
     gpu_bytes = int(config.gpu_gb * 1e9) if config.gpu_gb is not None else memory_of(device)
     plan = plan_run(config, gpu_bytes, allow_download=device.type == "cuda")
     planned = f"{config.run_name} plans for {format_gb(plan.max_bytes)} ({plan.binding_phase} phase)"
@@ -103,4 +106,28 @@ def _require_attention_package(implementation: str) -> None:
             f"`model_args.attn_implementation` is {implementation}, and it is not installed",
             expected=f"the Python package {package} in this environment",
             remedy="model_args.attn_implementation=sdpa; use_flash_attention=true takes what is installed",
+        )
+
+
+def _require_what_settings_need(arguments: Any, device: torch.device) -> None:
+    """The library's own settings that would fail only once the models are loaded."""
+    if arguments.use_liger_kernel and (device.type == "cpu" or not is_installed("liger_kernel")):
+        obstacle = "the run is on a CPU" if is_installed("liger_kernel") else "it is not installed"
+        raise UserError(
+            f"`use_liger_kernel` is true, and {obstacle}",
+            expected="an NVIDIA GPU, and the Python package liger_kernel in this environment",
+            remedy="use_liger_kernel=false, or pip install liger-kernel on a machine with a GPU",
+        )
+    if arguments.fp16 and device.type == "cpu":
+        raise UserError(
+            "`fp16` is true on a CPU",
+            expected="a GPU: the scaler of fp16 gradients needs one",
+            remedy="fp16=false; bf16=true trains in 16 bits on a CPU too",
+        )
+    uploads = [key for key in ("push_to_hub", "log_completions_hub_repo") if getattr(arguments, key, None)]
+    if uploads and (HF_HUB_OFFLINE or get_token() is None):
+        raise UserError(
+            f"`{uploads[0]}` is set, and " + ("HF_HUB_OFFLINE is on" if HF_HUB_OFFLINE else "there is no access token"),
+            expected="a connection to the hub and a token that may write",
+            remedy=f"`hf auth login` or HF_TOKEN in the environment; or leave {uploads[0]} out and upload afterwards",
         )

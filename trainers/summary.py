@@ -69,8 +69,8 @@ def summarise(run_dir: Path, memory: dict[str, Any], report: Report = TEACHER_RE
     those of the first and the last evaluation.
     """
     lines = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
-    logged = [line[report.train_key] for line in lines if line.get(report.train_key) is not None]
-    differences = [line["sampling/logp_difference"] for line in lines if "sampling/logp_difference" in line]
+    logged = _values(lines, report.train_key)
+    differences = _values(lines, "sampling/logp_difference")
     window = min(_WINDOW, max(1, len(logged) // 2))
     evaluations = [line for line in lines if any(key in line for key in report.eval_rows)]
     summary: dict[str, Any] = {
@@ -86,6 +86,11 @@ def summarise(run_dir: Path, memory: dict[str, Any], report: Report = TEACHER_RE
     summary["memory"] = memory
     write_summary(run_dir, summary)
     return summary
+
+
+def _values(lines: list[dict[str, Any]], key: str) -> list[float]:
+    """Of the lines that have one: a figure is null where nothing counted, as in a step of masked completions only."""
+    return [line[key] for line in lines if line.get(key) is not None]
 
 
 def summary_table(summary: dict[str, Any], report: Report = TEACHER_REPORT) -> Table:

@@ -33,11 +33,13 @@ from optimization.memory_optim import CheckpointOffload
 from planner.plan import MemoryPlan
 from rewards import EXTRA_REWARDS, RolloutScorer
 from rewards.format import is_well_formed
+from rewards.rollout import ScoredRollout
 from schemas.run import RunConfig
 from trainers.callbacks import StopOnSignal, SyncReferenceAdapter
 from trainers.checkpoints import WholeCheckpoints
 from trainers.model_card import WritesModelCard, teacher_card
 from trainers.recovery import RecoveryMixin
+from trainers.run_folder import write_evaluation
 
 _TRAIN_STREAM, _EVAL_STREAM = 0, 1
 
@@ -91,6 +93,7 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         self._classify_explanation, self._on_progress = classify_explanation, on_progress
         self._synced_step = self._evaluated_step = -1
         self._sampled: list[Completion] = []
+        self._num_tokens = dict.fromkeys((Phase.GENERATE, Phase.SCORE, Phase.TRAIN), 0)
         self._policy_logps_BT: torch.Tensor | None = None
         self._reported_use = host.checkpoint_use()
         trained = {name: p.data for name, p in host.teacher.named_parameters() if p.requires_grad}
@@ -159,6 +162,14 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         return [c.token_ids for c in self._sampled], [c.logprobs for c in self._sampled]
 
     def _sample(self, prompts_P_T: list[list[int]], num_generations: int, seeds: list[int]) -> list[Completion]:
+        """[B] completions of the current policy, for a step or an evaluation; they are then scored."""
+        completions = self._draw(prompts_P_T, num_generations, seeds)
+        num_tokens = sum(len(c.token_ids) for c in completions)
+        self._num_tokens[Phase.GENERATE] += num_tokens
+        self._num_tokens[Phase.SCORE] += num_tokens
+        return completions
+
+    def _draw(self, prompts_P_T: list[list[int]], num_generations: int, seeds: list[int]) -> list[Completion]:
         """[B] completions of the current policy, after the canary has seen that the generator holds it.
 
         Without a generator of ours, TRL's client of a vLLM server samples; it takes no seed for each row.
@@ -206,8 +217,18 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         for name, values_B in scored.breakdown.terms.items():
             log_metric(f"rlt/{name}", values_B.nanmean().item())
             log_extra(name, values_B.tolist())
+        for name, texts in self._described(question, solution, scored).items():
+            log_extra(name, texts)
         log_metric("rlt/format_rate", self._format_rate(completion_ids))
         return scored.breakdown.reward.tolist()
+
+    def _described(self, questions: list[str], solutions: list[str], scored: ScoredRollout) -> dict[str, list[str]]:
+        """What a table of B completions says about them beside their figures; `kind` where the task can tell it."""
+        explanations = [row.explanation for row in scored.rows]
+        columns = {"question": questions, "solution": solutions, "explanation": explanations}
+        if self._classify_explanation is not None:
+            columns["kind"] = list(map(self._classify_explanation, questions, solutions, explanations))
+        return columns
 
     def _format_rate(self, completion_ids: Sequence[Sequence[int]]) -> float:
         texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
@@ -235,11 +256,13 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
 
     def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         loss = super()._compute_loss(model, inputs)
+        self._num_tokens[Phase.TRAIN] += int(inputs["completion_mask"].sum())
         sampler_logps_BT = inputs.get("sampling_per_token_logps")
         if sampler_logps_BT is not None and self._policy_logps_BT is not None:
             mask_BT = inputs["completion_mask"].bool()
             difference = (self._policy_logps_BT - sampler_logps_BT).abs()[mask_BT]
-            self._metrics["train"]["sampling/logp_difference"].append(difference.mean().item())
+            if difference.numel():  # none where every completion is masked (`mask_truncated_completions`)
+                self._metrics["train"]["sampling/logp_difference"].append(difference.mean().item())
         return loss
 
     def _pass_over_micro_batch(self) -> None:
@@ -271,7 +294,9 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
                 [c.logprobs for c in completions],
                 every_term=True,
             )
-        means = scored.breakdown.means()
+        columns = self._described(rows["question"], rows["solution"], scored)
+        self._write_evaluation(rows["prompt"], completions, columns, scored)
+        means, kinds = scored.breakdown.means(), columns.get("kind", [])
         metrics = {
             f"{metric_key_prefix}_{name}": value
             for name, value in {
@@ -279,7 +304,7 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
                 "reward": means["reward"],
                 "format_rate": self._format_rate([c.token_ids for c in completions]),
                 "explanation_tokens": mean(row.explanation_slice.stop for row in scored.rows),
-                **self._explanation_shares(rows, [row.explanation for row in scored.rows]),
+                **{f"share/{kind}": kinds.count(kind) / len(kinds) for kind in sorted(set(kinds))},
             }.items()
         }
         self._evaluated_step = self.state.global_step
@@ -287,14 +312,24 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _explanation_shares(self, rows: dict[str, list[str]], explanations: Sequence[str]) -> dict[str, float]:
-        if self._classify_explanation is None:
-            return {}
-        kinds = [
-            self._classify_explanation(q, s, e)
-            for q, s, e in zip(rows["question"], rows["solution"], explanations, strict=True)
-        ]
-        return {f"share/{kind}": kinds.count(kind) / len(kinds) for kind in sorted(set(kinds))}
+    def _write_evaluation(
+        self, prompts: list[str], completions: list[Completion], columns: dict[str, list[str]], scored: ScoredRollout
+    ) -> None:
+        """The table of an evaluation: a row a held-out question, with every term of the reward."""
+        table = {
+            "step": [self.state.global_step] * len(prompts),
+            "prompt": prompts,
+            "completion": self.processing_class.batch_decode(
+                [c.token_ids for c in completions], skip_special_tokens=True
+            ),
+            **columns,
+            "num_tokens": [len(c.token_ids) for c in completions],
+            "finish_reason": [c.finish_reason for c in completions],
+            "sampler_log_prob": [sum(c.logprobs) for c in completions],
+            "reward": scored.breakdown.reward.tolist(),
+            **{name: values_B.tolist() for name, values_B in scored.breakdown.terms.items()},
+        }
+        write_evaluation(Path(self.args.output_dir), self.state.global_step, table)
 
     # Phases and metrics
 
@@ -304,13 +339,16 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
             return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.model.training:
+        """A step's metrics and completions; what is logged at the end of training has no completions of its own."""
+        self.log_completions = "loss" in logs and self.model.training
+        if self.log_completions:
             logs |= self._phase_metrics()
         super().log(logs, start_time)
 
     def _phase_metrics(self) -> dict[str, float]:
-        """Seconds of each phase since the last log, peak memory so far beside the plan's, and tokens/s.
+        """Seconds of each phase since the last log, peak memory so far beside the plan's, and tokens/s of that time.
 
+        Tokens are those of completions (TRAIN: that the loss is of); an evaluation counts in time and tokens alike.
         On a GPU the measured memory is what torch reserved, a sleeping vLLM left out, and beside it what the driver
         reports as used. On a CPU it is this process's resident set (`rss`), and the plan's stays that of a GPU.
         """
@@ -324,11 +362,10 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
             metrics[f"memory/{phase}_predicted_gb"] = gb(self.plan.peak_bytes(phase))
             if use[phase].peak_driver_bytes:
                 metrics[f"memory/{phase}_driver_gb"] = gb(use[phase].peak_driver_bytes)
-        sampled_tokens = sum(len(c.token_ids) for c in self._sampled)
-        if sampled_tokens and self.args.logging_steps == 1:
-            for phase in (Phase.GENERATE, Phase.SCORE, Phase.TRAIN):
-                if seconds[phase] > 0:
-                    metrics[f"tokens_per_s/{phase}"] = sampled_tokens / seconds[phase]
+        for phase, num_tokens in self._num_tokens.items():
+            if num_tokens and seconds[phase] > 0:
+                metrics[f"tokens_per_s/{phase}"] = num_tokens / seconds[phase]
+            self._num_tokens[phase] = 0
         return metrics
 
     def finish(self) -> None:
