@@ -3,7 +3,7 @@
 Parts a to g (`--list` names them), each within --limit-s, their cells in fresh processes. The same call goes on where
 the last one stopped: a cell with a result of this card, these versions and these sources is not run again. Results are
 JSON in --out; on a card (shape 7B) they also go into docs/measurements.json, from which docs/measurements.md and the
-README's table are written. Without a card what needs CUDA is skipped with the reason, and no file of the project changes:
+README's table are written. Without a card what needs CUDA is skipped with the reason, and the docs stay as they are:
 
     python -m benchmarks.gpu --shape tiny          everything end to end on a CPU, minutes
 

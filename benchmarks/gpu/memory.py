@@ -5,7 +5,7 @@ that asks it every few milliseconds. The card is taken to be this process's alon
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -112,17 +112,23 @@ def optimizer_state_bytes(optimizer: Any) -> int:
     return tensor_bytes(v for state in states for v in state.values() if isinstance(v, torch.Tensor))
 
 
+def touch_card() -> None:
+    """Make the CUDA context and cuBLAS's workspace, so that they can be told apart from what comes later."""
+    square = torch.ones(256, 256, device="cuda", dtype=torch.bfloat16)
+    square @ square
+
+
 class MemoryCap:
     """Makes a card as small as another one, for torch, for vLLM and for the plan.
 
     torch counts a sleeping pool as in use, so its share is raised by as much while the engine sleeps.
     """
 
-    def __init__(self, card_bytes: int) -> None:
+    def __init__(self, card_bytes: int, warm_up: Callable[[], None] = touch_card) -> None:
         """`card_bytes` as the driver of the smaller card would report them; call before anything is loaded."""
         self.card_bytes = card_bytes
+        warm_up()
         _, self._total_bytes = torch.cuda.mem_get_info()
-        torch.ones(256, 256, device="cuda", dtype=torch.bfloat16).matmul(torch.ones(256, 256, device="cuda").bfloat16())
         self._outside_bytes = outside_torch_bytes()
         self.apply()
 

@@ -28,6 +28,7 @@ from benchmarks.gpu.memory import (
     phase_rows,
     planned_components,
     tensor_bytes,
+    touch_card,
     used_bytes,
     vllm_pool_bytes,
 )
@@ -205,7 +206,10 @@ def _and_then(call: Callable[..., Any], cap: MemoryCap) -> Callable[..., Any]:
 
 def _run(config: RunConfig, values: dict[str, Any], figures: Figures, watch: DriverWatch, stopwatch: Stopwatch) -> int:
     """Train, report; returns the highest peak by the driver, 0 without a card."""
-    context_bytes = outside_torch_bytes() if _touch_card() else None
+    context_bytes = None
+    if torch.cuda.is_available():
+        touch_card()
+        context_bytes = outside_torch_bytes()
     plan, device = check_hardware_and_plan(config)
     prepared = trainers.build.check_before_loading(config, resolved_values(config, values), plan, device)
     trainer = trainers.build.build_trainer(prepared)
@@ -218,15 +222,6 @@ def _run(config: RunConfig, values: dict[str, Any], figures: Figures, watch: Dri
     finally:
         trainer.close()
     return max(watch.peak_bytes.values(), default=0)
-
-
-def _touch_card() -> bool:
-    """Make the CUDA context and cuBLAS's workspace, so that they can be told apart from what comes later."""
-    if not torch.cuda.is_available():
-        return False
-    square = torch.ones(256, 256, device="cuda", dtype=torch.bfloat16)
-    square @ square
-    return True
 
 
 def _measured(trainer: TeacherGRPOTrainer, sizes: _StepSizes, context_bytes: int | None) -> dict[str, float]:
