@@ -11,9 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
-from benchmarks.gpu import floors, memory, report
+from benchmarks.gpu import floors, kernels, memory, planner_grid, report, training
 from benchmarks.gpu.__main__ import SHAPES, main
+from benchmarks.gpu.cell import Setup
 from benchmarks.gpu.machine import ROOT, Machine, _digest_of_sources
 from benchmarks.gpu.memory import DriverWatch, MemoryCap, component_table, module_bytes
 from benchmarks.gpu.parts import _NUM_GRID_POINTS, PARTS, cells_of
@@ -25,15 +27,19 @@ from benchmarks.gpu.random_model import (
     shape_named,
     write_questions,
 )
-from benchmarks.gpu.runner import Cell, Result, run_cell, run_cells
+from benchmarks.gpu.runner import Cell, Figures, Result, run_cell, run_cells
+from core.types import Phase
 from data.formats import TAG_STYLES, PromptFormat, encode
+from models.host import PhaseUse
+from planner.activations import train_activation_bytes
 from planner.components import num_lora_params, weight_bytes
 from planner.fit import card_gb
 from planner.readme_table import measured_peaks
 from planner.shapes import load_shape
 from schemas.compose import compose_run_config
+from tests.helpers.measured_step import Measured
 from tests.helpers.step_models import build_model
-from tests.test_planner_formula import point
+from tests.test_planner_formula import point, predicted_static
 from tests.test_planner_gpu import GPU_GRID
 
 HERE = Machine(card=None, card_gb=None, driver=None, python="3", versions={"torch": "2"}, commit="abc", sources="1")
@@ -200,7 +206,7 @@ def test_bytes_of_a_loaded_model_are_those_of_the_plan(precision):
 
 
 def test_peaks_belong_to_the_innermost_phase(monkeypatch):
-    used = iter([5, 9, 7, 30, 20, 1])
+    used = iter([5, 9, 7, 30, 20, 1])  # bytes in use, one sample after the other
     watch = DriverWatch()
     monkeypatch.setattr(memory, "used_bytes", lambda: next(used))
 
@@ -216,6 +222,20 @@ def test_peaks_belong_to_the_innermost_phase(monkeypatch):
         samples(1)
     samples(2)
     assert watch.peak_bytes == {"generate": 30, "sync": 7, memory.OUTSIDE: 20}
+
+
+def test_a_paused_watch_asks_nothing(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "used_bytes", lambda: asked.append(1) or 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    watch = DriverWatch()
+    with watch.watching():
+        while not asked:
+            time.sleep(0.001)
+        with watch.paused():
+            before = len(asked)
+            time.sleep(0.1)
+            assert len(asked) == before
 
 
 class FakeCard:
@@ -257,6 +277,29 @@ def test_sleeping_bytes_are_those_that_the_allocator_marks(monkeypatch):
     assert memory.vllm_pool_bytes(asleep=True) == 30
 
 
+def test_components_on_a_card_add_up(monkeypatch):
+    """Figures of a stand-in for the card: each component is what is left after the others."""
+    gigabyte = int(1e9)
+    card = FakeCard(monkeypatch)
+    card.reserved, card.asleep = 40 * gigabyte, 27 * gigabyte
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 39 * gigabyte)
+    pool = {"weights": 9 * gigabyte, "kv_cache": 18 * gigabyte}
+    monkeypatch.setattr(training, "vllm_pool_bytes", lambda tag=None, asleep=None: pool[tag] if tag else card.asleep)
+    monkeypatch.setattr(training, "module_bytes", lambda model, adapters: gigabyte if adapters else 5 * gigabyte)
+    use = {phase: PhaseUse(1.0, 15 * gigabyte, 18 * gigabyte) for phase in Phase}
+    host = SimpleNamespace(teacher="t", student="s", checkpoint_use=lambda: use)
+    sizes = SimpleNamespace(gradient_bytes=gigabyte, optimizer_bytes=gigabyte // 2)
+    found = training._measured(SimpleNamespace(host=host), sizes, context_bytes=3 * gigabyte)
+    assert found["vLLM weights"] == 9 and found["KV cache"] == 18 and found["CUDA context"] == 3
+    in_use_asleep = 3 + 40 - 27
+    assert found["vLLM residue"] == pytest.approx(in_use_asleep - 3 - (5 + 1 + 0.5 + 5))
+    at_rest = 39 - 27
+    assert found["activations, train"] == pytest.approx(15 - at_rest - 1)
+    assert found["activations, score"] == pytest.approx(15 - at_rest)
+    assert found["allocator, train"] == pytest.approx(18 - 15)
+
+
 def test_a_component_that_was_not_measured_has_no_figure():
     rows = component_table({"teacher": 8.0, "canary": 1.0}, {"teacher": 8.4, "other": 2.0})
     assert rows == [
@@ -286,6 +329,36 @@ def test_proposed_constants_are_those_that_made_the_points():
     assert 0.1 < fragmentation.least_squares < 0.12 < fragmentation.covering == pytest.approx(0.3)
     (workspace,) = [p for name, p in exact.items() if name.startswith("workspace")]
     assert workspace.covering == pytest.approx(0.1e9)
+
+
+def test_the_grid_becomes_points_and_the_points_proposals(tmp_path, monkeypatch):
+    def measured_step(settings):
+        static, dynamic = predicted_static(settings), train_activation_bytes(settings)
+        return Measured(int(static), int(static + dynamic), int(static + 1.25 * dynamic), int(0.7e9))
+
+    monkeypatch.setattr(planner_grid, "measure_training_step", measured_step)
+    monkeypatch.setattr(planner_grid, "require_cuda", lambda: None)
+    for one in cells_of("c", "7B"):
+        setup = Setup(cell=one.name, shape="7B", out=tmp_path, arguments=dict(one.arguments))
+        figures = Figures(tmp_path / "figures")
+        getattr(planner_grid, one.function.partition(":")[2])(setup, figures)
+        values = json.loads((tmp_path / "figures").read_text())
+        result = measured(part="c", cell=one.name, figures=values)
+        (tmp_path / f"{one.file_name}.json").write_text(json.dumps(vars(result)))
+    proposals = {proposal["constant"]: proposal for proposal in values["proposals"]}
+    assert proposals["FRAGMENTATION_FRAC"]["num_points"] == len(GPU_GRID)
+    assert proposals["FRAGMENTATION_FRAC"]["least_squares"] == pytest.approx(0.25)
+    assert proposals["CUDA_CONTEXT_BYTES"]["covering"] == pytest.approx(0.7e9)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_gradients_are_looked_at(monkeypatch, masked):
+    """On a CPU, whose fused kernel stands for a card's; a kernel that does not exist says so."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    time_ms, gradients = kernels._forward_and_backward(SDPBackend.FLASH_ATTENTION, masked, length=80, device="cpu")
+    assert float(time_ms) > 0 and gradients == "finite"
+    time_ms, reason = kernels._forward_and_backward(SDPBackend.CUDNN_ATTENTION, masked, length=80, device="cpu")
+    assert time_ms == "" and reason
 
 
 def step_work(**changes):
@@ -350,6 +423,13 @@ def test_figures_of_a_card_reach_both_pages_and_replace_their_like(project):
     assert "left out" not in (project / "docs/measurements.json").read_text()
     row = next(line for line in (project / "README.md").read_text().splitlines() if "`teacher_rlt_mono_85gb`" in line)
     assert row.endswith("| 47 / 27 / 38 (L4) |")
+
+
+def test_results_of_another_machine_are_taken_in(project, tmp_path):
+    results = [measured(), measured(shape="0.5B", cell="small"), measured(card=None, cell="cpu")]
+    for result in results:
+        (tmp_path / f"a-{result.cell}.json").write_text(json.dumps(vars(result)))
+    assert report.results_in(tmp_path) == results[:1]
 
 
 def test_a_run_without_all_phases_is_no_measured_peak():

@@ -19,13 +19,11 @@ from rich.table import Table
 
 from benchmarks.gpu.machine import ROOT, Machine, this_machine
 from benchmarks.gpu.parts import PARTS, cells_of
-from benchmarks.gpu.report import publish
+from benchmarks.gpu.report import PUBLISHED_SHAPE, publish
 from benchmarks.gpu.runner import Result, run_cells
 from core.log import configure_logging, console, log
 
 SHAPES = ("tiny", "0.5B", "1.5B", "3B", "7B", "14B", "32B")
-PUBLISHED_SHAPE = "7B"
-"""What the configurations of parts a and d are made for; figures of other shapes stay in --out."""
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -40,16 +40,19 @@ def attention_kernels(setup: Setup, figures: Figures) -> None:
             )
 
 
-def _forward_and_backward(kernel: SDPBackend, masked: bool) -> tuple[str, str]:
+def _forward_and_backward(
+    kernel: SDPBackend, masked: bool, *, length: int = _LENGTH, device: str = "cuda"
+) -> tuple[str, str]:
     """Milliseconds and whether the gradients are finite; or why the kernel does not take this."""
     torch.manual_seed(0)
-    shape = (2, 28, _LENGTH, 128)
-    query, key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    mask = torch.ones(2, 1, _LENGTH, _LENGTH, dtype=torch.bool, device="cuda").tril() if masked else None
+    shape = (2, 28, length, 128)
+    query, key, value = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    mask = torch.ones(2, 1, length, length, dtype=torch.bool, device=device).tril() if masked else None
     if mask is not None:
+        padding = torch.arange(64)
         mask[0, :, :, :64] = False  # the first row is padded on the left
         mask[0, :, :64, :] = False
-        mask[0, :, range(64), range(64)] = True  # as transformers does: no query without any key
+        mask[0, 0, padding, padding] = True  # as transformers does: no query without any key
 
     def step() -> None:
         for tensor in (query, key, value):

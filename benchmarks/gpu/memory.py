@@ -1,7 +1,8 @@
 """Bytes on the card as its driver counts them, and which of them belong to what.
 
 torch's own counters go on counting what a sleeping vLLM has given back, so peaks are taken from the driver, by a thread
-that asks it every few milliseconds. The card is taken to be this process's alone.
+that asks it every few milliseconds; not while CUDA graphs are captured, which other threads' calls may break. The card
+is taken to be this process's alone.
 """
 
 import threading
@@ -29,6 +30,7 @@ class DriverWatch:
         self.peak_bytes: dict[str, int] = {}
         self._open = [OUTSIDE]
         self._stop = threading.Event()
+        self._may_ask = threading.Lock()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     @contextmanager
@@ -48,9 +50,16 @@ class DriverWatch:
         finally:
             self._open.pop()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Ask the driver nothing meanwhile."""
+        with self._may_ask:
+            yield
+
     def _sample(self) -> None:
         while not self._stop.wait(_INTERVAL_S):
-            phase, used = self._open[-1], used_bytes()
+            with self._may_ask:
+                phase, used = self._open[-1], used_bytes()
             self.peak_bytes[phase] = max(self.peak_bytes.get(phase, 0), used)
 
 
@@ -161,7 +170,10 @@ def phase_rows(plan: MemoryPlan, host: ModelHost, watch: DriverWatch) -> dict[st
 
 
 def planned_components(plan: MemoryPlan) -> dict[str, float]:
-    """Component -> planned GB; of one that differs between phases, e.g. activations, one entry for each phase."""
+    """Component -> planned GB; of one that differs between phases, e.g. activations, one entry for each phase.
+
+    vLLM's adapter slots count as its weights: both lie in one pool.
+    """
     found: dict[str, dict[Phase, int]] = {}
     for phase, parts in plan.components.items():
         for name, size in parts.items():
@@ -172,6 +184,8 @@ def planned_components(plan: MemoryPlan) -> dict[str, float]:
             planned[name] = gb(max(sizes.values()))
         else:
             planned |= {f"{name}, {phase}": gb(size) for phase, size in sizes.items()}
+    if "vLLM weights" in planned:
+        planned["vLLM weights"] += planned.pop("vLLM adapter")
     return planned
 
 

@@ -1,6 +1,7 @@
 """Figures of cards in the docs: docs/measurements.json holds them, docs/measurements.md and README.md show them.
 
-`python -m benchmarks.gpu.report [--check]` writes both pages anew from the file.
+`python -m benchmarks.gpu.report` writes both pages anew from the file; `--add FOLDER` takes in the results of a card on
+another machine, which lie in its --out folder.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from benchmarks.gpu.runner import Result, write_whole
 from core.log import console
 from planner import readme_table
 
+PUBLISHED_SHAPE = "7B"
+"""What the configurations of parts a and d are made for; figures of other shapes stay where they were measured."""
 START, END = "<!-- measured on a card -->", "<!-- /measured on a card -->"
 
 
@@ -32,6 +35,12 @@ def publish(results: Sequence[Result], root: Path = ROOT) -> None:
     entries = [entry for entry in json.loads(file.read_text()) if _key(entry) not in keys] + new
     write_whole(file, json.dumps(entries, indent=1))
     write_pages(root)
+
+
+def results_in(folder: Path) -> list[Result]:
+    """Results of a card in an --out folder, of the shape that the configurations are made for."""
+    results = [Result(**json.loads(path.read_text())) for path in sorted(folder.glob("?-*.json"))]
+    return [result for result in results if result.machine["card"] is not None and result.shape == PUBLISHED_SHAPE]
 
 
 def _published(result: Result) -> dict[str, Any]:
@@ -106,8 +115,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="change nothing; status 1 where docs/measurements.md is stale"
     )
-    if not parser.parse_args(words).check:
-        write_pages()
+    parser.add_argument("--add", type=Path, metavar="FOLDER", help="results to take in")
+    arguments = parser.parse_args(words)
+    if not arguments.check:
+        publish(results_in(arguments.add) if arguments.add else [])
         return 0
     page = (ROOT / "docs" / "measurements.md").read_text()
     stale = page != with_section(page, json.loads((ROOT / "docs" / "measurements.json").read_text()))

@@ -158,7 +158,7 @@ def run_cell(cell: Cell, machine: Machine, *, shape: str, out: Path, limit_s: fl
 def _run(command: list[str], lines: Any, limit_s: float) -> int | None:
     """Exit status; None where the time was over. A process of the cell does not outlive it."""
     process = subprocess.Popen(
-        command, cwd=ROOT, env=_QUIET | dict(os.environ), stdout=lines, stderr=subprocess.STDOUT, start_new_session=True
+        command, cwd=ROOT, env=_environment(), stdout=lines, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
         return process.wait(limit_s)
@@ -168,6 +168,12 @@ def _run(command: list[str], lines: Any, limit_s: float) -> int | None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """That of this process; one card is to be seen, the first that is visible, numbered as nvidia-smi does."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return _QUIET | dict(os.environ) | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
 
 
 def _reason(status: int | None, figures: Mapping[str, Any], log_file: Path, limit_s: float) -> str:

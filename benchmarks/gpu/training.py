@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -125,6 +126,8 @@ def measure_run(setup: Setup, figures: Figures, config_name: str, shape: str, *,
     card_bytes = int(card_gb(config_name) * 1e9)
     if on_card and not setup.is_tiny and memory_of(torch.device("cuda:0")) < 0.97 * card_bytes:
         raise SkipCell(f"{config_name} is for {format_gb(card_bytes)}, and this card has less")
+    for left_behind in setup.scratch.glob(f"{setup.cell}*"):  # by a call that was killed: as large as the model
+        shutil.rmtree(left_behind)
     checkpoint = ensure_random_model(shape, setup.scratch / "models")
     words = _words(setup, config_name, checkpoint, card_bytes)
     prompt_lens = write_questions(
@@ -174,17 +177,22 @@ def _words(setup: Setup, config_name: str, checkpoint: Path, card_bytes: int) ->
 @contextmanager
 def _instrumented(watch: DriverWatch, stopwatch: Stopwatch, cap: MemoryCap | None) -> Iterator[None]:
     """Phases are watched, calls timed, no row ends early, and the cap follows the engine's sleep."""
-    phase_of, sampling = ModelHost.phase, trainers.build.SamplingSettings
+    phase_of, start, sampling = ModelHost.phase, VLLMGenerator.__init__, trainers.build.SamplingSettings
 
     @contextmanager
     def watched(host: ModelHost, phase: Phase) -> Iterator[None]:
         with watch.phase(phase), phase_of(host, phase):
             yield
 
+    def start_unwatched(generator: VLLMGenerator, *args: Any) -> None:
+        with watch.paused():
+            start(generator, *args)
+
     def forced_length(**settings: Any) -> Any:
         return sampling(**(settings | {"stop_token_ids": ()}))
 
     with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(VLLMGenerator, "__init__", start_unwatched))
         for name, owner, attribute in _TIMED:
             timed = stopwatch.timed(name, getattr(owner, attribute))
             patches.enter_context(mock.patch.object(owner, attribute, timed))
@@ -212,15 +220,17 @@ def _run(config: RunConfig, values: dict[str, Any], figures: Figures, watch: Dri
         context_bytes = outside_torch_bytes()
     plan, device = check_hardware_and_plan(config)
     prepared = trainers.build.check_before_loading(config, resolved_values(config, values), plan, device)
-    trainer = trainers.build.build_trainer(prepared)
-    sizes = _StepSizes()
-    trainer.add_callback(sizes)
+    trainer, sizes = None, _StepSizes()
     try:
+        trainer = trainers.build.build_trainer(prepared)
+        trainer.add_callback(sizes)
         trainer.train()
         _report(trainer, plan, figures, watch, stopwatch, _measured(trainer, sizes, context_bytes))
         figures.update(steps=_logged_steps(prepared.folder.metrics_file))
     finally:
-        trainer.close()
+        if trainer is not None:
+            trainer.close()
+        shutil.rmtree(prepared.folder.path, ignore_errors=True)  # the export in it is as large as the model
     return max(watch.peak_bytes.values(), default=0)
 
 
@@ -261,7 +271,7 @@ def _report(
     stopwatch: Stopwatch,
     measured: dict[str, float],
 ) -> None:
-    phases = phase_rows(plan, trainer.host, watch)
+    phases, config_name = phase_rows(plan, trainer.host, watch), trainer.config.run_name
     generator = trainer.generator
     figures.update(
         phases=phases,
@@ -271,7 +281,7 @@ def _report(
         peaks_gb={name: row["driver_gb"] for name, row in phases.items() if row["driver_gb"] is not None},
     )
     figures.add_table(
-        "peak of each phase, GB",
+        f"{config_name}: peak of each phase, GB",
         ("phase", "planned", "measured (driver)", "difference", "torch reserved", "torch allocated", "seconds"),
         [
             [
@@ -286,7 +296,7 @@ def _report(
         ],
     )
     figures.add_table(
-        "components, GB",
+        f"{config_name}: components, GB",
         ("component", "planned", "measured", "difference"),
         component_table(planned_components(plan), measured),
     )
