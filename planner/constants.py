@@ -1,6 +1,6 @@
 """Every number of the memory model that is not arithmetic, in one table: value, how it is known, card and date.
 
-`assumed` figures are to be replaced by measured ones: `tests/test_planner_gpu.py` (marker gpu) prints them.
+`assumed` figures are to be replaced by measured ones: `make gpu` proposes them (part c of benchmarks/gpu).
 """
 
 from dataclasses import dataclass
