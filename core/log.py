@@ -1,5 +1,6 @@
 """The project's one logger and console. Nothing happens at import; entry points call `configure_logging` once."""
 
+import importlib.util
 import logging
 import os
 import sys
@@ -8,7 +9,9 @@ import warnings
 from rich.console import Console
 from rich.logging import RichHandler
 
-console = Console(width=None if sys.stdout.isatty() else 160)
+console = Console()
+if not (console.is_jupyter or sys.stdout.isatty()):
+    console.width = 160  # a file or a pipe; terminals and notebooks have a width of their own
 log = logging.getLogger("rlt")
 
 # bitsandbytes logs one line per int8 matmul on a CPU; the others repeat what our own messages say.
@@ -32,3 +35,8 @@ def configure_logging(level: str = "INFO") -> None:
     )  # its engine is not the one we use
     for name, noisy_level in _NOISY_LOGGERS.items():
         logging.getLogger(name).setLevel(noisy_level)
+
+
+def can_animate() -> bool:
+    """Whether a progress bar can be drawn: in a notebook that takes ipywidgets; lines of the log show everywhere."""
+    return not console.is_jupyter or importlib.util.find_spec("ipywidgets") is not None

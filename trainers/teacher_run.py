@@ -1,0 +1,29 @@
+"""A teacher's run from its validated configuration to its summary: cheap checks first, weights last."""
+
+import shutil
+from typing import Any
+
+import torch
+
+from planner.plan import MemoryPlan
+from schemas.run import RunConfig
+from trainers.build import build_trainer, check_before_loading
+from trainers.summary import FinishedRun, memory_by_phase, summarise
+
+
+def train_teacher(config: RunConfig, values: dict[str, Any], plan: MemoryPlan, device: torch.device) -> FinishedRun:
+    """Build the parts of the run, train, evaluate, save.
+
+    Raises:
+        UserError, ConfigError: the run cannot work; the run folder was not touched.
+    """
+    prepared = check_before_loading(config, values, plan, device)
+    trainer = build_trainer(prepared)
+    try:
+        trainer.train(resume_from_checkpoint=prepared.resume_from)
+        trainer.finish()
+    finally:
+        trainer.close()
+        shutil.rmtree(prepared.export_folder, ignore_errors=True)
+    summary = summarise(prepared.folder.path, memory_by_phase(plan, trainer.host))
+    return FinishedRun(folder=prepared.folder.path, summary=summary)
