@@ -66,8 +66,8 @@ As one 16-bit checkpoint, for programs that know no adapters. In the environment
 python -m models.merge {self.folder} merged
 ```
 
-Base and adapter are added in float32, on the values that the run trained on. `vllm serve merged` and
-`AutoModelForCausalLM.from_pretrained("merged")` load the result; it samples as the run did."""
+Base and adapter are added in float32, on the values that the run trained on. `LLM("merged")`, vLLM's server with
+`--model merged` and `AutoModelForCausalLM.from_pretrained("merged")` load the result; it samples as the run did."""
 
     def with_peft(self) -> str:
         args = self.config.model_args
@@ -103,7 +103,9 @@ print(text.partition({self._closing()})[0])"""
         }
         imports = ("from peft import PeftConfig", "from transformers import AutoTokenizer")
         vllm = ("from vllm import LLM, SamplingParams", "from vllm.lora.request import LoRARequest")
-        return f"""{_imports(*imports, *vllm)}
+        return f"""import os
+{_imports(*imports, *vllm)}
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process; a script then needs no main guard
 folder = "{self.folder}"
 base = PeftConfig.from_pretrained(folder).base_model_name_or_path
 llm = LLM(base, dtype="{config.model_args.torch_dtype}", max_model_len={row_len}, {lora}{trust})
@@ -120,7 +122,7 @@ print(output.outputs[0].text)"""
     def with_vllm_server(self) -> str:
         slot = lora_rank_slot(self.config.model_args.lora_r)
         trust = " --trust-remote-code" if self.config.model_args.trust_remote_code else ""
-        return f"""vllm serve {self.base}{trust} \\
+        return f"""python -m vllm.entrypoints.openai.api_server --model {self.base}{trust} \\
     --enable-lora --max-lora-rank {slot} --lora-modules teacher={self.folder}
 # then POST /v1/completions with "model": "teacher", the prompt, and "add_special_tokens": false"""
 
