@@ -15,7 +15,6 @@ from schemas.compose import CONFIG_ROOT
 pytestmark = pytest.mark.slow
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 ROOT = CONFIG_ROOT.parent
-HONEST = "7+4=1;1+7=8;8-2=6;6-9=7;"
 
 
 def section(title: str, language: str) -> list[str]:
@@ -48,7 +47,7 @@ def folder(tmp_path_factory):
 def test_python_plans_trains_explains_and_scores(folder):
     output = (folder / "output.txt").read_text()
     assert "teacher_rlt_mono_85gb on 24.0 GB, predicted" in output and "step 2/2" in output
-    assert "solution_log_prob_reward" in output.splitlines()[-3] or "reward" in output
+    assert re.search(r"^ +question solution +explanation .*reward", output, re.MULTILINE)
     summary = json.loads((folder / "results/teacher_rlt_tiny/summary.json").read_text())
     assert summary["steps"] == 2
 
@@ -73,16 +72,15 @@ def test_vllm_with_the_adapter(folder):
     assert run(folder, "python", "with_vllm.py").strip().splitlines()[-1]
 
 
-def test_the_merged_checkpoint_explains_like_the_adapter(folder):
+def test_the_merged_checkpoint_explains_without_peft(folder):
     (command,) = (code for code in section("Use the teacher", "bash") if "models.merge" in code)
     run(folder, "bash", "-c", command)
     code, _ = section("Use the teacher", "python")
-    greedy = code.replace("do_sample=True", "do_sample=False")
-    merged = re.sub(r'folder = ".*?"', 'folder = "merged"', greedy)
-    merged = re.sub(r"\n    quantization_config=.*?,\n", "\n", merged).replace("peft", "transformers")
-    merged = merged.replace("AutoPeftModelForCausalLM", "AutoModelForCausalLM")
-    assert merged != greedy
-    assert run(folder, "python", "-c", merged) == run(folder, "python", "-c", greedy)
+    code = re.sub(r'folder = ".*?"', 'folder = "merged"', code)
+    code = re.sub(r"\n    quantization_config=.*?,\n", "\n", code).replace("from peft", "from transformers")
+    code = code.replace("AutoPeftModelForCausalLM", "AutoModelForCausalLM")
+    assert "peft" not in code.lower()
+    assert run(folder, "python", "-c", code).strip()
 
 
 def test_the_quickstart_notebook_runs_from_top_to_bottom(tmp_path):
