@@ -11,8 +11,8 @@ from rich.progress import Progress
 
 from core.errors import UserError
 from core.log import can_animate, console, log
-from data.dataset import BadRowError, parse_row
 from data.formats import PromptFormat, encode
+from data.layouts import BadRowError, RowParser
 from data.sources import RawRow
 from data.spans import encode_student_tail
 from models.host import ModelHost
@@ -114,11 +114,16 @@ class TextScorer:
     def score_rows(
         self, rows: Sequence[RawRow], explanations: Sequence[Any], *, close_explanations: bool = True
     ) -> list[dict[str, Any]]:
-        """As `score`, of rows as a dataset has them; None in place of NaN."""
+        """As `score`, of rows in any layout that a dataset of the run may have; None in place of NaN."""
+        columns = {name for raw in rows if isinstance(raw.values, dict) for name in raw.values}
+        names = {field: column for field, column in self.run.config.column_names.items() if column in columns}
+        parser = RowParser(names, self._format.tags)
         table = [
-            self._prepared(raw, explanation, close=close_explanations)
+            self._prepared(parser, raw, explanation, close=close_explanations)
             for raw, explanation in zip(rows, explanations, strict=True)
         ]
+        for note, num_rows in parser.notes.items():
+            log.info("%d of %d rows: %s", num_rows, len(rows), note)
         _report_problems([(raw.place, row["problem"]) for raw, row in zip(rows, table, strict=True)])
         good = [row for row in table if row["problem"] is None]
         chunk = self.run.config.train_batch_size
@@ -127,16 +132,16 @@ class TextScorer:
             for start in range(0, len(good), chunk):
                 self._score(good[start : start + chunk])
                 progress.advance(task, chunk)
-        names = [name for name in good[0] if name != "completion_ids"]
-        return [{name: row.get(name) for name in names} for row in table]
+        shown = [name for name in good[0] if name != "completion_ids"]
+        return [{name: row.get(name) for name in shown} for row in table]
 
-    def _prepared(self, raw: RawRow, explanation: Any, *, close: bool) -> dict[str, Any]:
+    def _prepared(self, parser: RowParser, raw: RawRow, explanation: Any, *, close: bool) -> dict[str, Any]:
         """A row of the table, with its completion, or with the problem that it has."""
         values = raw.values if isinstance(raw.values, dict) else {}
         row: dict[str, Any] = {name: values.get(name) for name in ("question", "solution")}
         row |= {"explanation": explanation, "problem": None, "completion_ids": None}
         try:
-            row |= {name: text for name, text in parse_row(raw, self._format.tags).items() if name in row}
+            row |= {name: text for name, text in parser.parse(raw).items() if name in row}
             text = as_completion(
                 explanation, row["solution"], self._format, self._tokenizer.all_special_tokens, close=close
             )
