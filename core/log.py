@@ -1,5 +1,6 @@
 """The project's one logger and console. Nothing happens at import; entry points call `configure_logging` once."""
 
+import importlib.util
 import logging
 import os
 import sys
@@ -14,7 +15,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from core.units import format_duration
 
-console = Console(width=None if sys.stdout.isatty() else 160)
+console = Console()
+if not (console.is_jupyter or sys.stdout.isatty()):
+    console.width = 160  # a file or a pipe; terminals and notebooks have a width of their own
 log = logging.getLogger("rlt")
 
 # bitsandbytes logs one line per int8 matmul on a CPU; the others repeat what our own messages say.
@@ -46,7 +49,14 @@ def long_work(what: str) -> Iterator[None]:
     log.info("%s", what)
     start_s = time.perf_counter()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not (console.is_terminal and can_animate())
+    ) as progress:
         progress.add_task(what, total=None)
         yield
     log.info("%s: done in %s", what, format_duration(time.perf_counter() - start_s))
+
+
+def can_animate() -> bool:
+    """Whether a progress bar can be drawn: in a notebook that takes ipywidgets; lines of the log show everywhere."""
+    return not console.is_jupyter or importlib.util.find_spec("ipywidgets") is not None

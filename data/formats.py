@@ -88,6 +88,9 @@ PROMPT_STYLES: dict[str, PromptStyle] = {
     "short": PromptStyle(teacher_system=TEACHER_SYSTEM_SHORT, student_system=STUDENT_SYSTEM_SHORT),
 }
 
+TEACHER_PROMPT_FILE = "teacher_prompt.txt"
+"""File beside an adapter, or a merged model, with the teacher's prompt as `PromptFormat.teacher_prompt_template`."""
+
 _ASSISTANT_CONTENT = "[[content of the assistant]]"
 
 
@@ -139,6 +142,10 @@ class PromptFormat:
         head, _ = self._render(tokenizer, self.teacher_system_prompt, question)
         opened = self.tags.explanation.opening + self.opening_padding
         return head + self.tags.solution.wrap(solution) + self.section_delimiter + opened
+
+    def teacher_prompt_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """`teacher_prompt_text` with `{question}` and `{solution}` in their places, for use without this framework."""
+        return self.teacher_prompt_text(tokenizer, "{question}", "{solution}")
 
     def teacher_completion_text(self, tokenizer: PreTrainedTokenizerBase, question: str, explanation: str) -> str:
         """What a well-formed teacher writes after `teacher_prompt_text`, to the end of its turn: a supervised target.

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,13 +46,30 @@ def export_for_vllm(model: Any, tokenizer: Any, folder: Path, form: ExportForm) 
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     quantisation = _quantisation_config(base) if form == "packed_int8" else None
+    return write_checkpoint(base, tokenizer, folder, exported_tensors(base, form), quantisation)
+
+
+def write_checkpoint(
+    base: Any,
+    tokenizer: Any,
+    folder: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    quantisation: dict[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
+) -> Path:
+    """Write `tensors` with the configuration of `base`, the tokenizer and more text files (name -> content).
+
+    An existing `folder` is replaced.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         unfinished = Path(scratch) / folder.name
         unfinished.mkdir()
-        _write_shards(exported_tensors(base, form), unfinished)
+        _write_shards(tensors, unfinished)
         _write_config(base, quantisation, unfinished)
         tokenizer.save_pretrained(unfinished)
+        for name, text in (files or {}).items():
+            (unfinished / name).write_text(text, encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(unfinished, folder)
@@ -85,6 +102,13 @@ def int8_values_and_scales(linear: bnb.nn.Linear8bitLt) -> tuple[Tensor, Tensor]
     # bitsandbytes moves the scales from the weight to the state on the first forward.
     scb = linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB
     return linear.weight.data, scb * (1.0 / 127.0)
+
+
+def quantised_or_plain_weight(linear: nn.Module) -> Tensor:
+    """The weight that a linear layer multiplies with, dequantised where it is quantised, in float32."""
+    if isinstance(linear, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit):
+        return _dequantised(linear, torch.float32)
+    return linear.weight.detach().float()
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

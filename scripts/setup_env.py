@@ -104,6 +104,14 @@ def install(requirements: list[str]) -> None:
         pip_install(*requirements)
 
 
+def make_importable(venv: Path, checkout: Path) -> None:
+    """Let the environment's Python import the checkout from any folder; nothing is copied or installed."""
+    for site_packages in venv.glob("lib/python*/site-packages"):
+        file = site_packages / "rlt-one-gpu.pth"
+        if not file.exists() or file.read_text() != f"{checkout}\n":  # a checkout may have been moved
+            file.write_text(f"{checkout}\n")
+
+
 def main() -> None:
     extras = ["loggers", *(["dev"] if "--dev" in sys.argv[1:] else [])]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -111,12 +119,14 @@ def main() -> None:
     inputs = [*requirements, CONSTRAINTS.read_text(), Path(__file__).read_text(), sys.version, str(has_nvidia_driver())]
     digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
     installed = json.loads(STAMP.read_text()) if STAMP.exists() else {}
+    make_importable(VENV, ROOT)
     if digest in installed.get("digests", []):
         return
     check_machine()
     if not PYTHON.exists():
         say(f"creating {VENV}")
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+        make_importable(VENV, ROOT)
     pip("install", "--upgrade", "pip")
     install(requirements)
     # An environment with the development tools also serves a plain call.

@@ -10,7 +10,7 @@ from core.types import Role, ScoringRow
 from data.formats import encode
 from data.spans import RowBuilder
 from models.logprobs import score_spans
-from rewards import RewardBreakdown, RolloutScorer, score_texts
+from rewards import RewardBreakdown, RolloutScorer, score_with_models
 from schemas.reward import RewardConfig
 from tests.helpers.golden import GOLDEN_FOLDER, golden_data, golden_format, golden_model, golden_tokenizer
 
@@ -62,7 +62,7 @@ def test_every_published_variant_is_checked() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_texts_score_as_published_in_one_batch(variant: str) -> None:
-    breakdown = score_texts(
+    breakdown = score_with_models(
         QUESTIONS,
         SOLUTIONS,
         [case["completion_text"] for case in INPUTS],

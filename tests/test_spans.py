@@ -15,7 +15,7 @@ from data.formats import encode
 from data.spans import RowBuilder, find_explanation
 from data.token_text import TokenText
 from models.logprobs import score_spans
-from rewards import RolloutScorer, score_texts
+from rewards import RolloutScorer, score_with_models
 from schemas.reward import RewardConfig
 from tests.helpers.golden import golden_format, golden_model, golden_tokenizer
 
@@ -245,7 +245,7 @@ def test_missing_sampler_logprobs_are_refused() -> None:
 
 def test_score_texts_closes_open_explanations_unless_told_otherwise() -> None:
     def match_reward(text: str, **options: bool) -> float:
-        breakdown = score_texts(
+        breakdown = score_with_models(
             ["q"],
             ["s"],
             [text],

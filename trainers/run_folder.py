@@ -25,8 +25,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from core.errors import UserError
 from core.log import log
+from models.trained import CONFIG_FILE
 
-CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, STAGING_FOLDER = "config.yaml", "metrics.jsonl", "summary.json", ".saving"
+METRICS_FILE, SUMMARY_FILE, STAGING_FOLDER = "metrics.jsonl", "summary.json", ".saving"
 COMPLETIONS_FOLDER, EVALUATIONS_FOLDER = "completions", "evaluations"
 _KEYS_THAT_MAY_DIFFER = {"resume", "gpu_gb", "allow_oversubscription"}
 

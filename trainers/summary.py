@@ -7,8 +7,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from rich.console import RenderableType
 from rich.table import Table
 
+from core.shown import Shown
 from core.units import gb
 from models.host import ModelHost
 from planner.plan import MemoryPlan
@@ -44,6 +46,20 @@ DIFFUSION_REPORT = Report(
         "eval_exact_match": "held-out exact match",
     },
 )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FinishedRun(Shown):
+    """A run that trained to its end."""
+
+    folder: Path
+    """Where it lies: adapter or model, `config.yaml`, `metrics.jsonl`, completions, checkpoints."""
+    summary: dict[str, Any]
+    """What `summary.json` holds: `steps`, before and after of each figure, memory."""
+    report: Report = TEACHER_REPORT
+
+    def tables(self) -> list[RenderableType]:
+        return [summary_table(self.summary, self.report), memory_table(self.summary)]
 
 
 def memory_by_phase(plan: MemoryPlan, host: ModelHost) -> dict[str, Any]:

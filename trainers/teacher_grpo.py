@@ -26,6 +26,7 @@ from trl.trainer.utils import RepeatSampler, add_fused_lm_head
 
 from core.types import Completion, Phase
 from core.units import gb
+from data.formats import TEACHER_PROMPT_FILE
 from generation.base import Generator
 from generation.canary import Canary
 from models.host import REFERENCE_ADAPTER, ModelHost
@@ -376,6 +377,9 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
 
     def model_card(self) -> str:
         return teacher_card(self.config, self)
+
+    def files_beside_model(self) -> dict[str, str]:
+        return {TEACHER_PROMPT_FILE: self.scorer.format.teacher_prompt_template(self.processing_class)}
 
     def close(self) -> None:
         """Free the generator."""

@@ -1,4 +1,4 @@
-"""The RLT reward of plain texts, outside of a training run."""
+"""The RLT reward of plain texts under models that the caller holds. `rewards.texts` takes everything from a run."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from rewards.rollout import RolloutScorer
 from schemas.reward import RewardConfig
 
 
-def score_texts(
+def score_with_models(
     questions: Sequence[str],
     solutions: Sequence[str],
     explanations: Sequence[str],
@@ -36,8 +36,9 @@ def score_texts(
     completion is. The teacher's log-probs always come from a forward.
 
     Example:
-        >>> score_texts([question], [solution], [text], teacher=t, student=s, tokenizer=tok, prompt_format=fmt,
-        ...             reward_config=RewardConfig(), temperature=0.7).terms["answer_log_prob_mean"]
+        >>> scores = score_with_models([question], [solution], [text], teacher=t, student=s, tokenizer=tok,
+        ...                            prompt_format=fmt, reward_config=RewardConfig(), temperature=0.7)
+        >>> scores.terms["answer_log_prob_mean"]
 
     Raises:
         UserError: different tokenizers with a KL term, or a solution without a token of its own.
