@@ -15,7 +15,7 @@ from core.log import log
 from schemas.compose import CONFIG_ROOT, JOB_OF_A_SWEEP, compose_run_config, with_sweep_folders
 from schemas.run import ConfigError
 from tests.helpers.tiny_run import SMALL, write_random_model
-from trainers import preflight, sweep
+from trainers import start, sweep
 from trainers.sweep import run_jobs
 from trainers.teacher_grpo import TeacherGRPOTrainer
 
@@ -125,7 +125,7 @@ def test_on_a_gpu_a_sweep_is_processes_and_a_single_run_is_not(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sweep, "run_jobs", run)
-    monkeypatch.setattr(preflight, "load_for_this_machine", lambda values: sys.exit("in this process"))
+    monkeypatch.setattr(start, "load_for_this_machine", lambda values: sys.exit("in this process"))
     runs = [compose_run_config("teacher_rlt_tiny", [f"seed={seed}"]) for seed in (1, 2)]
     assert train._train_all(runs) == 1
     assert started == [([sys.executable, str(ROOT / "train.py"), JOB_OF_A_SWEEP], with_sweep_folders(runs))]
