@@ -1,10 +1,11 @@
 # make test       install what is missing, then linters and every test that needs no GPU
 # make test-fast  the same without the slow tests
-# make test-gpu   the tests that need a GPU
+# make test-gpu   the tests that need a GPU, and vLLM's, each engine in a process of its own
+# make gpu        measure this card (benchmarks/gpu); ARGS="--part a", ARGS="--shape tiny" without a card
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: install lint test test-fast test-gpu
+.PHONY: install lint test test-fast test-gpu gpu
 
 install:
 	$(PYTHON) scripts/setup_env.py --dev
@@ -22,4 +23,7 @@ test-fast: lint
 	$(VENV)/python -m pytest
 
 test-gpu: install
-	$(VENV)/python -m pytest -m gpu
+	$(VENV)/python -m pytest -m "gpu or engine"
+
+gpu: install
+	$(VENV)/python -m benchmarks.gpu $(ARGS)

@@ -13,9 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 try:
     from hydra.errors import HydraException
@@ -31,7 +29,7 @@ from rich.text import Text
 
 from core.errors import UserError
 from core.log import console
-from core.units import format_gb, gb
+from core.units import gb
 from planner.fit import (
     Lever,
     card_gb,
@@ -41,13 +39,12 @@ from planner.fit import (
     levers,
     nearest_fit,
     override_word,
-    resolve_auto,
     why_not,
 )
-from planner.masked_diffusion import MaskedDiffusionSettings
-from planner.plan import MemoryPlan, plan_run
+from planner.planned import Planned, plan_config
 from planner.readiness import (
     Check,
+    check_compiler,
     check_disk,
     check_generator,
     check_gpu,
@@ -57,34 +54,12 @@ from planner.readiness import (
     check_packages,
     find_gpu,
 )
-from planner.report import lever_lines, plan_table, summary_lines
-from schemas.compose import compose_run_config, run_config_names
-from schemas.run import AnyRunConfig, ConfigError, load_run_config
+from planner.report import lever_lines
+from schemas.compose import run_config_names
+from schemas.run import ConfigError
 
 DEFAULT_CONFIG = "teacher_rlt_mono_85gb"
 _STATUS_STYLE = {"ok": "green", "warning": "yellow", "failure": "bold red"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Planned:
-    """One configuration on one card."""
-
-    name: str
-    values: dict[str, Any]
-    config: AnyRunConfig
-    plan: MemoryPlan
-
-
-def plan_config(name: str, gpu_bytes: int) -> Planned:
-    """Compose, validate and plan.
-
-    Raises:
-        HydraException, OmegaConfBaseException, ConfigError, UserError: it does not compose, validate, or name a model
-            whose shape is known here.
-    """
-    values = resolve_auto(compose_run_config(name), gpu_bytes)
-    config = load_run_config(values)
-    return Planned(name=name, values=values, config=config, plan=plan_run(config, gpu_bytes))
 
 
 def check_configs(names: list[str]) -> Iterator[Check]:
@@ -102,34 +77,21 @@ def check_configs(names: list[str]) -> Iterator[Check]:
 
 
 def check_plan(planned: Planned) -> Check:
-    plan = planned.plan
-    card = format_gb(plan.gpu_bytes or 0)
-    if plan.fits():
-        detail = f"{planned.name} peaks at {format_gb(plan.max_bytes)} ({plan.binding_phase}) on a card of {card}"
-        return Check(name="memory plan", status="ok", detail=detail)
-    detail = f"{planned.name} does not fit a card of {card}: {why_not(plan)}"
+    if planned.fits:
+        return Check(name="memory plan", status="ok", detail=planned.verdict())
     try:
-        overrides = nearest_fit(planned.values, plan.gpu_bytes or 0)
+        overrides = nearest_fit(planned.values, planned.plan.gpu_bytes or 0)
         words = " ".join(override_word(key, value) for key, value in overrides.items())
         remedy = f"./launch_mono.sh {planned.name} {words}"
     except UserError as error:
         remedy = str(error)
-    return Check(name="memory plan", status="failure", detail=detail, remedy=remedy)
+    return Check(name="memory plan", status="failure", detail=planned.verdict(), remedy=remedy)
 
 
 def show_plan(planned: Planned, found: list[Lever]) -> None:
-    plan, settings = planned.plan, planned.plan.settings
-    student = settings.student.name if settings.student else "the teacher's base"
-    models = f"teacher {settings.teacher.name} ({settings.precision}), student {student}"
-    rows = f"{settings.train_batch} completions, {settings.num_generations} a prompt, {settings.micro_batch} at once"
-    if isinstance(settings, MaskedDiffusionSettings):
-        models = f"masked diffusion of {settings.teacher.name} ({settings.precision})"
-        rows = f"{settings.train_batch} rows a step, {settings.micro_batch} at once"
-    title = f"{planned.name} on {format_gb(plan.gpu_bytes or 0)}, predicted"
-    console.print(f"\n{models}; {rows}; context {settings.row_len}", highlight=False, soft_wrap=True)
-    console.print(plan_table(plan, title=title))
-    for line in summary_lines(plan):
-        console.print(f"  {line}", highlight=False, soft_wrap=True)
+    console.print()
+    for part in planned.what_is_planned():
+        console.print(part, highlight=False, soft_wrap=isinstance(part, str))
     console.print("  single levers:", highlight=False)
     for line in lever_lines(found):
         console.print(f"    {line}", highlight=False, markup=False, soft_wrap=True)
@@ -193,6 +155,7 @@ def main(words: list[str] | None = None) -> int:
     if plans:
         asked = next((p for p in plans if p.name == arguments.config_name), plans[0])
         checks += [check_generator(asked.config), *check_gpu(gpu, asked.plan), check_disk(asked.values, asked.plan)]
+        checks += check_compiler(gpu, asked.config)
         checks += [check_host_ram(asked.plan), *check_models(asked.config), check_loggers(asked.config)]
     console.print()
     show_checks(checks)

@@ -5,18 +5,14 @@
 Composes and validates the configuration, plans memory, builds, trains. Exit status: 0 done, 2 the call or the
 configuration cannot work (nothing was started), 130 interrupted, 1 anything else.
 Ctrl-C or SIGTERM while training finishes the step at work and saves it; a second one stops at once. The same call
-continues from the last checkpoint.
+continues from the last checkpoint. A sweep (`-m`) on a GPU trains each job in a process of its own and ends with the
+worst of their statuses.
 """
 
+import json
 import os
-import shutil
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-# Read when torch is loaded: idle threads sleep instead of spinning, so that torch and vLLM can share a CPU.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+from typing import Any
 
 try:
     import hydra
@@ -32,14 +28,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import NonFiniteError, UserError
 from core.log import configure_logging, console, log
-from schemas.compose import command_line, register_search_path, run_config_names, to_values, with_sweep_folders
-from schemas.llada import MaskedDiffusionRunConfig
-from schemas.run import ConfigError, RunConfig, resolved_values
-
-if TYPE_CHECKING:
-    import torch
-
-    from planner.plan import MemoryPlan
+from core.one_gpu import show_one_gpu
+from core.process import prepare_process
+from schemas.compose import (
+    JOB_OF_A_SWEEP,
+    command_line,
+    composition_problem,
+    register_search_path,
+    to_values,
+    with_sweep_folders,
+)
+from schemas.run import ConfigError
 
 
 @hydra.main(config_path="cfgs", config_name="train", version_base="1.3")
@@ -51,62 +50,39 @@ def compose(composed: DictConfig) -> None:
 _composed: list[dict[str, Any]] = []
 
 
-def _train_all(composed: list[dict[str, Any]]) -> None:
-    from trainers.preflight import check_hardware_and_plan, load_for_this_machine
+def _train_all(composed: list[dict[str, Any]]) -> int:
+    """Train every run; the exit status."""
+    show_one_gpu(composed)
+    import torch
 
-    runs = [(load_for_this_machine(values), values) for values in with_sweep_folders(composed)]
+    from trainers.start import train_runs  # loads torch: a configuration that cannot be composed need not wait for it
+    from trainers.sweep import run_jobs
 
-    from optimization import optimized  # imports bitsandbytes and transformers: seconds that a wrong key need not wait
-
-    for config, composed_values in runs:
-        values = resolved_values(config, composed_values)
-        with optimized(config) as config:
-            _TRAIN[config.method](config, values, *check_hardware_and_plan(config))
-
-
-def train_teacher(config: RunConfig, values: dict[str, Any], plan: "MemoryPlan", device: "torch.device") -> None:
-    """Build the parts of the run and train: cheap checks first, weights last."""
-    # Imported only now: TRL and vLLM take ten seconds, and most mistakes are found without them.
-    from trainers.build import build_trainer, check_before_loading
-    from trainers.summary import memory_by_phase, memory_table, summarise, summary_table
-
-    prepared = check_before_loading(config, values, plan, device)
-    trainer = build_trainer(prepared)
-    try:
-        trainer.train(resume_from_checkpoint=prepared.resume_from)
-        trainer.finish()
-    finally:
-        trainer.close()
-        shutil.rmtree(prepared.export_folder, ignore_errors=True)
-    summary = summarise(prepared.folder.path, memory_by_phase(plan, trainer.host))
-    console.print(summary_table(summary), memory_table(summary))
-    log.info("adapter, metrics and completions are in %s", prepared.folder.path)
-
-
-def train_masked_diffusion(
-    config: MaskedDiffusionRunConfig, values: dict[str, Any], plan: "MemoryPlan", device: "torch.device"
-) -> None:
-    from trainers import masked_diffusion_run
-
-    masked_diffusion_run.train_masked_diffusion(config, values, plan, device)
-
-
-_TRAIN: dict[str, Callable[..., None]] = {"rlt": train_teacher, "masked_diffusion": train_masked_diffusion}
+    jobs = with_sweep_folders(composed)
+    if len(jobs) > 1 and torch.cuda.is_available():
+        return run_jobs([sys.executable, os.path.abspath(__file__), JOB_OF_A_SWEEP], jobs)
+    for run in train_runs(jobs, on_results=lambda finished: console.print(*finished.tables())):
+        log.info("the results are in %s", run.folder)
+    return 0
 
 
 def main() -> int:
+    prepare_process()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of exiting, so that there is one place for messages
     configure_logging()
     register_search_path()
-    sys.argv[1:] = command_line(sys.argv[1:])
     try:
-        compose()
+        if sys.argv[1:] == [JOB_OF_A_SWEEP]:
+            _composed.append(json.load(sys.stdin))
+        else:
+            sys.argv[1:] = command_line(sys.argv[1:])
+            compose()
         if _composed:
-            _train_all(_composed)
+            return _train_all(_composed)
     except (ConfigError, UserError) as error:
         return _refuse("this run cannot start", str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        return _refuse("the configuration cannot be composed", f"{error}\nshipped: {', '.join(run_config_names())}")
+        return _refuse("the configuration cannot be composed", composition_problem(error))
     except NonFiniteError as error:
         _refuse("training stopped", str(error))
         return 1

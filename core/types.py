@@ -1,5 +1,6 @@
 """Runtime types that cross package boundaries: roles of models, phases of a step."""
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -22,3 +23,11 @@ class Phase(StrEnum):
     SCORE = "score"
     TRAIN = "train"
     SYNC = "sync"
+
+
+@dataclass(frozen=True, slots=True)
+class UnmappedMemory:
+    """What torch's memory counters still hold of an engine although it is not on the card."""
+
+    allocated_bytes: int = 0
+    reserved_bytes: int = 0

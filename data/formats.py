@@ -4,7 +4,9 @@ Every text is put together from its pieces; nothing is ever searched for in a fi
 prompt style is one entry in `TAG_STYLES` or `PROMPT_STYLES` (and its name in `schemas.data.DataConfig`).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -86,6 +88,9 @@ PROMPT_STYLES: dict[str, PromptStyle] = {
     "short": PromptStyle(teacher_system=TEACHER_SYSTEM_SHORT, student_system=STUDENT_SYSTEM_SHORT),
 }
 
+TEACHER_PROMPT_FILE = "teacher_prompt.txt"
+"""File beside an adapter, or a merged model, with the teacher's prompt as `PromptFormat.teacher_prompt_template`."""
+
 _ASSISTANT_CONTENT = "[[content of the assistant]]"
 
 
@@ -112,38 +117,47 @@ class PromptFormat:
     """Follows an opening tag that is forced on a model."""
     section_delimiter: str = "\n\n"
     """Between the two sections of an answer."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables for the chat template, the teacher's and the student's, such as `enable_thinking`."""
 
     @classmethod
     def from_config(cls, config: DataConfig) -> "PromptFormat":
-        return cls.from_styles(config.tag_format, config.prompt_style)
+        return cls.from_styles(config.tag_format, config.prompt_style, config.chat_template_kwargs)
 
     @classmethod
-    def from_styles(cls, tag_format: str, prompt_style: str) -> "PromptFormat":
+    def from_styles(
+        cls, tag_format: str, prompt_style: str, chat_template_kwargs: Mapping[str, Any] | None = None
+    ) -> "PromptFormat":
         tags, prompts = TAG_STYLES[tag_format], PROMPT_STYLES[prompt_style]
         names = {"thought": tags.thought, "explanation": tags.explanation, "solution": tags.solution}
         return cls(
             tags=tags,
             teacher_system_prompt=prompts.teacher_system.format(**names),
             student_system_prompt=prompts.student_system.format(**names),
+            chat_template_kwargs=chat_template_kwargs or {},
         )
 
     def teacher_prompt_text(self, tokenizer: PreTrainedTokenizerBase, question: str, solution: str) -> str:
         """The policy's prompt: system, question, the whole solution, and the opened explanation with its padding."""
-        head, _ = render_chat(tokenizer, self.teacher_system_prompt, question)
+        head, _ = self._render(tokenizer, self.teacher_system_prompt, question)
         opened = self.tags.explanation.opening + self.opening_padding
         return head + self.tags.solution.wrap(solution) + self.section_delimiter + opened
+
+    def teacher_prompt_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """`teacher_prompt_text` with `{question}` and `{solution}` in their places, for use without this framework."""
+        return self.teacher_prompt_text(tokenizer, "{question}", "{solution}")
 
     def teacher_completion_text(self, tokenizer: PreTrainedTokenizerBase, question: str, explanation: str) -> str:
         """What a well-formed teacher writes after `teacher_prompt_text`, to the end of its turn: a supervised target.
 
         A trace that brings its own leading padding, as those of Bespoke-Stratos do, does not get it twice.
         """
-        _, end_of_turn = render_chat(tokenizer, self.teacher_system_prompt, question)
+        _, end_of_turn = self._render(tokenizer, self.teacher_system_prompt, question)
         return explanation.removeprefix(self.opening_padding) + self.tags.explanation.closing + end_of_turn
 
     def student_head_text(self, tokenizer: PreTrainedTokenizerBase, question: str) -> str:
         """The student's chat up to where the explanation begins: system, question, opened thought with its padding."""
-        head, _ = render_chat(tokenizer, self.student_system_prompt, question)
+        head, _ = self._render(tokenizer, self.student_system_prompt, question)
         return head + self.tags.thought.opening + self.opening_padding
 
     def student_tail(
@@ -153,13 +167,18 @@ class PromptFormat:
 
         `leftover` is text of the explanation that comes before it because its token could not be taken over whole.
         """
-        _, end_of_turn = render_chat(tokenizer, self.student_system_prompt, question)
+        _, end_of_turn = self._render(tokenizer, self.student_system_prompt, question)
         before = leftover + self.tags.thought.closing + self.section_delimiter + self.tags.solution.opening
         text = before + solution + self.tags.solution.closing + end_of_turn
         return StudentTail(text=text, solution_start=len(before), solution_end=len(before) + len(solution))
 
+    def _render(self, tokenizer: PreTrainedTokenizerBase, system: str, question: str) -> tuple[str, str]:
+        return render_chat(tokenizer, system, question, self.chat_template_kwargs)
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, system: str, question: str) -> tuple[str, str]:
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, system: str, question: str, template_kwargs: Mapping[str, Any] | None = None
+) -> tuple[str, str]:
     """The chat template's text before and after the assistant's content.
 
     Raises:
@@ -175,7 +194,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, system: str, question: str) 
     if not tokenizer.chat_template:
         raise UserError(f"tokenizer `{name}` has no chat template", expected="a chat template", remedy=remedy)
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **(template_kwargs or {}))
     except TemplateError as error:
         raise UserError(
             f"the chat template of `{name}` refuses a system, user, assistant conversation: {error}",

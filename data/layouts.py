@@ -25,7 +25,7 @@ _FINAL_ANSWER = "#### "
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 Row = dict[str, Any]
-"""Texts: `question`, `solution` and, where the source has one, `reasoning_trace`; prepared also `prompt`, `prompt_ids`."""
+"""`question`, `solution` and, where the source has one, `reasoning_trace`; once prepared `prompt` and `prompt_ids`."""
 
 
 class BadRowError(ValueError):

@@ -15,7 +15,7 @@ from generation.base import Generator, SamplingSettings
 from generation.canary import Canary
 from generation.transformers_engine import TransformersGenerator
 from generation.vllm_engine import VLLMEngineConfig, VLLMGenerator, lora_rank_slot
-from models.export import export_for_vllm
+from models.export import export_for_vllm, nf4_group_size
 from optimization.fp8_optim import check_fp8_support
 from schemas.generation import GenerationConfig
 
@@ -123,10 +123,10 @@ def prepare_base(
     on_gpu = model.device.type == "cuda"
     _check_weights(generator_weights, trainer, on_gpu=on_gpu)
     if wanted in ("int8", "nf4"):
-        # vLLM's CPU build has no 8-bit weight-only kernel.
-        form: Literal["packed_int8", "dequantized"] = "packed_int8" if on_gpu else "dequantized"
-        folder = export_for_vllm(model, tokenizer, export_folder, form)
-        weights = f"{wanted} values of the trainer, {'packed, ' if on_gpu else 'dequantised, '}16-bit activations"
+        # vLLM's CPU build has no 8-bit weight-only kernel, its kernels on a GPU no groups that divide every width.
+        packed = on_gpu and nf4_group_size(model) is not None
+        folder = export_for_vllm(model, tokenizer, export_folder, "packed_int8" if packed else "dequantized")
+        weights = f"{wanted} values of the trainer, {'packed, ' if packed else 'dequantised, '}16-bit activations"
         return BaseForVLLM(checkpoint=str(folder), weights=weights, shares_trainer_weights=True)
     if wanted == "fp8":
         return BaseForVLLM(

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from core.types import UnmappedMemory
 from rollout.types import Completion
+from schemas.run import RunConfig
 
 ProgressCallback = Callable[[int, int], None]
 """Called with (finished rows, all rows) while a batch is sampled."""
@@ -26,6 +28,21 @@ class SamplingSettings:
     """0 keeps every token."""
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+
+    @classmethod
+    def of_run(cls, config: RunConfig, tokenizer: Any, model: Any) -> "SamplingSettings":
+        """As the run samples; a row ends with any end token of the tokenizer or of the model."""
+        end_ids = model.generation_config.eos_token_id
+        end_ids = end_ids if isinstance(end_ids, list) else [end_ids] if end_ids is not None else []
+        return cls(
+            temperature=config.grpo.temperature,
+            max_new_tokens=config.grpo.max_completion_length,
+            stop_token_ids=tuple(sorted({tokenizer.eos_token_id, *end_ids})),
+            top_p=config.grpo.top_p,
+            top_k=config.grpo.top_k,
+            min_p=config.grpo.min_p or 0.0,
+            repetition_penalty=config.grpo.repetition_penalty,
+        )
 
 
 class Generator(Protocol):
@@ -57,6 +74,9 @@ class Generator(Protocol):
 
     def wake(self) -> None:
         """Undo `sleep`; the adapter of the last `sync_adapter` serves again."""
+
+    def unmapped_memory(self) -> UnmappedMemory:
+        """What torch's counters still hold of this engine although it is not on the card."""
 
     def close(self) -> None:
         """Free everything. The generator cannot be used afterwards."""

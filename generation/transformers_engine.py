@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from core.errors import NonFiniteError
+from core.types import UnmappedMemory
 from generation.base import ProgressCallback, SamplingSettings, check_rows, prompts_in_a_call
 from models.evaluation import evaluation_mode
 from rollout.types import Completion
@@ -89,6 +90,10 @@ class TransformersGenerator:
 
     def wake(self) -> None:
         """See `Generator.wake`: nothing was given back."""
+
+    def unmapped_memory(self) -> UnmappedMemory:
+        """See `Generator.unmapped_memory`: nothing is ever unmapped."""
+        return UnmappedMemory()
 
     def close(self) -> None:
         """See `Generator.close`: nothing is owned."""

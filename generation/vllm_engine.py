@@ -10,7 +10,7 @@ import random
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +22,16 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from core.errors import UserError
-from core.log import log
+from core.log import log, long_work
+from core.types import UnmappedMemory
+from core.units import format_gb
 from generation.base import ProgressCallback, SamplingSettings, check_rows, prompts_in_a_call
+from planner.constants import VLLM_BATCHED_TOKENS
 from rollout.types import Completion
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _SHARED_MEMORY = Path("/dev/shm")
+_MIN_BATCHED_TOKENS_ON_CPU = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +78,11 @@ class VLLMGenerator:
         self._adapter_request: Any = None
         self._num_swaps = self._num_requests = 0
         self._asleep = False
-        with _process_state_preserved():
+        self._unmapped = UnmappedMemory()
+        where = "the GPU (weights, compiled kernels, graphs: minutes at first)" if config.on_gpu else "the CPU"
+        with _process_state_preserved(), long_work(f"starting vLLM on {where}"):
             self._llm = _start_engine(config)
+        self._count_unmapped()
 
     def generate(
         self,
@@ -126,23 +133,51 @@ class VLLMGenerator:
         if self._on_gpu and not self._asleep:
             self._llm.sleep(level=1)
             self._asleep = True
+            self._count_unmapped()
 
     def wake(self) -> None:
         """See `Generator.wake`. The adapter is loaded anew: its slot does not reliably survive a sleep."""
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
+            self._count_unmapped()
             if self._adapter_request is not None:
                 self._load_adapter()
 
+    def unmapped_memory(self) -> UnmappedMemory:
+        """See `Generator.unmapped_memory`; counted at each change, as reading the allocator takes milliseconds."""
+        return self._unmapped
+
     def close(self) -> None:
-        """See `Generator.close`."""
+        """See `Generator.close`.
+
+        The engine is woken first: freeing what is unmapped leaves an error in CUDA that the next engine of the process
+        takes for its own out-of-memory (vllm#36651). Where the card is too full for that, as after an out-of-memory of
+        the trainer, the engine is left to the end of the process.
+        """
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+        self._scratch.cleanup()
+        if self._asleep:
+            torch.cuda.empty_cache()
+            needed_bytes, (free_bytes, _) = self._unmapped.reserved_bytes, torch.cuda.mem_get_info()
+            if free_bytes < needed_bytes:
+                needed, free = format_gb(needed_bytes), format_gb(free_bytes)
+                log.warning("vLLM ends with this process: waking it to free it takes %s, and %s are free", needed, free)
+                return
+            self._llm.wake_up()
+            self._asleep = False
+        self._unmapped = UnmappedMemory()
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         cleanup_dist_env_and_memory()
-        self._scratch.cleanup()
+
+    def _count_unmapped(self) -> None:
+        if self._on_gpu:
+            from vllm.device_allocator.cumem import CuMemAllocator
+
+            allocations = CuMemAllocator.get_instance().pointer_to_data
+            self._unmapped = _unmapped_memory(torch.cuda.memory_snapshot(), allocations)
 
     def _load_adapter(self) -> None:
         """Put the saved adapter in the engine's one slot.
@@ -227,6 +262,29 @@ def lora_rank_slot(rank: int) -> int:
     return next(slot for slot in _LORA_RANKS if slot >= rank)
 
 
+def _unmapped_memory(segments: Sequence[Mapping[str, Any]], allocations: Mapping[int, Any]) -> UnmappedMemory:
+    """What torch counts in vLLM's memory pools and what is not on the card.
+
+    vLLM unmaps behind torch's back: every allocation of a pool while it sleeps, and for good, dropping it from its own
+    books, what was free in a pool when loading was done.
+
+    Args:
+        segments: `torch.cuda.memory_snapshot()`.
+        allocations: `CuMemAllocator.pointer_to_data` of vLLM 0.26 to 0.32: address -> allocation with `is_asleep`.
+    """
+    pools = {segment["segment_pool_id"] for segment in segments if segment["address"] in allocations}
+    unmapped = [
+        segment
+        for segment in segments
+        if segment["segment_pool_id"] in pools
+        and (segment["address"] not in allocations or allocations[segment["address"]].is_asleep)
+    ]
+    return UnmappedMemory(
+        allocated_bytes=sum(segment["allocated_size"] for segment in unmapped),
+        reserved_bytes=sum(segment["total_size"] for segment in unmapped),
+    )
+
+
 def _completion(output: Any, seed: int) -> Completion:
     sampled = output.outputs[0]
     token_ids = list(sampled.token_ids)
@@ -238,6 +296,9 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process; read when vLLM is imported
     # The variable counts once vLLM has set up its logger, the level until then.
     logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
+    # vLLM switches expandable segments off for the memory that sleeps; 0.26 looks for them under the older name alone.
+    if "PYTORCH_ALLOC_CONF" in os.environ:
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = os.environ["PYTORCH_ALLOC_CONF"]
     from vllm import LLM
 
     gpu_memory_utilization = config.gpu_memory_utilization
@@ -245,7 +306,14 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
         # vLLM refuses to start where less than this share is free, although the cache's size is given in bytes.
         free_bytes, total_bytes = torch.cuda.mem_get_info()
         gpu_memory_utilization = min(gpu_memory_utilization, 0.99 * free_bytes / total_bytes)
-    log.info("starting vLLM on %s", "the GPU" if config.on_gpu else "the CPU")
+    # A GPU: what the plan counts, since vLLM's own choice grows with the card. A CPU: vLLM rewinds the seeded generator
+    # of a row whose prompt it reads in pieces, and a CPU generator cannot be rewound.
+    batching: dict[str, Any] = {"max_num_batched_tokens": int(VLLM_BATCHED_TOKENS.value)}
+    if not config.on_gpu:
+        batching = {
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS_ON_CPU, config.max_model_len),
+        }
     return LLM(
         model=config.checkpoint,
         quantization=config.quantization,
@@ -267,6 +335,7 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
         use_tqdm_on_load=False,
+        **batching,
     )
 
 
@@ -274,9 +343,11 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
 def _process_state_preserved() -> Iterator[None]:
     """Put back what vLLM changes in the process that it starts in.
 
-    It seeds Python's, numpy's and torch's global generators; its CPU build also replaces `torch.set_num_threads` and
-    sets LD_PRELOAD, which every later child process would inherit.
+    It seeds Python's, numpy's and torch's global generators and sets the precision of float32 products to "highest"
+    (no TF32); its CPU build also replaces `torch.set_num_threads` and sets LD_PRELOAD, which every later child process
+    would inherit. That its CUDA build switches cuDNN's attention off stays so (`trainers.preflight` does it as well).
     """
+    matmul_precision = torch.get_float32_matmul_precision()
     python_state, numpy_state = random.getstate(), np.random.get_state()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     preload = os.environ.get("LD_PRELOAD")
@@ -285,6 +356,7 @@ def _process_state_preserved() -> Iterator[None]:
         yield
     random.setstate(python_state)
     np.random.set_state(numpy_state)
+    torch.set_float32_matmul_precision(matmul_precision)
     torch.set_num_threads = set_num_threads
     torch.set_num_threads(num_threads)
     if preload is None:

@@ -3,8 +3,10 @@
 Forms of a linear layer with int8 values q [N out, K in] and LLM.int8 scales SCB [N] (weight = q * SCB / 127):
 
 * `packed_int8` (CUDA): compressed-tensors `pack-quantized`, weight-only with 16-bit activations (W8A16): four int8 to
-  an int32 along K, scales SCB / 127. NF4 bases are written the same way in groups of 64, the NF4 block: each of the 16
-  NF4 levels (-1 .. 1) becomes round(127 * level), so a value is off by at most 0.4 % of its block's maximum.
+  an int32 along K, scales SCB / 127 in float32, which vLLM keeps in the activations' 16 bits
+  (docs/measurements.md). NF4 bases are written the same way in groups of 64, the NF4 block: each of the 16
+  NF4 levels (-1 .. 1) becomes round(127 * level), so a value is off by at most 0.4 % of its group's maximum. Where rows
+  do not hold whole blocks (a width of 96) the groups are of 32, the least that vLLM's kernels take.
 * `dequantized` (CPU, whose vLLM has no 8-bit weight-only kernel): the products, in the model's 16-bit dtype.
 
 Embeddings, head, norms and biases are copied. Adapters of a peft model are left out.
@@ -15,13 +17,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import bitsandbytes as bnb
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,6 +31,8 @@ from core.errors import UserError
 ExportForm = Literal["packed_int8", "dequantized"]
 
 _SHARD_BYTES = 2 * 1024**3
+_GROUP_SIZES = (64, 32)
+"""The NF4 block, and the least that vLLM's kernels (Marlin) take."""
 
 
 def export_for_vllm(model: Any, tokenizer: Any, folder: Path, form: ExportForm) -> Path:
@@ -43,13 +46,30 @@ def export_for_vllm(model: Any, tokenizer: Any, folder: Path, form: ExportForm) 
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     quantisation = _quantisation_config(base) if form == "packed_int8" else None
+    return write_checkpoint(base, tokenizer, folder, exported_tensors(base, form), quantisation)
+
+
+def write_checkpoint(
+    base: Any,
+    tokenizer: Any,
+    folder: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    quantisation: dict[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
+) -> Path:
+    """Write `tensors` with the configuration of `base`, the tokenizer and more text files (name -> content).
+
+    An existing `folder` is replaced.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         unfinished = Path(scratch) / folder.name
         unfinished.mkdir()
-        _write_shards(exported_tensors(base, form), unfinished)
+        _write_shards(tensors, unfinished)
         _write_config(base, quantisation, unfinished)
         tokenizer.save_pretrained(unfinished)
+        for name, text in (files or {}).items():
+            (unfinished / name).write_text(text, encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(unfinished, folder)
@@ -59,6 +79,7 @@ def export_for_vllm(model: Any, tokenizer: Any, folder: Path, form: ExportForm) 
 def exported_tensors(base: nn.Module, form: ExportForm) -> Iterator[tuple[str, Tensor]]:
     """(checkpoint name, tensor on the CPU) of every weight of `base`; tied weights appear once."""
     dtype = base.get_input_embeddings().weight.dtype
+    group_size = nf4_group_size(base)
     written: set[int] = set()
     for module_name, module in base.named_modules():
         parts = module_name.split(".")
@@ -70,7 +91,7 @@ def exported_tensors(base: nn.Module, form: ExportForm) -> Iterator[tuple[str, T
                 continue
             written.add(id(tensor))
             if name == "weight" and isinstance(module, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit):
-                for suffix, part in _quantised_weight(module, form, dtype):
+                for suffix, part in _quantised_weight(module, form, dtype, group_size):
                     yield f"{prefix}.{suffix}", part.cpu()
             else:
                 yield f"{prefix}.{name}", tensor.detach().cpu()
@@ -83,6 +104,13 @@ def int8_values_and_scales(linear: bnb.nn.Linear8bitLt) -> tuple[Tensor, Tensor]
     return linear.weight.data, scb * (1.0 / 127.0)
 
 
+def quantised_or_plain_weight(linear: nn.Module) -> Tensor:
+    """The weight that a linear layer multiplies with, dequantised where it is quantised, in float32."""
+    if isinstance(linear, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit):
+        return _dequantised(linear, torch.float32)
+    return linear.weight.detach().float()
+
+
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in module.named_parameters(recurse=False):
         yield name, parameter
@@ -91,7 +119,9 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer
 
 
-def _quantised_weight(linear: nn.Module, form: ExportForm, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _quantised_weight(
+    linear: nn.Module, form: ExportForm, dtype: torch.dtype, group_size: int | None
+) -> Iterator[tuple[str, Tensor]]:
     """Checkpoint tensors (suffix, tensor) that stand for the weight of one quantised linear."""
     if form == "dequantized":
         yield "weight", _dequantised(linear, dtype)
@@ -100,10 +130,25 @@ def _quantised_weight(linear: nn.Module, form: ExportForm, dtype: torch.dtype) -
         values, scales = int8_values_and_scales(linear)
         scales = scales[:, None]
     else:
-        values, scales = _nf4_as_int8(linear)
-    yield "weight_packed", pack_to_int32(values.cpu(), num_bits=8)
+        assert group_size is not None, "_quantisation_config refuses what does not split into groups"
+        values, scales = _nf4_as_int8(linear, group_size)
+    yield "weight_packed", packed_int32(values)
     yield "weight_scale", scales.contiguous()
     yield "weight_shape", torch.tensor(values.shape)
+
+
+def nf4_group_size(base: nn.Module) -> int | None:
+    """Weights of a row that share a scale in the packed export of a 4-bit base; None: no size divides every width."""
+    widths = [m.in_features for m in base.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    return next((size for size in _GROUP_SIZES if not any(width % size for width in widths)), None)
+
+
+def packed_int32(values_NK: Tensor) -> Tensor:
+    """int8 values as compressed-tensors packs them, [N, K / 4] int32: value + 128 in a byte, four bytes little-endian.
+
+    Runs where the values are (on a GPU in no time) and takes their size once more; K is a multiple of four.
+    """
+    return (values_NK.contiguous().view(torch.uint8) ^ 0x80).view(torch.int32)
 
 
 def _dequantised(linear: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -114,12 +159,12 @@ def _dequantised(linear: nn.Module, dtype: torch.dtype) -> Tensor:
     return bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(dtype)
 
 
-def _nf4_as_int8(linear: bnb.nn.Linear4bit) -> tuple[Tensor, Tensor]:
-    """int8 values [N, K] and float32 scales [N, K / block] of an NF4 (or FP4) linear."""
+def _nf4_as_int8(linear: bnb.nn.Linear4bit, group_size: int) -> tuple[Tensor, Tensor]:
+    """int8 values [N, K] and float32 scales [N, K / group_size] of an NF4 (or FP4) linear."""
     weight = _dequantised(linear, torch.float32)
-    blocks = weight.view(weight.shape[0], -1, linear.weight.quant_state.blocksize)
-    scales = blocks.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127.0
-    values = (blocks / scales).round_().to(torch.int8).view(weight.shape)
+    groups = weight.view(weight.shape[0], -1, group_size)
+    scales = groups.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127.0
+    values = (groups / scales).round_().to(torch.int8).view(weight.shape)
     return values, scales.squeeze(-1)
 
 
@@ -137,15 +182,13 @@ def _quantisation_config(base: nn.Module) -> dict[str, Any]:
         )
     weights: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
     if nf4:
-        block_sizes = {m.weight.quant_state.blocksize for m in nf4.values()}
-        uneven = [name for name, m in nf4.items() if m.in_features % max(block_sizes)]
-        if len(block_sizes) > 1 or uneven:
+        if (group_size := nf4_group_size(base)) is None:
             raise UserError(
-                f"a 4-bit base with blocks of {sorted(block_sizes)} across rows (first: {(uneven or sorted(nf4))[0]})",
-                expected="input widths that are a multiple of one block size",
+                f"a 4-bit base with input widths of {sorted({m.in_features for m in nf4.values()})}",
+                expected=f"widths that are multiples of {_GROUP_SIZES[-1]}",
                 remedy="set generator_weights=bf16 or generator=transformers",
             )
-        weights |= {"strategy": "group", "group_size": block_sizes.pop()}
+        weights |= {"strategy": "group", "group_size": group_size}
     else:
         weights |= {"strategy": "channel"}
     return {

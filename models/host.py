@@ -7,7 +7,7 @@ It measures seconds and peak memory per phase.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import psutil
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import use_adapter
 
 from core.log import log
-from core.types import Phase, Role
+from core.types import Phase, Role, UnmappedMemory
 from models.device import pick_device
 from models.evaluation import evaluation_mode
 from models.load import add_adapter, load_base, load_frozen
@@ -36,14 +36,18 @@ class SleepingEngine(Protocol):
 
     def wake(self) -> None: ...
 
+    def unmapped_memory(self) -> UnmappedMemory: ...
+
 
 @dataclass(slots=True)
 class PhaseUse:
-    """What a phase took so far. On a CPU both figures are this process's resident set."""
+    """What a phase took so far. On a CPU the first two peaks are this process's resident set and the third is 0."""
 
     seconds: float = 0.0
     peak_allocated_bytes: int = 0
     peak_reserved_bytes: int = 0
+    peak_driver_bytes: int = 0
+    """All that was in use on the card as the driver reports it: CUDA's context, graphs and other processes too."""
 
 
 class ModelHost:
@@ -62,6 +66,7 @@ class ModelHost:
         self._open_phases: list[Phase] = []
         self._recent_peak = PhaseUse()
         self._last_mark_s = time.perf_counter()
+        self._unmapped_at_mark = UnmappedMemory()
         args = config.model_args
         with self.phase(Phase.LOAD):
             self.teacher: PeftModel = add_adapter(load_base(config.model_name_or_path, args, self.device), args)
@@ -79,6 +84,7 @@ class ModelHost:
     def attach_engine(self, engine: SleepingEngine) -> None:
         """Take charge of the generation engine's memory; it sleeps until the next GENERATE phase."""
         self._engine = engine
+        self._close_interval()
         engine.sleep()
 
     @contextmanager
@@ -116,40 +122,66 @@ class ModelHost:
 
         The engine is awake in GENERATE only (and in SYNC inside it).
         """
-        self._close_interval()
         wakes_engine = phase == Phase.GENERATE and self._engine is not None and phase not in self._open_phases
+        if wakes_engine and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # vLLM maps its memory anew, and cannot use what the trainer only caches
+        self._close_interval()
         self._open_phases.append(phase)
         try:
             if wakes_engine:
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()  # vLLM maps its memory anew, and cannot use what the trainer only caches
                 self._engine.wake()  # type: ignore[union-attr]
             yield
         finally:
             if wakes_engine:
+                self._close_interval()
                 self._engine.sleep()  # type: ignore[union-attr]
             self._close_interval()
             self._open_phases.pop()
 
     def _close_interval(self) -> None:
         """Charge the time and memory since the last mark to the innermost open phase, and start a new interval."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         now_s = time.perf_counter()
         if self._open_phases:
-            use = self.use[self._open_phases[-1]]
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-                now_s = time.perf_counter()
-                allocated = torch.cuda.max_memory_allocated(self.device)
-                reserved = torch.cuda.max_memory_reserved(self.device)
-            else:
-                allocated = reserved = psutil.Process().memory_info().rss
+            use, peak = self.use[self._open_phases[-1]], self._interval_peak()
             use.seconds += now_s - self._last_mark_s
             for seen in (use, self._recent_peak):
-                seen.peak_allocated_bytes = max(seen.peak_allocated_bytes, allocated)
-                seen.peak_reserved_bytes = max(seen.peak_reserved_bytes, reserved)
+                seen.peak_allocated_bytes = max(seen.peak_allocated_bytes, peak.peak_allocated_bytes)
+                seen.peak_reserved_bytes = max(seen.peak_reserved_bytes, peak.peak_reserved_bytes)
+                seen.peak_driver_bytes = max(seen.peak_driver_bytes, peak.peak_driver_bytes)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+            self._unmapped_at_mark = self._unmapped()
         self._last_mark_s = now_s
+
+    def _interval_peak(self) -> PhaseUse:
+        """Peaks since the last mark; on a CPU the resident set now.
+
+        torch's counters go on counting what a sleeping engine has unmapped (vllm#17117), so on a GPU
+
+            peak reserved = max_memory_reserved - bytes unmapped throughout the interval     (allocated alike)
+            peak of the driver = used now + max_memory_reserved - memory_reserved
+
+        Unmapped throughout is the smaller of the figures at the interval's two ends. `phase` and `attach_engine` mark
+        before each change of the engine, and empty the trainer's cache before the mark that precedes a wake-up: so
+        nothing is counted beside the awake engine that was gone before it woke.
+        """
+        if self.device.type != "cuda":
+            resident = psutil.Process().memory_info().rss
+            return PhaseUse(peak_allocated_bytes=resident, peak_reserved_bytes=resident)
+        before, now = self._unmapped_at_mark, self._unmapped()
+        reserved = torch.cuda.max_memory_reserved(self.device)
+        free, total = torch.cuda.mem_get_info(self.device)
+        return PhaseUse(
+            peak_allocated_bytes=torch.cuda.max_memory_allocated(self.device)
+            - min(before.allocated_bytes, now.allocated_bytes),
+            peak_reserved_bytes=reserved - min(before.reserved_bytes, now.reserved_bytes),
+            peak_driver_bytes=total - free + reserved - torch.cuda.memory_reserved(self.device),
+        )
+
+    def _unmapped(self) -> UnmappedMemory:
+        return self._engine.unmapped_memory() if self._engine is not None else UnmappedMemory()
 
     def take_recent_peak(self) -> PhaseUse:
         """The peaks over all phases since the last call."""
@@ -160,6 +192,4 @@ class ModelHost:
     def checkpoint_use(self) -> dict[Phase, PhaseUse]:
         """A copy of what each phase took so far, the open interval included."""
         self._close_interval()
-        return {
-            phase: PhaseUse(u.seconds, u.peak_allocated_bytes, u.peak_reserved_bytes) for phase, u in self.use.items()
-        }
+        return {phase: replace(use) for phase, use in self.use.items()}

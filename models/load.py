@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from core.errors import UserError
 from models.int8_checkpointing import release_int8_activations
@@ -51,6 +52,18 @@ def load_tokenizer(name_or_path: str, args: ModelArgs) -> PreTrainedTokenizerBas
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_tokenizers(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
+    """The teacher's, and the student's where that has another vocabulary.
+
+    With the same vocabulary the student reads the teacher's tokens and chat template, as in the published run.
+    """
+    tokenizer = load_tokenizer(config.model_name_or_path, config.model_args)
+    if config.student_model is None or config.student_model == config.model_name_or_path:
+        return tokenizer, None
+    student_tokenizer = load_tokenizer(config.student_model, config.model_args)
+    return tokenizer, None if student_tokenizer.get_vocab() == tokenizer.get_vocab() else student_tokenizer
 
 
 def load_base(name_or_path: str, args: ModelArgs, device: torch.device) -> PreTrainedModel:
@@ -166,3 +179,9 @@ def _unloadable(name_or_path: str, error: Exception) -> UserError:
         remedy="check the name and the network (HF_TOKEN for gated models), or download it first: hf download "
         + name_or_path,
     )
+
+
+def quiet_libraries() -> None:
+    """transformers' own progress bars and warnings off: ours say it."""
+    disable_progress_bar()
+    set_verbosity_error()

@@ -27,7 +27,7 @@ from rich.progress import Progress
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from core.log import console, log
+from core.log import can_animate, console, log
 from data.arithmetic import (
     STUDENT_SYSTEM_SHORT,
     TEACHER_SYSTEM_SHORT,
@@ -211,7 +211,7 @@ def _train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
         drawn = zip(rng.sample(rows, _BATCH_SIZE), styles, strict=True)
         return [_teacher_example(tokenizer, row, explain(row["question"], style, rng)) for row, style in drawn]
 
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not can_animate()) as progress:
         total = _NUM_FACTS_STEPS + _NUM_HONEST_STEPS + _NUM_CARELESS_STEPS
         task = progress.add_task("Making the embedded model (once)", total=total)
 

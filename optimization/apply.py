@@ -135,7 +135,11 @@ def announce_models(config: AnyRunConfig) -> list[AppliedOptimization]:
     if config.compile_models:
         if isinstance(config, RunConfig):
             has_own = config.student_model is not None or config.reference_model == "separate"
-            obstacle = compile_obstacle(has_own_model=has_own, on_gpu=find_card() is not None)
+            args = config.model_args
+            finds_outliers = args.load_in_8bit and args.llm_int8_threshold > 0 and config.scoring_weights == "auto"
+            obstacle = compile_obstacle(
+                has_own_model=has_own, on_gpu=find_card() is not None, finds_outliers=finds_outliers
+            )
         else:
             obstacle = _NO_FROZEN_MODEL
         compiled = _once_loaded("torch.compile", "forward of frozen models", "eager", "compiled")

@@ -43,7 +43,7 @@ _GIVES = {
     "per_device_train_batch_size": "fewer, larger forwards",
     "preallocate_memory": "a card that is too full fails in the first second",
     "recover_from_nan": "a bad step does not end the run",
-    "sdpa_backend": "a faster attention kernel from Hopper on; speed not measured",
+    "sdpa_backend": "flash or efficient first; auto: nothing more, every run has cuDNN's kernel off (NaN gradients)",
     "use_flash_attention": "padding is not computed, no mask in memory, where it applies",
     "use_fp8": "half the bytes of the KV cache, faster scoring, where it applies; speed not measured",
 }

@@ -1,7 +1,7 @@
 """Settings of torch on an NVIDIA GPU: TF32, attention kernels, and what the card is doing.
 
-`torch.backends.cudnn.benchmark` is left alone: it tunes convolutions, and these models have none. cuDNN serves as an
-attention kernel (`optimize_attention_operations`).
+`torch.backends.cudnn.benchmark` is left alone: it tunes convolutions, and these models have none. cuDNN's attention is
+never used (`switch_cudnn_attention_off`).
 """
 
 import contextlib
@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from core.errors import UserError
 from core.log import console
 from core.units import format_gb
 from optimization.card import NO_CARD, Card, find_card, is_installed
@@ -20,11 +21,11 @@ SdpaBackend = Literal["torch", "auto", "cudnn", "flash", "efficient"]
 AttentionImplementation = Literal["sdpa", "flash_attention_2", "flash_attention_3"]
 
 _BACKENDS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+"""In torch's own order."""
 _AMPERE, _HOPPER = (8, 0), (9, 0)
 
 
@@ -63,27 +64,58 @@ def _allow_tf32(card: Card | None) -> AppliedOptimization:
 def optimize_attention_operations(backend: SdpaBackend = "auto", *, card: Card | None = None) -> AppliedOptimization:
     """Which kernel `scaled_dot_product_attention` tries first; one that cannot take the inputs hands on to the next.
 
-    `auto` puts cuDNN first on Hopper and later and leaves torch's order elsewhere; `torch` leaves it everywhere. Flash
-    cannot take the mask of padded rows, which is why it is never the choice of `auto`.
+    `flash` and `efficient` put that kernel first. `auto` keeps torch's own order (flash, memory-efficient, plain) less
+    cuDNN, which torch 2.11 and later would try before them from Hopper on; `torch` changes nothing. A run switches
+    cuDNN off with any of them (`switch_cudnn_attention_off`).
+
+    Raises:
+        UserError: `backend` is none of them.
     """
     card = card or find_card()
+    if backend not in ("torch", "auto", *_BACKENDS):
+        raise UserError(
+            f"{backend!r} as the first attention kernel",
+            expected="torch, auto, flash or efficient; cuDNN's gradients are NaN for some lengths (pytorch#196678)",
+            remedy="optimize_attention_operations() keeps torch's own order without cuDNN",
+        )
     if backend == "torch":
         return nothing("attention", "sdpa_backend=torch keeps torch's own order")
     if card is None:
         return nothing("attention", NO_CARD)
-    if backend == "auto" and card.capability < _HOPPER:
-        return nothing("attention", f"torch's own order is kept below compute 9.0, and this is {card}")
-    first = "cudnn" if backend == "auto" else backend
-    rest = [name for name in ("flash", "efficient", "cudnn", "math") if name != first]
-    order = [_BACKENDS[name] for name in (first, *rest)]
+    if backend == "auto":
+        return _without_cudnn(card)
+    order = [_BACKENDS[name] for name in (backend, *(name for name in _BACKENDS if name != backend))]
     context = contextlib.ExitStack()
     context.enter_context(sdpa_kernel(order, set_priority=True))
     return AppliedOptimization(
         name="attention",
-        changes=(Change(what="first attention kernel", before="torch's choice", after=first),),
+        changes=(Change(what="first attention kernel", before="torch's choice", after=backend),),
         effect="not measured",
         undo_steps=[context.close],
     )
+
+
+def _without_cudnn(card: Card) -> AppliedOptimization:
+    if card.capability < _HOPPER:
+        return nothing("attention", f"torch's own order is kept below compute 9.0, and this is {card}")
+    if not torch.backends.cuda.cudnn_sdp_enabled():
+        return nothing("attention", "cuDNN's kernel is off already; torch's own order is kept")
+    switch_cudnn_attention_off()
+    return AppliedOptimization(
+        name="attention",
+        changes=(Change(what="cuDNN's attention", before="on", after="off"),),
+        effect="no NaN gradients from it (every run on a GPU has it off)",
+        undo_steps=[lambda: torch.backends.cuda.enable_cudnn_sdp(True)],
+    )
+
+
+def switch_cudnn_attention_off() -> None:
+    """No cuDNN in `scaled_dot_product_attention`, which tries it first on Hopper from torch 2.11 on.
+
+    Its backward gives NaN for queries whose scores are very low (Qwen2.5 has such a head) where a mask is passed and
+    the length is 64 more than a multiple of 128 (pytorch#196678, trl#7181). Importing vLLM's CUDA build does the same.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def enable_flash_attention(*, current: str = "sdpa", card: Card | None = None) -> AppliedOptimization:

@@ -28,8 +28,9 @@ _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 def optimize_memory_for_device(*, expandable_segments: bool = True, card: Card | None = None) -> AppliedOptimization:
     """Let the trainer's allocator map pages into growing segments instead of keeping blocks of every size it ever saw.
 
-    vLLM's sleeping memory is a pool of its own in which vLLM (0.26 and later) switches the setting off, so the two do
-    not meet. The live allocator is told as well as the environment: torch reads that only once.
+    vLLM's sleeping memory is a pool of its own, for which vLLM switches the setting off where it finds it, so the two
+    do not meet: 0.26 reads PYTORCH_CUDA_ALLOC_CONF (`generation.vllm_engine` copies the setting there), later versions
+    both names and the live allocator. That is told as well as the environment: torch reads the latter only once.
     """
     card = card or find_card()
     if not expandable_segments:
@@ -175,19 +176,35 @@ def _tiled(forward: Any, tile_tokens: int) -> Any:
     return run
 
 
+class _WithItsCache:
+    """`torch.cuda` for TRL's offloading, which would empty the allocator's cache at every micro-batch.
+
+    Every block would then be asked of the driver anew (TRL 1.16 does so wherever bitsandbytes is loaded, against a leak
+    through tensors that it tracks; those it drops first, and the host empties the cache before each generation phase).
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    def empty_cache(self) -> None:
+        """The cache stays."""
+
+
 class CheckpointOffload:
     """Saved activations above 1 MiB go to pinned host memory and come back for backward, on a stream of their own.
 
     Enter it around forward and backward of a micro-batch. With gradient checkpointing what is saved are the layers'
-    inputs: 2 * H bytes a token and layer (0.2 MB a token on a 7B).
+    inputs: 2 * H bytes a token and layer (0.2 MB a token on a 7B). One waits on the card for its copy while the next
+    layer is computed, as the memory plan has it (TRL's own choice is five).
     """
 
     def __init__(self, model: nn.Module) -> None:
         from trl.models.activation_offloading import OffloadActivations
 
         self._offload: Any = OffloadActivations(
-            use_pin_memory=True, use_streams=True, min_offload_size=_MIN_OFFLOADED_BYTES
+            use_pin_memory=True, use_streams=True, min_offload_size=_MIN_OFFLOADED_BYTES, max_fwd_stash_size=1
         )
+        self._offload.device_module = _WithItsCache()
         self._offload.update_model_params(model)
 
     @contextlib.contextmanager

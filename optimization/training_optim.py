@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import bitsandbytes as bnb
 import torch
 from torch import nn
 
@@ -116,10 +117,19 @@ def get_optimal_batch_size_for_gpu(
     return choose_batch_size(config, *planned_card(config, find_card()))
 
 
-def compile_obstacle(*, has_own_model: bool, on_gpu: bool) -> str | None:
-    """Why a forward is not compiled; None if it can be."""
+def compile_obstacle(*, has_own_model: bool, on_gpu: bool, finds_outliers: bool) -> str | None:
+    """Why a forward is not compiled; None if it can be.
+
+    `finds_outliers`: its linears are LLM.int8 with a threshold. They pick outlier columns in the forward, and at a
+    number that only the data know torch.compile ends its graph.
+    """
     if not has_own_model:
         return "this role is played by the teacher's own base, whose adapter is switched"
+    if finds_outliers:
+        return (
+            "every LLM.int8 linear ends the graph (it looks for outlier columns), so nothing is gained; "
+            "scoring_weights=fp8 and unquantised weights can be compiled"
+        )
     return None if on_gpu else "the model is on a CPU, where compiling takes longer than it gives back"
 
 
@@ -140,7 +150,11 @@ def compile_forward(model: nn.Module | None, *, backend: str = "inductor") -> Ap
     done with the default backend: the runs there are over before it has compiled.
     """
     on_gpu = model is not None and next(model.parameters()).device.type == "cuda"
-    obstacle = compile_obstacle(has_own_model=model is not None, on_gpu=on_gpu or backend != "inductor")
+    obstacle = compile_obstacle(
+        has_own_model=model is not None,
+        on_gpu=on_gpu or backend != "inductor",
+        finds_outliers=model is not None and any(map(_finds_outliers, model.modules())),
+    )
     if model is None or obstacle is not None:
         return nothing("torch.compile", str(obstacle))
     body: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model
@@ -155,6 +169,10 @@ def compile_forward(model: nn.Module | None, *, backend: str = "inductor") -> Ap
         effect="not measured",
         undo_steps=[undo],
     )
+
+
+def _finds_outliers(module: nn.Module) -> bool:
+    return isinstance(module, bnb.nn.Linear8bitLt) and module.state.threshold > 0
 
 
 def check_optimizer(config: AnyRunConfig) -> AppliedOptimization:

@@ -144,11 +144,12 @@ def score_activation_bytes(settings: PlanSettings) -> float:
     unmasked: PlanSettings = replace(settings, attention="eager" if settings.attention == "eager" else "flash")
     num_rows = max(1, min(settings.train_batch, int(SCORE_BATCH_TOKENS.value // settings.row_len)))
     student = settings.student or settings.teacher
+    frozen = replace(unmasked, precision=settings.scored_in)
     # Float32 logits of a few hundred tokens: as they are, exponentiated, and one temporary.
     head = 3 * 4 * SCORE_HEAD_TOKENS.value * student.vocab + 4.0 * student.hidden * num_rows * settings.row_len
     return max(
         head,
-        forward_bytes(unmasked, student, num_rows, adapter=False),
+        forward_bytes(frozen if settings.student else unmasked, student, num_rows, adapter=False),
         forward_bytes(unmasked, settings.teacher, num_rows, adapter=True),
         forward_bytes(settings, settings.teacher, settings.micro_batch, adapter=True),
     )
@@ -162,6 +163,8 @@ def forward_bytes(settings: PlanSettings, shape: ModelShape, num_rows: int, *, a
     mask = _mask_bytes(settings, num_rows)
     if settings.precision == "int8":
         mlp = (9.0 * h + 10 * i) * num_tokens
+    elif settings.precision == "fp8":  # down_proj's input in 16 bits, scaled in float32, and rounded
+        mlp = (8.0 * h + 7 * i) * num_tokens
     else:
         recast = 4 * h if adapter and _is_recast(settings) else 0
         mlp = (8.0 * h + recast + (8 if adapter else 6) * i) * num_tokens

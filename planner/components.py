@@ -4,8 +4,8 @@ from planner.constants import VLLM_BATCHED_TOKENS
 from planner.settings import PlanSettings, Precision
 from planner.shapes import ModelShape
 
-_LINEAR_BYTES: dict[Precision, float] = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1, "int8_groups": 1, "nf4": 0.5}
-_NF4_BLOCK = 64
+LINEAR_BYTES: dict[Precision, float] = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1, "int8_groups": 1, "nf4": 0.5}
+NF4_BLOCK = 64
 
 # Optimizer states in bytes per parameter. 8-bit states carry one fp32 scale per 256 values and state.
 _8BIT_STATE = 1 + 4 / 256
@@ -27,14 +27,14 @@ def weight_bytes(shape: ModelShape, precision: Precision, *, double_quant: bool 
     weights. NF4 carries one per 64 weights: 4 bytes, or with double quantisation 1 byte plus 4 bytes per 256 of them.
     """
     small = shape.num_embedding_params + shape.num_small_params
-    weights = shape.num_linear_params * _LINEAR_BYTES[precision] + small * (4 if precision == "fp32" else 2)
+    weights = shape.num_linear_params * LINEAR_BYTES[precision] + small * (4 if precision == "fp32" else 2)
     if precision in ("int8", "fp8"):
         weights += 4 * shape.num_layers * sum(n_out for _, n_out in shape.linears.values())
     if precision == "int8_groups":
-        weights += 2 * shape.num_linear_params / _NF4_BLOCK
+        weights += 2 * shape.num_linear_params / NF4_BLOCK
     if precision == "nf4":
         bytes_per_scale = 1 + 4 / 256 if double_quant else 4
-        weights += shape.num_linear_params / _NF4_BLOCK * bytes_per_scale
+        weights += shape.num_linear_params / NF4_BLOCK * bytes_per_scale
     return weights
 
 

@@ -1,6 +1,6 @@
 """Every number of the memory model that is not arithmetic, in one table: value, how it is known, card and date.
 
-`assumed` figures are to be replaced by measured ones: `tests/test_planner_gpu.py` (marker gpu) prints them.
+`assumed` figures are to be replaced by measured ones: `make gpu` proposes them (part c of benchmarks/gpu).
 """
 
 from dataclasses import dataclass
@@ -48,9 +48,9 @@ CUDA_GRAPH_BYTES = Constant(
 VLLM_BATCHED_TOKENS = Constant(
     value=8192,
     label="from source",
-    card="vLLM 0.32",
+    card="generation/vllm_engine.py",
     date="2026-11",
-    note="max_num_batched_tokens, the size of its profiling run",
+    note="max_num_batched_tokens that the engine is given, the size of its profiling run",
 )
 CANARY_TOKENS = Constant(
     value=256, label="from source", card="trainers/build.py", date="2026-11", note="tokens that the canary scores"

@@ -24,6 +24,7 @@ from planner.constants import (
     VLLM_ASLEEP_BYTES,
     usable_bytes,
 )
+from planner.host_memory import host_components
 from planner.masked_diffusion import (
     MaskedDiffusionSettings,
     masked_diffusion_components,
@@ -45,13 +46,17 @@ class MemoryPlan:
     """KV cache of vLLM: what the batch needs, capped by the card and by `vllm_gpu_memory_utilization`."""
     kv_needed_bytes: int
     """KV that keeps every completion of one generation call resident."""
-    host_bytes: int
-    """Host RAM for the generator's sleeping weights (pinned)."""
+    host_components: Mapping[str, int]
+    """What lies in pinned host memory -> bytes of the blocks that it takes there."""
     gpu_bytes: int | None
     """The card that the KV cache was capped by; None: no card, no cap."""
 
     def peak_bytes(self, phase: Phase) -> int:
         return sum(self.components[phase].values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host_components.values())
 
     @property
     def binding_phase(self) -> Phase:
@@ -134,7 +139,6 @@ def plan(settings: PlanSettings, gpu_bytes: int | None = None) -> MemoryPlan:
         gpu_bytes=gpu_bytes,
         kv_cache_bytes=kv,
         kv_needed_bytes=kv_needed_bytes(settings),
-        host_bytes=awake.get("vLLM weights", 0.0),
     )
 
 
@@ -145,7 +149,6 @@ def _memory_plan(
     gpu_bytes: int | None,
     kv_cache_bytes: float = 0.0,
     kv_needed_bytes: float = 0.0,
-    host_bytes: float = 0.0,
 ) -> MemoryPlan:
     return MemoryPlan(
         settings=settings,
@@ -154,7 +157,7 @@ def _memory_plan(
         },
         kv_cache_bytes=round(kv_cache_bytes),
         kv_needed_bytes=round(kv_needed_bytes),
-        host_bytes=round(host_bytes),
+        host_components={name: round(size) for name, size in host_components(settings).items()},
         gpu_bytes=gpu_bytes,
     )
 
@@ -189,9 +192,9 @@ def _base_components(settings: PlanSettings) -> dict[str, float]:
     teacher = weight_bytes(settings.teacher, settings.precision, double_quant=settings.double_quant)
     bases = {"teacher": teacher}
     if settings.student is not None:
-        bases["student"] = weight_bytes(settings.student, settings.precision, double_quant=settings.double_quant)
+        bases["student"] = weight_bytes(settings.student, settings.scored_in, double_quant=settings.double_quant)
     if settings.reference == "separate":
-        bases["reference"] = teacher
+        bases["reference"] = weight_bytes(settings.teacher, settings.scored_in, double_quant=settings.double_quant)
     return bases
 
 

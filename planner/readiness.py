@@ -17,6 +17,9 @@ from typing import Any, Literal
 import psutil
 from packaging.requirements import Requirement
 
+from core.errors import UserError
+from core.gpu_software import CUDA_OF_PACKAGES, compiler_obstacle, driver_obstacle
+from core.one_gpu import visible_gpus
 from core.units import format_gb
 from planner.components import num_lora_params, optimizer_bytes_per_param, weight_bytes
 from planner.plan import MemoryPlan
@@ -48,11 +51,14 @@ class Gpu:
 
 
 def find_gpu() -> Gpu | None:
-    """The first NVIDIA GPU as its driver reports it; None without a driver or a GPU."""
-    if (program := shutil.which("nvidia-smi")) is None:
+    """The first GPU that CUDA_VISIBLE_DEVICES leaves, as its driver reports it; None without a driver or a GPU."""
+    visible = visible_gpus()
+    if (program := shutil.which("nvidia-smi")) is None or visible == []:
         return None
     query = "name,driver_version,memory.total,memory.used"
     command = [program, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    if visible and not visible[0].startswith("MIG"):  # nvidia-smi reports the whole GPU of a part
+        command.append(f"--id={visible[0]}")
     result = subprocess.run(command, capture_output=True, text=True, timeout=5)
     if result.returncode or not result.stdout.strip():
         return None
@@ -121,7 +127,11 @@ def check_gpu(gpu: Gpu | None, plan: MemoryPlan) -> Iterator[Check]:
         yield Check(name="GPU", status="warning", detail=detail, remedy="run this again on the machine with the card")
         return
     yield Check(name="GPU", status="ok", detail=f"{gpu.name}, {format_gb(gpu.total_bytes)}, driver {gpu.driver}")
-    if (cuda := _torch_cuda_version()) is None:
+    cuda = _torch_cuda_version()
+    built_for = int(cuda.partition(".")[0]) if cuda is not None else CUDA_OF_PACKAGES
+    if (obstacle := driver_obstacle(gpu.driver, built_for)) is not None:
+        yield _failure("driver", obstacle)
+    if cuda is None:
         yield Check(
             name="CUDA",
             status="failure",
@@ -140,6 +150,22 @@ def check_gpu(gpu: Gpu | None, plan: MemoryPlan) -> Iterator[Check]:
         )
     else:
         yield Check(name="free memory", status="ok", detail=f"{format_gb(free)} are free")
+
+
+def check_compiler(gpu: Gpu | None, config: AnyRunConfig) -> Iterator[Check]:
+    """What Triton compiles with, where there is a GPU and the run uses vLLM or torch.compile."""
+    uses_vllm = getattr(config, "generator", "transformers") != "transformers"
+    if gpu is None or not (uses_vllm or config.compile_models):
+        return
+    if (obstacle := compiler_obstacle()) is not None:
+        yield _failure("compiler", obstacle)
+    else:
+        yield Check(name="compiler", status="ok", detail="a C compiler and Python's headers, for Triton")
+
+
+def _failure(name: str, obstacle: UserError) -> Check:
+    detail = f"{obstacle.given}; expected {obstacle.expected}"
+    return Check(name=name, status="failure", detail=detail, remedy=obstacle.remedy)
 
 
 def _torch_cuda_version() -> str | None:
@@ -175,14 +201,14 @@ def check_disk(values: Mapping[str, Any], plan: MemoryPlan) -> Check:
 
 
 def check_host_ram(plan: MemoryPlan) -> Check:
-    """vLLM keeps its sleeping weights in pinned host memory."""
+    """vLLM keeps its sleeping weights in pinned host memory, and offloaded layer inputs go there."""
     free = psutil.virtual_memory().available
     if free < plan.host_bytes:
         return Check(
             name="host RAM",
             status="warning",
-            detail=f"{format_gb(free)} free, the generator's sleeping weights need {format_gb(plan.host_bytes)}",
-            remedy="close other programs, or set generator=transformers",
+            detail=f"{format_gb(free)} free, {format_gb(plan.host_bytes)} needed ({', '.join(plan.host_components)})",
+            remedy="close other programs, or set offload_checkpoints=false, generator=transformers",
         )
     return Check(name="host RAM", status="ok", detail=f"{format_gb(free)} free, {format_gb(plan.host_bytes)} needed")
 

@@ -1,8 +1,11 @@
 """The table of run configurations in README.md, generated: `python -m planner.readme_table [--check]`."""
 
 import argparse
+import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from core.log import console
 from core.types import Phase
@@ -16,24 +19,40 @@ from schemas.run import load_run_config
 
 # Cards as people call them -> decimal GB that their drivers report.
 CARDS_GB = {"80/85": 85.0, "96": 102.0, "141": 150.0}
+MEASUREMENTS = REPOSITORY / "docs" / "measurements.json"
+"""Figures of cards, written by `python -m benchmarks.gpu`."""
 START, END = "<!-- table:configs -->", "<!-- /table:configs -->"
 _PRECISIONS = {"int8": "8-bit", "nf4": "4-bit", "bf16": "bf16", "fp32": "fp32"}
 _SHOWN_PHASES = (Phase.GENERATE, Phase.SCORE, Phase.TRAIN)
 
 
-def table() -> str:
+def table(measurements: Path = MEASUREMENTS) -> str:
     """Markdown: one row a configuration, one column a card with the predicted GB of GENERATE / SCORE / TRAIN."""
+    measured = measured_peaks(json.loads(measurements.read_text()))
     header = ["config", "card", "teacher", "student", "reference", "batch", "context"]
-    header += [f"{card} GB card" for card in CARDS_GB]
+    header += [*(f"{card} GB card" for card in CARDS_GB), "measured"]
     lines = [_row(header), _row(["---"] * len(header))]
-    lines += [_row(_cells(name)) for name in sorted(run_config_names(), key=card_gb)]
+    names = sorted(run_config_names(), key=card_gb)
+    lines += [_row([*_cells(name), measured.get(name, "not measured")]) for name in names]
     phases = " / ".join(phase.value for phase in _SHOWN_PHASES)
     note = (
-        "All figures are predicted GB, none is measured. Card: its own, and the peak there. Larger cards: "
-        f"{phases}, the highest in **bold**; the KV cache grows with the card up to what the batch needs. "
+        "GB; all figures but those of the last column are predicted. Card: its own, and the peak there. Larger cards: "
+        f"{phases}, the highest in **bold**; the KV cache grows with the card up to what the batch needs. Measured: "
+        "the same phases by the driver's count, memory set as for the configuration's own card (`make gpu`). "
         "Batch: completions per step, per prompt, per micro-batch. Context: prompt + completion."
     )
     return "\n".join([*lines, "", note])
+
+
+def measured_peaks(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Run configuration -> measured peaks and the card they were measured on; of the latest measurement."""
+    cells = {}
+    for entry in sorted(entries, key=lambda entry: entry["date"]):
+        peaks = entry.get("peaks_gb", {})
+        if all(phase.value in peaks for phase in _SHOWN_PHASES):
+            shown = " / ".join(f"{peaks[phase.value]:.0f}" for phase in _SHOWN_PHASES)
+            cells[entry["config"]] = f"{shown} ({entry['machine']['card']})"
+    return cells
 
 
 def _row(cells: list[str]) -> str:
@@ -69,7 +88,7 @@ def _peaks(plan: MemoryPlan) -> str:
     return " / ".join(f"**{gb(peak):.0f}**" if peak == highest else f"{gb(peak):.0f}" for peak in peaks.values())
 
 
-def with_table(readme: str) -> str:
+def with_table(readme: str, measurements: Path = MEASUREMENTS) -> str:
     """README text with everything between the markers replaced.
 
     Raises:
@@ -79,7 +98,7 @@ def with_table(readme: str) -> str:
     _, end, after = rest.partition(END)
     if not start or not end:
         raise ValueError(f"README.md has no {START} ... {END}")
-    return f"{before}{START}\n{table()}\n{END}{after}"
+    return f"{before}{START}\n{table(measurements)}\n{END}{after}"
 
 
 def main(words: list[str] | None = None, readme: Path = REPOSITORY / "README.md") -> int:

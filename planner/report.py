@@ -71,7 +71,8 @@ def summary_lines(plan: MemoryPlan) -> list[str]:
             f"({format_gb(plan.kv_needed_bytes)}); less makes rows wait, it does not run out of memory"
         )
     if plan.host_bytes:
-        lines.append(f"host RAM {format_gb(plan.host_bytes)} (pinned) for the generator's weights while it sleeps")
+        parts = ", ".join(f"{name} {format_gb(size)}" for name, size in plan.host_components.items())
+        lines.append(f"host RAM {format_gb(plan.host_bytes)}, pinned in blocks of powers of two: {parts}")
     return lines
 
 

@@ -32,7 +32,9 @@ class PlanSettings:
     reference: Literal["none", "shared", "separate"]
     """Separate: one more copy of the teacher's base."""
     precision: Precision
-    """Of every base that the trainer loads."""
+    """Of the teacher's base."""
+    scoring_precision: Precision | None = None
+    """Of a student and a reference of their own; None: that of the teacher."""
     double_quant: bool = True
     """NF4 only: the scales are quantised too."""
     lora_r: int = 32
@@ -90,6 +92,11 @@ class PlanSettings:
         return max(int(SCORE_BATCH_TOKENS.value), self.row_len)
 
     @property
+    def scored_in(self) -> Precision:
+        """Precision of a student and a reference of their own."""
+        return self.scoring_precision or self.precision
+
+    @property
     def num_groups_at_once(self) -> int:
         return min(self.aggregation_steps, self.train_batch // self.num_generations)
 
@@ -108,7 +115,9 @@ def settings_from_config(config: RunConfig, *, allow_download: bool = False) -> 
     )
     generator_precision: Precision = precision if config.generator_weights == "auto" else config.generator_weights
     if generator_precision == "nf4":
-        generator_precision = "int8_groups"  # models/export.py writes NF4 values as int8 in groups of 64
+        # models/export.py writes NF4 values as int8 in groups of 64 or 32, and in 16 bits where these do not divide.
+        uneven = any(n_in % 32 for n_in, _ in teacher.linears.values())
+        generator_precision = "bf16" if uneven else "int8_groups"
     uses_reference = grpo.beta != 0
     frozen_adapter = (
         uses_reference and config.reference_model == "shared" and bool(grpo.sync_ref_model or args.adapter_path)
@@ -118,6 +127,7 @@ def settings_from_config(config: RunConfig, *, allow_download: bool = False) -> 
         student=student,
         reference=config.reference_model if uses_reference else "none",
         precision=precision,
+        scoring_precision="fp8" if config.scoring_weights == "fp8" else None,
         double_quant=args.bnb_4bit_use_double_quant,
         lora_r=args.lora_r,
         lora_targets=adapter_targets(teacher, args.lora_target_modules),

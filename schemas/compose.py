@@ -5,7 +5,8 @@ Run configs are primary configs. A search-path plugin adds `cfgs` and `cfgs/run_
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
 CONFIG_ROOT = Path(__file__).resolve().parent.parent / "cfgs"
+JOB_OF_A_SWEEP = "--job-of-a-sweep"
+"""The only word of a `train.py` call that trains one composed configuration, read from its stdin as JSON."""
 _KEY_VALUE = re.compile(r"^([A-Za-z_][\w.]*)=")
 
 
@@ -69,10 +72,52 @@ def to_values(config: DictConfig) -> dict[str, Any]:
 def compose_run_config(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Compose a run configuration by name, outside `hydra.main` (tools and tests); plain containers, not validated."""
     register_search_path()
+    callers = GlobalHydra.instance().hydra  # there is one where a program that uses Hydra itself asks
     GlobalHydra.instance().clear()
-    with initialize_config_dir(config_dir=str(CONFIG_ROOT), version_base="1.3"):
-        name = name.removesuffix(".yaml")
-        return to_values(compose(config_name=name, overrides=to_hydra_overrides([f"run_name={name}", *overrides])))
+    try:
+        with initialize_config_dir(config_dir=str(CONFIG_ROOT), version_base="1.3"):
+            name = name.removesuffix(".yaml")
+            return to_values(compose(config_name=name, overrides=to_hydra_overrides([f"run_name={name}", *overrides])))
+    finally:
+        GlobalHydra.instance().hydra = callers
+
+
+def setting_words(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as Python values -> the words of the command line that say the same.
+
+    E.g. `{"max_steps": 2, "model_args": {"lora_r": 8}, "run_name": "a b"}` -> `max_steps=2 model_args={lora_r:8}
+    run_name='a b'`. A mapping changes the keys that it names, as on the command line.
+
+    Raises:
+        TypeError: a value that a command line cannot say.
+    """
+    groups = config_groups()
+    return [f"{key}={value if key in groups else _literal(value)}" for key, value in settings.items()]
+
+
+def _literal(value: Any) -> str:
+    """A value in Hydra's grammar for overrides."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, Real):
+        return repr(int(value) if isinstance(value, Integral) else float(value))
+    if isinstance(value, str | Path):
+        text = str(value)
+        # A backslash counts as one unless a quote, or the end, follows.
+        escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+        return f"'{escaped}'"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, Sequence):
+        return "[" + ",".join(map(_literal, value)) + "]"
+    raise TypeError(
+        f"{value!r} is a {type(value).__name__}; settings are numbers, texts, lists, mappings, True, False, None"
+    )
+
+
+def composition_problem(error: Exception) -> str:
+    """What Hydra says where a configuration cannot be composed, and which ones there are."""
+    return f"{error}\nshipped: {', '.join(run_config_names())}"
 
 
 def command_line(words: Sequence[str]) -> list[str]:

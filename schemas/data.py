@@ -1,7 +1,7 @@
 """Knobs of the data: where the questions come from and how they are written into prompts."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -34,3 +34,8 @@ class DataConfig:
     """Rows with a longer teacher prompt (in tokens) are dropped, counted and reported; never cut."""
     max_bad_rows_frac: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of unusable rows (missing or empty fields, tags inside a field) above which the run stops."""
+
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any]:
+        """Variables that the chat template is given; of a teacher's run those of TRL's setting of this name."""
+        return {}

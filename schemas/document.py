@@ -2,7 +2,10 @@
 
 import ast
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+from schemas.library_settings import GRPO_CONFIG, TRAINING_ARGUMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
@@ -10,9 +13,14 @@ _MODULES = ("model", "data", "generation", "reward", "trainer", "optimization", 
 _HEAD = """# Settings
 
 Written by `python -m schemas.document` from `schemas/`; the field is the one place where a setting is declared. All
-are flat on the command line (`key=value`), those of the section `model_args` as `model_args.key=value`. Every field of
-TRL's [GRPOConfig](https://huggingface.co/docs/trl/grpo_trainer) is a setting too; `cfgs/trainer_cfg/grpo.yaml` names
-those whose default differs from the published run.
+are flat on the command line (`key=value`), those of the section `model_args` as `model_args.key=value`. The
+fields of TRL's [GRPOConfig](https://huggingface.co/docs/trl/grpo_trainer) are settings too, but for those listed at the
+end; `cfgs/trainer_cfg/grpo.yaml` names those whose default differs from the published run.
+"""
+_LIBRARY = """## Settings of TRL and transformers that a run does not take
+
+Each field of GRPOConfig (a masked-diffusion run: of transformers' TrainingArguments) is passed on and has its effect,
+follows from a setting of ours, or is refused; `schemas/library_settings.py` is the list.
 """
 
 
@@ -24,7 +32,35 @@ def page() -> str:
         if path.exists():
             tree = ast.parse(path.read_text())
             sections += [_section(node) for node in tree.body if isinstance(node, ast.ClassDef) and _fields(node)]
-    return "\n".join(sections)
+    return "\n".join(sections + _library())
+
+
+def _library() -> list[str]:
+    """What GRPOConfig's fields become, then where TrainingArguments' differ."""
+    everywhere = {**GRPO_CONFIG.derived, **GRPO_CONFIG.refused}
+    diffusion = {**TRAINING_ARGUMENTS.derived, **TRAINING_ARGUMENTS.refused}
+    differing = {key: text for key, text in diffusion.items() if everywhere.get(key) != text}
+    taken = sorted(GRPO_CONFIG.refused.keys() & TRAINING_ARGUMENTS.used)
+    return [
+        _LIBRARY,
+        _grouped("use instead", GRPO_CONFIG.derived),
+        _grouped("refused, because", GRPO_CONFIG.refused),
+        f"A masked-diffusion run takes {_quoted(taken)}, and not:\n",
+        _grouped("because, or use instead", differing),
+    ]
+
+
+def _grouped(title: str, texts: Mapping[str, str]) -> str:
+    """Settings that share a text, a line."""
+    by_text: dict[str, list[str]] = {}
+    for key, text in texts.items():
+        by_text.setdefault(text, []).append(key)
+    rows = [f"| {_quoted(keys)} | {text.replace('|', chr(92) + '|')} |" for text, keys in by_text.items()]
+    return "\n".join([f"| setting | {title} |", "|---|---|", *rows, ""])
+
+
+def _quoted(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _section(node: ast.ClassDef) -> str:

@@ -115,6 +115,7 @@ class MaskedDiffusionRunConfig(MaskedDiffusionConfig, DataConfig, TrainerConfig,
 
     def __post_init__(self) -> None:
         ModelArgs.__post_init__(self.model_args)
+        OptimizationConfig.__post_init__(self)
         _check_model(self)
         _check_lengths(self)
         micro = self.args.per_device_train_batch_size

@@ -29,7 +29,7 @@ class ModelArgs:
     torch_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype of the weights that are not quantised, and of the activations."""
     device_map: str | None = "auto"
-    """`auto` puts every model on the one GPU, or on the CPU where there is none; `cpu` and `cuda:0` force it."""
+    """`auto` puts every model on the one GPU, or on the CPU where there is none; `cpu` and `cuda:N` force it."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """Attention kernel of the trained and scored models."""
     trust_remote_code: bool = False

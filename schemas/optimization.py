@@ -16,7 +16,7 @@ class OptimizationConfig:
     allow_tf32: bool = False
     """Float32 matrix products on the GPU in TF32 (10 bits of mantissa); products in 16 bits are not touched."""
     sdpa_backend: Literal["torch", "auto", "cudnn", "flash", "efficient"] = "torch"
-    """Kernel that torch's attention tries first on a GPU, the others being fall-backs; `auto`: cuDNN from Hopper on."""
+    """Kernel that torch's attention tries first on a GPU; `torch`, `auto`: its own order. `cudnn` is refused (NaN)."""
     use_flash_attention: bool = False
     """Replace `sdpa` by Flash Attention 3 or 2 where the package and the card are there: no padding is computed."""
     expandable_segments: bool = False
@@ -30,10 +30,17 @@ class OptimizationConfig:
     use_fp8: bool = False
     """On a card with fp8: KV cache and an unquantised generator in fp8; frozen models of their own scored in fp8."""
     compile_models: bool = False
-    """torch.compile for the forward of a student and a reference of their own (GPU; takes a minute once)."""
+    """torch.compile for the forward of a student and a reference of their own (GPU; bf16 or fp8; a minute once)."""
     recover_from_nan: bool = False
     """Get past non-finite losses, gradients and rewards: skip the step, then lower the rate, then roll back."""
     max_recoveries: PositiveInt = 8
     """Bad steps after which a run with `recover_from_nan` stops all the same."""
     lr_backoff: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Factor of the learning rate at each backing off."""
+
+    def __post_init__(self) -> None:
+        if self.sdpa_backend == "cudnn":
+            raise ValueError(
+                "`sdpa_backend` is cudnn; the gradients of cuDNN's attention are NaN for some lengths and models "
+                "(torch 2.11 and later, pytorch#196678), so no run uses it. Use sdpa_backend=auto."
+            )

@@ -10,31 +10,14 @@ from pydantic_core import ErrorDetails
 
 from schemas.data import DataConfig
 from schemas.generation import GenerationConfig
+from schemas.library_settings import GRPO_CONFIG, ONLY_WITH_VLLM_SERVER, TRAINING_ARGUMENTS, LibrarySettings
 from schemas.llada import MaskedDiffusionRunConfig, NewModelShape
 from schemas.model import ModelArgs, ModelConfig, PositiveInt
 from schemas.optimization import OptimizationConfig
 from schemas.ranges import schedule_problems
 from schemas.reward import RewardConfig
 from schemas.trainer import TrainerConfig
-from schemas.trl_fields import ArgumentsClass, argument_fields, arguments_model
-
-# The libraries' knobs that follow from ours. Setting one directly would contradict the knob named here.
-_DERIVED_TRANSFORMERS_FIELDS = {
-    "gradient_accumulation_steps": "train_batch_size and per_device_train_batch_size",
-    "resume_from_checkpoint": "resume=auto|never|FOLDER",
-    "per_device_eval_batch_size": "per_device_train_batch_size",
-}
-_DERIVED_TRL_FIELDS = _DERIVED_TRANSFORMERS_FIELDS | {
-    "use_vllm": "generator=vllm|transformers",
-    "vllm_mode": "use_vllm_server=true|false",
-    "vllm_importance_sampling_correction": "importance_sampling_correction=auto|true|false",
-    "steps_per_generation": "train_batch_size (one generation phase per optimizer step)",
-    "generation_batch_size": "train_batch_size (one generation phase per optimizer step)",
-    "model_init_kwargs": "model_args.*",
-    "trust_remote_code": "model_args.trust_remote_code",
-    "num_generations_eval": "nothing: evaluation samples one explanation per held-out question",
-    "auto_find_batch_size": "per_device_train_batch_size (halving it would break prompt groups)",
-}
+from schemas.trl_fields import argument_fields, arguments_model
 
 
 class ConfigError(ValueError):
@@ -58,6 +41,7 @@ class RunConfig(ModelConfig, DataConfig, GenerationConfig, RewardConfig, Trainer
     def __post_init__(self) -> None:
         ModelArgs.__post_init__(self.model_args)
         RewardConfig.__post_init__(self)
+        OptimizationConfig.__post_init__(self)
         _check_batch_arithmetic(self)
         _check_combinations(self)
 
@@ -70,6 +54,10 @@ class RunConfig(ModelConfig, DataConfig, GenerationConfig, RewardConfig, Trainer
     def run_name(self) -> str:
         """TRL's `run_name`: the name of the run configuration unless set; names the output folder."""
         return self.grpo.run_name
+
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any]:
+        return self.grpo.chat_template_kwargs or {}
 
     @property
     def num_prompts_per_step(self) -> int:
@@ -138,6 +126,9 @@ def _check_combinations(config: RunConfig) -> None:
 
 def _without_effect(values: Mapping[str, Any]) -> Iterator[str]:
     """What was set and would be ignored. Asked of the user's values only: levers may set the same for any generator."""
+    if not values.get("use_vllm_server"):
+        for key in sorted(ONLY_WITH_VLLM_SERVER & GRPO_CONFIG.changed(values)):
+            yield f"`{key}` is for a vLLM server, and `use_vllm_server` is false. Remove it, or set that to true."
     if values.get("generator") == "transformers":
         for key in ("generator_weights", "kv_cache_gb", "kv_cache_dtype"):
             if values.get(key, "auto") != "auto":
@@ -155,19 +146,18 @@ class _Method:
     """What a run of one `method` is validated as."""
 
     config_class: type
-    arguments_class: ArgumentsClass
     arguments_field: str
     """Field of `config_class` that holds the library's own knobs."""
-    derived: Mapping[str, str]
-    """Knobs of the library that may not be set -> what to set instead."""
+    library: LibrarySettings
+    """What becomes of those knobs."""
 
     def own_field_names(self) -> set[str]:
         return {field.name for field in fields(self.config_class)} - {self.arguments_field}
 
 
 METHODS = {
-    "rlt": _Method(RunConfig, "GRPOConfig", "grpo", _DERIVED_TRL_FIELDS),
-    "masked_diffusion": _Method(MaskedDiffusionRunConfig, "TrainingArguments", "args", _DERIVED_TRANSFORMERS_FIELDS),
+    "rlt": _Method(RunConfig, "grpo", GRPO_CONFIG),
+    "masked_diffusion": _Method(MaskedDiffusionRunConfig, "args", TRAINING_ARGUMENTS),
 }
 DEFAULT_METHOD = "rlt"
 _SECTIONS = {"model_args": ModelArgs, "new_model": NewModelShape}
@@ -186,16 +176,14 @@ def load_run_config(values: Mapping[str, Any]) -> AnyRunConfig:
     if name not in tuple(METHODS):
         raise ConfigError(f"- `method` is {name!r}. Use {' or '.join(METHODS)}.")
     method = METHODS[name]
-    own, theirs = method.own_field_names(), set(argument_fields(method.arguments_class))
-    problems = []
+    own, theirs = method.own_field_names(), set(argument_fields(method.library.arguments_class))
+    problems = method.library.problems(values)
     for key in values:
-        if key in method.derived:
-            problems.append(f"`{key}` follows from other settings. Use {method.derived[key]}.")
-        elif key not in own and key not in theirs:
-            problems.append(f"`{key}` is not a setting. {_hint(key, own | theirs - set(method.derived))}")
+        if key not in own and key not in theirs:
+            problems.append(f"`{key}` is not a setting. {_hint(key, own | method.library.used)}")
     arguments = None
     try:
-        arguments_model_class = arguments_model(method.arguments_class)
+        arguments_model_class = arguments_model(method.library.arguments_class)
         arguments = arguments_model_class(**{key: value for key, value in values.items() if key in theirs})
     except ValidationError as error:
         problems += _describe(error, values)
@@ -273,7 +261,7 @@ def resolved_values(config: AnyRunConfig, composed: Mapping[str, Any]) -> dict[s
     method = METHODS[config.method]
     values = TypeAdapter(type(config)).dump_python(config, mode="json")
     arguments = values.pop(method.arguments_field)
-    values |= {key: value for key, value in arguments.items() if key not in method.derived}
+    values |= {key: value for key, value in arguments.items() if key not in method.library.derived}
     for key, value in composed.items():
         is_section = isinstance(value, dict) and isinstance(values.get(key), dict)
         values[key] = values[key] | value if is_section else value

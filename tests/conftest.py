@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from core.log import configure_logging
+from tests.helpers.own_process import pytest_runtest_logreport, pytest_runtest_protocol  # noqa: F401 - hooks
 
 configure_logging()
 

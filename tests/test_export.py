@@ -1,17 +1,20 @@
 """The export of the teacher's quantised base: what vLLM will load equals what the trainer multiplies with."""
 
 import json
+import time
+from unittest import mock
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Qwen2Config, Qwen2ForCausalLM
 
 import models.export as export
 from core.errors import UserError
+from generation import prepare_base
 from tests.helpers.planted_outliers import load_quantised, word_tokenizer, write_planted_model
 
 
@@ -26,6 +29,19 @@ def int8_teacher(checkpoint):
     teacher = get_peft_model(load_quantised(checkpoint, bits=8), LoraConfig(r=4, target_modules="all-linear"))
     teacher(torch.arange(8)[None])
     return teacher
+
+
+def write_random_qwen(folder, width):
+    shape = Qwen2Config(
+        vocab_size=128,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    Qwen2ForCausalLM(shape).to(torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
 def exported(folder):
@@ -101,6 +117,87 @@ def test_a_4_bit_base_is_exported_exactly_dequantised_and_within_half_a_step_as_
         scales = packed[f"{name}.weight_scale"].repeat_interleave(64, dim=1)
         error = (unpacked(packed, name) * scales - weight.float()).abs()
         assert (error <= 0.5001 * scales).all()
+
+
+def test_the_packed_bytes_are_those_of_the_library():
+    values = torch.randint(-128, 128, (33, 96), dtype=torch.int8)
+    values[0, :4] = torch.tensor([-128, -1, 0, 127])
+    assert torch.equal(export.packed_int32(values), pack_to_int32(values, num_bits=8))
+    of_a_7b = torch.randint(-128, 128, (3584, 18944), dtype=torch.int8)
+    marks_s = [time.perf_counter()]
+    for pack in (export.packed_int32, lambda values: pack_to_int32(values, num_bits=8)):
+        pack(of_a_7b)
+        marks_s.append(time.perf_counter())
+    print(f"one 7B down_proj: {marks_s[1] - marks_s[0]:.2f} s, {marks_s[2] - marks_s[1]:.2f} s by the library")
+    columns = torch.randint(-128, 128, (64, 16), dtype=torch.int8).t()  # not contiguous
+    assert torch.equal(export.packed_int32(columns), pack_to_int32(columns, num_bits=8))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_packing_stays_there_and_gives_the_same_bytes():
+    values = torch.randint(-128, 128, (3584, 18944), dtype=torch.int8)
+    started = time.perf_counter()
+    on_cpu = pack_to_int32(values, num_bits=8)
+    cpu_s = time.perf_counter() - started
+    on_gpu = export.packed_int32(values.cuda())
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    packed = export.packed_int32(on_gpu.view(torch.int8))
+    torch.cuda.synchronize()
+    print(f"one 7B down_proj: {cpu_s:.2f} s by the library on the CPU, {time.perf_counter() - started:.4f} s here")
+    assert packed.is_cuda and torch.equal(on_gpu.cpu(), on_cpu)
+
+
+@pytest.mark.parametrize(("width", "group_size"), [(96, 32), (128, 64)])
+def test_a_4_bit_base_is_packed_in_groups_that_divide_its_widths(width, group_size, tmp_path):
+    """96 is the width of the embedded model, in whose rows NF4's blocks of 64 do not fit."""
+    teacher = load_quantised(write_random_qwen(tmp_path / "model", width), bits=4)
+    assert export.nf4_group_size(teacher) == group_size
+    folder = export.export_for_vllm(teacher, word_tokenizer(), tmp_path / "packed", "packed_int8")
+    plain = exported(export.export_for_vllm(teacher, word_tokenizer(), tmp_path / "plain", "dequantized"))
+    packed = exported(folder)
+    group = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert group["weights"]["group_size"] == group_size
+    name = "model.layers.0.mlp.gate_proj"
+    scales = packed[f"{name}.weight_scale"].repeat_interleave(group_size, dim=1)
+    error = (unpacked(packed, name) * scales - plain[f"{name}.weight"].float()).abs()
+    assert scales.shape == error.shape and (error <= 0.5001 * scales + 2**-9 * scales * 127).all()
+    read = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=CompressedTensorsConfig(run_compressed=False)
+    )
+    assert torch.allclose(read.get_submodule(name).weight, unpacked(packed, name) * scales)
+
+
+def test_a_4_bit_base_of_other_widths_goes_to_a_gpu_dequantised(tmp_path, monkeypatch):
+    teacher = load_quantised(write_random_qwen(tmp_path / "model", 80), bits=4)
+    assert export.nf4_group_size(teacher) is None
+    with pytest.raises(UserError, match="multiples of 32"):
+        export.export_for_vllm(teacher, word_tokenizer(), tmp_path / "packed", "packed_int8")
+    on_gpu = mock.Mock(wraps=teacher, device=torch.device("cuda"), modules=teacher.modules, spec=teacher)
+    forms = []
+    monkeypatch.setattr("generation.export_for_vllm", lambda *words: forms.append(words[-1]) or tmp_path)
+    assert "dequantised" in prepare_base("auto", on_gpu, word_tokenizer(), "unused", tmp_path / "export").weights
+    assert forms == ["dequantized"]
+
+
+@pytest.mark.parametrize("outlier_scale", [60.0, 400.0])
+def test_bf16_scales_as_vllm_stores_them_move_log_probs_by_a_hundredth_of_a_nat(outlier_scale, tmp_path):
+    folder = write_planted_model(tmp_path / "model", outlier_scale)
+    trainer = load_quantised(folder, bits=8)
+    token_ids = torch.randint(2, 128, (4, 65), generator=torch.Generator().manual_seed(5))
+
+    def logprobs_with(scales_dtype):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        for name, linear in quantised_linears(trainer, bnb.nn.Linear8bitLt).items():
+            values, scales = export.int8_values_and_scales(linear)
+            model.get_submodule(name).weight.data = (values * scales.to(scales_dtype).float()[:, None]).bfloat16()
+        with torch.no_grad():
+            logits = model(token_ids).logits[:, :-1].float()
+        return logits.log_softmax(-1).gather(-1, token_ids[:, 1:, None])
+
+    difference = (logprobs_with(torch.float32) - logprobs_with(torch.bfloat16)).abs().mean().item()
+    print(f"outliers x {outlier_scale:g}: {difference:.4f}")
+    assert 0.005 < difference < 0.02
 
 
 def test_several_shards_hold_the_same_tensors_as_one(int8_teacher, tmp_path, monkeypatch):

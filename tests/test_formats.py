@@ -7,7 +7,9 @@ from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
 from data.formats import PROMPT_STYLES, TAG_STYLES, PromptFormat
+from schemas.compose import compose_run_config
 from schemas.data import DataConfig
+from schemas.run import load_run_config
 from tests.helpers.golden import golden_tokenizer
 
 # Adds a system prompt of its own where none is given, trims contents and begins with a special token, as Llama's does.
@@ -112,3 +114,14 @@ def test_an_answer_ends_with_its_turn_where_the_template_opens_another_behind_ev
     assert tail.text.endswith("=2" + prompt_format.tags.solution.closing + "<|im_end|>")
     head = prompt_format.student_head_text(tokenizer, "1+1")
     assert head.count("<|im_start|>assistant") == 1
+
+
+def test_variables_of_the_chat_template_reach_the_teachers_and_the_students_prompt():
+    tokenizer = with_template("{% if no_think %}[no thinking]{% endif %}" + golden_tokenizer().chat_template)
+    values = compose_run_config("teacher_rlt_tiny", ["chat_template_kwargs={no_think: true}"])
+    given, plain = PromptFormat.from_config(load_run_config(values)), PromptFormat.from_styles("bespoke", "short")
+    for text in (
+        lambda style: style.teacher_prompt_text(tokenizer, "1+1?", "2"),
+        lambda style: style.student_head_text(tokenizer, "1+1?"),
+    ):
+        assert text(given) == "[no thinking]" + text(plain)

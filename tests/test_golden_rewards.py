@@ -10,11 +10,11 @@ from core.types import Role
 from data.formats import encode
 from rewards import RewardBreakdown
 from rollout.logprobs import score_spans
-from rollout.offline import score_texts
 from rollout.scoring import RolloutScorer
 from rollout.spans import RowBuilder
 from rollout.types import ScoringRow
 from schemas.reward import RewardConfig
+from scoring.with_models import score_with_models
 from tests.helpers.golden import GOLDEN_FOLDER, golden_data, golden_format, golden_model, golden_tokenizer
 from tests.helpers.rollouts import rollout_of, row_of
 
@@ -66,7 +66,7 @@ def test_every_published_variant_is_checked() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_texts_score_as_published_in_one_batch(variant: str) -> None:
-    breakdown = score_texts(
+    breakdown = score_with_models(
         QUESTIONS,
         SOLUTIONS,
         [case["completion_text"] for case in INPUTS],

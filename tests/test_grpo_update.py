@@ -15,6 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 from rewards import RewardBreakdown
 from rollout.advantages import group_advantages
 from rollout.packing import LOSS_NORMALISATION
+from rollout.scoring import ScoredRollout
 from rollout.types import Completion
 from tests.helpers.golden_losses import GOLDEN_LOSSES_FILE, three_steps
 from tests.helpers.tiny_run import make_trainer, write_random_model
@@ -154,7 +155,10 @@ def updates_of_ours(
     ours: Any, rows: list[dict[str, Any]], completions: list[Completion], num_steps: int, tokens: int
 ) -> list[Update]:
     ours.generator, ours.canary = FixedGenerator(completions), NoCanary()
-    ours.rlt = lambda rollout: RewardBreakdown(reward=REWARDS.clone(), terms={})
+    ours.rlt = lambda rollout: ScoredRollout(
+        breakdown=RewardBreakdown(reward=REWARDS.clone(), terms={}),
+        rows=[ours.scorer._builder.build(row) for row in rollout.rows],
+    )
     ours.plan = replace(ours.plan, settings=replace(ours.plan.settings, train_tokens=tokens))
     ours._rollout = None
     return updates_of(ours, rows, num_steps)

@@ -87,3 +87,9 @@ def test_a_killed_run_continues_as_if_it_had_not_been(engine, tmp_path):
         name = f"completions/completions_{step:05d}.parquet"
         columns = ["prompt", "completion"]
         assert pd.read_parquet(killed / name)[columns].equals(pd.read_parquet(whole / name)[columns])
+    for folder in ("completions", "evaluations"):
+        names = sorted(file.name for file in (whole / folder).iterdir())
+        assert names == sorted(file.name for file in (killed / folder).iterdir())
+    for step in (0, 3, 6):
+        tables = [pd.read_parquet(run / f"evaluations/evaluation_{step:05d}.parquet") for run in (whole, killed)]
+        assert len(tables[0]) and tables[0]["completion"].equals(tables[1]["completion"])

@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import os
+import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from core.errors import UserError
 from core.log import log
 from generation import SamplingSettings, make_generator, prepare_base, trainer_precision
 from generation.transformers_engine import TransformersGenerator
-from generation.vllm_engine import lora_rank_slot
+from generation.vllm_engine import _start_engine, lora_rank_slot
 from schemas.generation import GenerationConfig
 from tests.helpers.planted_outliers import load_quantised, word_tokenizer, write_planted_model
 
@@ -119,3 +122,18 @@ def test_adapter_folders_of_killed_processes_are_removed_and_those_of_living_one
     with _adapter_folder(tmp_path) as own:
         assert own.startswith(str(tmp_path / f"rlt-adapter-{os.getpid()}-"))
         assert living.exists() and not dead.exists()
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_vllm_finds_expandable_segments_under_the_name_that_its_versions_read(name, monkeypatch):
+    """0.26 keeps them out of the memory that sleeps where it finds them in PYTORCH_CUDA_ALLOC_CONF."""
+    for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(variable, "")  # so that what the code under test sets is undone
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv(name, "expandable_segments:True")
+    seen = []
+    fake = SimpleNamespace(LLM=lambda **settings: seen.append(os.environ["PYTORCH_CUDA_ALLOC_CONF"]))
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80, 85))
+    _start_engine(mock.Mock(on_gpu=True, gpu_memory_utilization=0.5))
+    assert seen == ["expandable_segments:True"]

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from schemas.compose import CONFIG_ROOT
+from schemas.compose import CONFIG_ROOT, compose_run_config
+from schemas.run import load_run_config
 from tests.helpers.tiny_diffusion import make_diffusion_trainer
 from tests.helpers.tiny_run import make_trainer, write_random_model
 from tests.test_masked_diffusion_trainer import SMALL_BATCH, counting_samples, saved_nano
+from trainers import usage
 from trainers.model_card import _header
 
 
@@ -19,8 +21,8 @@ def model(tmp_path_factory):
 
 
 def run_code_of(folder: Path, monkeypatch) -> dict:
-    """Run the card's code in the folder of the card."""
-    (code,) = re.findall(r"```python\n(.*?)\n```", (folder / "README.md").read_text(), re.DOTALL)
+    """Run the card's first code (with transformers) in the folder of the card."""
+    code, *_ = re.findall(r"```python\n(.*?)\n```", (folder / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(CONFIG_ROOT.parent))
     names: dict = {}
@@ -73,3 +75,13 @@ def test_the_header_names_a_base_of_the_hub_alone(tmp_path):
     header = yaml.safe_load(_header("Qwen/Qwen2.5-7B-Instruct", ["rlt"], "peft").split("---")[1])
     assert header["base_model"] == "Qwen/Qwen2.5-7B-Instruct" and header["tags"] == ["rlt"]
     assert all("base_model" not in _header(base, [], "peft") for base in ("tiny", str(tmp_path), None))
+
+
+def test_readme_and_cards_say_the_same():
+    assert usage.main(["--check"]) == 0
+    config = load_run_config(compose_run_config("teacher_rlt_tiny"))
+    row = {"question": "7+4+7-2-9", "solution": "=7"}
+    for_card = usage.Usage(config=config, folder=".", base="BASE", **row).markdown()
+    for_readme = usage.readme_part()
+    assert for_readme.count(config.grpo.output_dir) == 4 and usage._README_BASE in for_readme
+    assert for_readme.replace(config.grpo.output_dir, ".").replace(usage._README_BASE, "BASE") == for_card

@@ -4,6 +4,7 @@ import copy
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -12,12 +13,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from trl.models.activation_offloading import OffloadActivations
 
 from core.errors import UserError
 from generation import make_generator
-from models.load import load_frozen
+from models.load import load_base, load_frozen
 from optimization import check_fp8_support, compile_forward, quantise_to_fp8, tile_mlps
-from optimization.fp8_optim import Fp8Linear, choose_fp8
+from optimization.apply import announce_models
+from optimization.fp8_optim import Fp8Linear, _quantise_rows, choose_fp8
 from optimization.memory_optim import CheckpointOffload
 from planner.activations import train_activation_bytes
 from rollout.logprobs import score_spans
@@ -141,6 +144,30 @@ def test_every_micro_batch_runs_inside_the_offload(tmp_path):
     assert entered == ["in", "out"] * trainer.args.gradient_accumulation_steps
 
 
+def test_offloading_leaves_the_allocators_cache_alone_and_keeps_one_layer_on_the_card(monkeypatch):
+    """TRL's own context empties the cache each time it is entered, where bitsandbytes is loaded."""
+    cleanings = []
+
+    class Stream:
+        def synchronize(self):
+            pass
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cleanings.append("emptied"))
+    linear, x = nn.Linear(4, 4), torch.randn(3, 4, requires_grad=True)
+    offload = CheckpointOffload(linear)
+    for _ in range(3):
+        with offload():
+            linear(x).square().sum().backward()
+    assert not cleanings
+    assert offload._offload.max_fwd_stash_size == 1
+    with OffloadActivations():
+        pass
+    assert cleanings == ["emptied"]
+
+
 @pytest.mark.gpu
 def test_offloaded_checkpoints_give_the_same_gradients_on_less_memory():
     settings = point("0.5B", 2, 2048, 2048, "bf16")
@@ -165,6 +192,25 @@ def test_offloaded_checkpoints_give_the_same_gradients_on_less_memory():
     assert all(torch.allclose(a, b, rtol=1e-2, atol=1e-4) for a, b in zip(plain, offloaded, strict=True))
     kept = settings.teacher.num_layers * 2 * settings.teacher.hidden * token_ids.numel()
     assert plain_bytes - offloaded_bytes > 0.5 * kept
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounding_to_fp8_is_that_of_a_float32_division(dtype):
+    """Without a float32 copy of the matrix, which would be 4 bytes a value more on the card."""
+    matrix = (torch.randn(64, 96) * torch.logspace(-3, 3, 64)[:, None]).to(dtype)
+    values, scale = _quantise_rows(matrix)
+    assert torch.equal(values.float(), (matrix.float() / scale).to(torch.float8_e4m3fn).float())
+    assert scale.dtype == torch.float32
+
+
+@pytest.mark.gpu
+def test_rounding_to_fp8_takes_the_planned_workspace():
+    matrix = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    _quantise_rows(matrix)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    _quantise_rows(matrix)
+    assert torch.cuda.max_memory_allocated() - before < 5.1 * matrix.numel()
 
 
 def test_an_fp8_linear_is_within_its_rounding_of_the_plain_one():
@@ -262,6 +308,40 @@ def test_a_compiled_forward_is_used_gives_the_same_and_is_undone(model):
 @pytest.mark.parametrize(("with_model", "reason"), [(True, "on a CPU"), (False, "teacher's own base")])
 def test_what_is_not_compiled_says_why(with_model, reason, model):
     assert reason in compile_forward(model if with_model else None).skipped
+
+
+@pytest.mark.parametrize(
+    ("words", "num_breaks"),
+    [
+        ({"load_in_8bit": False}, 0),
+        ({"load_in_8bit": False, "load_in_4bit": True}, 0),
+        ({"load_in_8bit": True, "llm_int8_threshold": 0.0}, 0),
+        ({"load_in_8bit": True}, 2 * 7),
+    ],
+)
+def test_what_is_compiled_is_one_graph_and_what_is_not_would_break_at_each_linear(words, num_breaks, tmp_path):
+    folder = write_random_model(tmp_path / "model")
+    model = load_base(str(folder), ModelArgs(**words), torch.device("cpu")).eval()
+    token_ids = torch.arange(8)[None]
+    with torch.no_grad():
+        model.get_decoder()(token_ids, use_cache=False)
+        torch._dynamo.reset()
+        explained = torch._dynamo.explain(model.get_decoder())(token_ids, use_cache=False)
+    assert explained.graph_break_count >= num_breaks and (explained.graph_break_count == 0) == (num_breaks == 0)
+    record = compile_forward(model, backend="eager")
+    assert (record.skipped is None) == (num_breaks == 0)
+    assert num_breaks == 0 or "every LLM.int8 linear ends the graph" in record.skipped
+    record.undo()
+
+
+@pytest.mark.parametrize(
+    ("words", "compiled"), [([], False), (["scoring_weights=fp8"], True), (["model_args.load_in_8bit=false"], True)]
+)
+def test_the_obstacle_is_said_before_anything_is_loaded(words, compiled, monkeypatch):
+    monkeypatch.setattr("optimization.apply.find_card", lambda: H100)
+    words = ["compile_models=true", "model_args.load_in_8bit=true", *words]
+    (record,) = announce_models(load_run_config(compose_run_config("teacher_rlt_mono_85gb", words)))
+    assert record.name == "torch.compile" and (record.skipped is None) == compiled
 
 
 def test_a_non_finite_activation_stays_visible_through_fp8():

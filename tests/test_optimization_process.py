@@ -31,7 +31,7 @@ from optimization.card import Card
 from optimization.record import records_table
 from schemas.compose import CONFIG_ROOT, compose_run_config
 from schemas.optimization import OptimizationConfig
-from schemas.run import load_run_config
+from schemas.run import ConfigError, load_run_config
 from tests.helpers.console import shown
 
 H100 = Card(name="H100", capability=(9, 0), total_bytes=85_000_000_000)
@@ -47,14 +47,31 @@ def environment(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
 
 
-def test_tf32_and_the_first_attention_kernel_change_and_come_back():
+def test_tf32_and_attention_without_cudnn_change_and_come_back():
     precision, order = torch.get_float32_matmul_precision(), torch._C._get_sdp_priority_order()
     record = setup_cuda_optimizations(sdpa_backend="auto", card=H100)
     assert torch.get_float32_matmul_precision() == "high"
-    assert torch._C._get_sdp_priority_order()[0] == int(torch.nn.attention.SDPBackend.CUDNN_ATTENTION)
-    assert {change.what for change in record.changes} == {"float32 products", "first attention kernel"}
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert {change.what for change in record.changes} == {"float32 products", "cuDNN's attention"}
     record.undo()
     assert (torch.get_float32_matmul_precision(), torch._C._get_sdp_priority_order()) == (precision, order)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_record_does_not_claim_what_was_off_already():
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        assert "off already" in optimize_attention_operations("auto", card=H100).skipped
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def test_cudnn_is_no_choice():
+    with pytest.raises(UserError, match="pytorch#196678"):
+        optimize_attention_operations("cudnn", card=H100)
+    for run in ("teacher_rlt_tiny", "llada_tiny"):
+        with pytest.raises(ConfigError, match="gradients of cuDNN's attention are NaN"):
+            load_run_config(compose_run_config(run, ["sdpa_backend=cudnn"]))
 
 
 def test_a_card_gets_what_it_can_do_and_a_reason_for_the_rest():
@@ -65,12 +82,14 @@ def test_a_card_gets_what_it_can_do_and_a_reason_for_the_rest():
     assert not oldest.applied and "no TF32" in oldest.skipped
 
 
-@pytest.mark.parametrize("backend", ["flash", "efficient", "cudnn"])
+@pytest.mark.parametrize("backend", ["flash", "efficient"])
 def test_the_chosen_kernel_is_first_and_the_others_stay_as_fall_backs(backend):
     record = optimize_attention_operations(backend, card=A100)
     order = torch._C._get_sdp_priority_order()
     enabled = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    cudnn_enabled = torch.backends.cuda.cudnn_sdp_enabled()
     record.undo()
+    assert not cudnn_enabled
     assert torch.nn.attention.SDPBackend(order[0]).name.lower().startswith(backend)
     assert enabled == (True, True)
 

@@ -24,10 +24,11 @@ from planner.fit import (
     why_not,
     with_overrides,
 )
+from planner.host_memory import pinned_bytes, vllm_tensors
 from planner.plan import MemoryPlan, plan, plan_run, usable_bytes
 from planner.readme_table import END, START, main, with_table
 from planner.report import lever_lines, plan_table, summary_lines
-from planner.settings import settings_from_config
+from planner.settings import Precision, settings_from_config
 from planner.shapes import known_shapes, load_shape, shape_from_config
 from schemas.compose import compose_run_config, run_config_names
 from schemas.run import load_run_config
@@ -168,9 +169,56 @@ def test_vllm_sleeps_while_the_trainer_scores_and_trains(values: dict) -> None:
     memory_plan = planned(values)
     for phase in (Phase.SCORE, Phase.TRAIN):
         assert not {"vLLM weights", "KV cache"} & set(memory_plan.components[phase])
-    assert memory_plan.host_bytes == memory_plan.components[Phase.GENERATE]["vLLM weights"]
+    assert set(memory_plan.host_components) == {"sleeping vLLM weights"}
     transformers = planned(values, generator="transformers")
     assert "vLLM weights" not in transformers.components[Phase.GENERATE] and transformers.host_bytes == 0
+
+
+@pytest.mark.parametrize("num_bytes", [1, 2, 3, 4096, 4097, 20 << 20, 130 << 20, (1 << 30) + 1])
+def test_pinned_memory_comes_in_the_next_power_of_two(num_bytes: int) -> None:
+    block = pinned_bytes(num_bytes)
+    assert block.bit_count() == 1 and block / 2 < num_bytes <= block
+
+
+@pytest.mark.parametrize("model", ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B", "Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int8_groups", "fp8"])
+def test_the_tensors_of_the_generator_are_its_weights_and_their_pinned_copies_up_to_twice_that(
+    values: dict, model: str, precision: Precision
+) -> None:
+    settings = replace(planned(values).settings, teacher=load_shape(model), generator_precision=precision)
+    awake = plan(settings).components[Phase.GENERATE]
+    weights = awake["vLLM weights"] + awake["vLLM adapter"]
+    assert sum(count * size for count, size in vllm_tensors(settings)) == pytest.approx(weights, rel=1e-6)
+    assert weights <= plan(settings).host_bytes <= 2.1 * weights
+
+
+def test_the_generator_of_a_7b_takes_twice_its_weights_of_host_memory(values: dict) -> None:
+    """Gate and up of a layer: 136 MB in a block of 268. Embedding and head: 1.09 GB each in one of 2.15."""
+    memory_plan = planned(values)
+    layer = (256 << 20) + (128 << 20) + 2 * (16 << 20)
+    expected = 28 * layer + 2 * (2 << 30)
+    assert memory_plan.host_bytes == pytest.approx(expected, rel=0.03)
+
+
+def test_offloaded_layer_inputs_are_counted_in_host_memory(values: dict) -> None:
+    before, after = planned(values), planned(values, offload_checkpoints=True)
+    s = after.settings
+    moved = 2 * s.teacher.hidden * s.teacher.num_layers * s.micro_batch * s.row_len
+    assert moved <= after.host_bytes - before.host_bytes <= 5 * moved
+    assert set(after.host_components) == {"sleeping vLLM weights", "offloaded layer inputs"}
+    assert any("offloaded layer inputs" in line for line in summary_lines(after))
+    assert planned(values, offload_checkpoints=True, gradient_checkpointing=False).host_bytes == before.host_bytes
+
+
+def test_fp8_scoring_counts_the_models_that_it_converts_and_no_other(values: dict) -> None:
+    """The reference on the teacher's own base stays in the teacher's precision."""
+    bf16 = {"model_args__load_in_8bit": False, "reference_model": "separate", "sync_ref_model": False}
+    plain, fp8 = planned(values, **bf16), planned(values, **bf16, scoring_weights="fp8")
+    for role in ("student", "reference"):
+        sizes = [p.components[Phase.SCORE][role] for p in (plain, fp8)]
+        assert sizes == pytest.approx([15.23e9, 8.71e9], rel=0.01)
+    assert plain.components[Phase.SCORE]["teacher"] == fp8.components[Phase.SCORE]["teacher"]
+    assert plain.host_bytes == fp8.host_bytes
 
 
 def test_nf4_bases_generate_from_their_int8_export(values: dict) -> None:

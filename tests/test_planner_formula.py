@@ -6,13 +6,17 @@ that this is exact.
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from planner.activations import forward_bytes, train_activation_bytes
 from planner.components import num_lora_params, optimizer_bytes_per_param, weight_bytes
+from planner.host_memory import host_components, pinned_bytes
 from planner.settings import PlanSettings
 from planner.shapes import load_shape
+from tests.helpers import memory_simulator
 from tests.helpers.memory_simulator import Simulated, layer_count, simulate_scoring, simulate_training_step
 
 QWEN = {size: f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B")}
@@ -164,6 +168,8 @@ SCORE_GRID = [
     (point("3B", 1, 512, 512, "nf4"), False),
     (point("14B", 2, 4096, 4096, "bf16"), True),
     (point("0.5B", 8, 1024, 1024, "int8", attention="eager"), False),
+    (point("7B", 2, 4096, 4096, "fp8"), False),
+    (point("3B", 4, 1024, 1024, "fp8"), False),
 ]
 
 
@@ -177,6 +183,21 @@ def test_scoring_formula_is_within_two_percent_of_the_simulator(settings: PlanSe
     weights = weight_bytes(settings.teacher, settings.precision, double_quant=settings.double_quant)
     predicted = forward_bytes(settings, settings.teacher, settings.micro_batch, adapter=adapter)
     assert weights + predicted == pytest.approx(weights + dynamic, rel=0.02)
+
+
+def test_what_is_offloaded_is_what_autograd_saves_outside_the_checkpointed_blocks() -> None:
+    """The planner's pinned blocks against those of every large tensor that a traced step hands to its hooks."""
+    settings = layer_count(point("7B", 1, 1024, 1024, "int8", checkpointing="layers_offloaded"), 4)
+    blocks = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.nbytes >= 1 << 20 and not isinstance(tensor, torch.nn.Parameter):
+            blocks[tensor.untyped_storage()._cdata] = pinned_bytes(tensor.nbytes)
+        return tensor
+
+    with mock.patch.object(memory_simulator, "_drop_large", pack):
+        simulate_training_step(settings)
+    assert 2 * sum(blocks.values()) == pytest.approx(host_components(settings)["offloaded layer inputs"], rel=0.05)
 
 
 def test_the_int8_leak_costs_more_than_the_card() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from core.units import gb
 from planner.activations import train_activation_bytes
+from planner.host_memory import pinned_bytes
 from planner.settings import PlanSettings
 from tests.helpers.measured_step import Measured, measure_training_step, model_with_head, run_step
 from tests.test_planner_formula import name_of, point, predicted_static
@@ -56,3 +57,11 @@ def test_allocated_memory_of_a_real_step_is_within_five_percent(settings: PlanSe
     gc.collect()
     torch.cuda.empty_cache()
     assert measured.allocated_bytes == pytest.approx(predicted, rel=0.05, abs=0.3e9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_bytes", [(1 << 20) + 1, 20 << 20, 130 << 20])
+def test_torch_pins_the_block_that_is_planned(num_bytes: int) -> None:
+    before = torch.cuda.host_memory_stats()["active_bytes.current"]
+    pinned = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    assert torch.cuda.host_memory_stats()["active_bytes.current"] - before == pinned_bytes(pinned.nbytes)

@@ -158,6 +158,7 @@ def test_a_third_rolls_back_to_the_last_good_checkpoint_and_the_run_finishes(mod
 
 
 @pytest.mark.slow
+@pytest.mark.engine
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_vllm_samples_from_the_adapter_that_was_restored(model, tmp_path):
     """The canary compares generator and trainer at every step; a generator that was left behind would stop the run."""

@@ -11,7 +11,14 @@ from schemas.compose import compose_run_config
 from schemas.run import load_run_config, resolved_values
 from trainers.build import check_before_loading
 from trainers.preflight import check_hardware_and_plan
-from trainers.run_folder import METRICS_FILE, SUMMARY_FILE, open_run_folder, publish_checkpoint, write_summary
+from trainers.run_folder import (
+    METRICS_FILE,
+    SUMMARY_FILE,
+    open_run_folder,
+    publish_checkpoint,
+    write_evaluation,
+    write_summary,
+)
 from trainers.summary import memory_table, summarise, summary_table
 
 VALUES = {"learning_rate": 1e-3, "resume": "auto"}
@@ -32,6 +39,24 @@ def test_an_unfinished_run_continues_from_its_last_checkpoint_and_drops_later_me
     folder = open_run_folder({**VALUES, "gpu_gb": 80}, str(tmp_path / "run"), "auto")
     assert folder.checkpoint == tmp_path / "run" / "checkpoint-4"
     assert [json.loads(line)["step"] for line in folder.metrics_file.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_continued_run_keeps_the_tables_up_to_its_checkpoint_and_nothing_that_it_makes_again(tmp_path):
+    make_unfinished_run(tmp_path / "run")
+    for name in ("completions", "evaluations"):
+        (tmp_path / "run" / name).mkdir(exist_ok=True)
+    for step in (0, 4, 5):
+        write_evaluation(tmp_path / "run", step, {"step": [step]})
+        (tmp_path / "run" / "completions" / f"completions_{step:05d}.parquet").write_text("")
+    (tmp_path / "run" / "completions" / "mine_00009.parquet").write_text("")
+    open_run_folder(VALUES, str(tmp_path / "run"), "auto")
+    assert files_in(tmp_path / "run" / "evaluations") == ["evaluation_00000.parquet", "evaluation_00004.parquet"]
+    kept = ["completions_00000.parquet", "completions_00004.parquet", "mine_00009.parquet"]
+    assert files_in(tmp_path / "run" / "completions") == kept
+
+
+def files_in(folder):
+    return sorted(file.name for file in folder.iterdir())
 
 
 def test_an_unfinished_run_without_a_checkpoint_starts_again(tmp_path):
@@ -157,3 +182,13 @@ def test_the_summary_compares_first_and_last_steps_and_evaluations(tmp_path):
     assert json.loads((tmp_path / SUMMARY_FILE).read_text()) == summary
     assert summary_table(summary).row_count == 5
     assert memory_table(summary).row_count == 1
+    summary["memory"]["phases"]["train"]["driver_gb"] = 2.75  # on a GPU
+    assert list(memory_table(summary).columns[-1].cells) == ["2.75"]
+
+
+def test_a_summary_passes_over_steps_in_which_a_figure_is_null(tmp_path):
+    lines = [{"step": 1, "reward": -3.0, "sampling/logp_difference": None}, {"step": 2, "reward": -1.0}]
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = summarise(tmp_path, {"measured": "RSS", "phases": {}})
+    assert summary["logp_difference"] is None and summary["reward"] == {"before": -3.0, "after": -1.0}
+    assert summary_table(summary).row_count == 1

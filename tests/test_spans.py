@@ -13,12 +13,12 @@ from core.errors import UserError
 from core.types import Role
 from data.formats import encode
 from rollout.logprobs import score_spans
-from rollout.offline import score_texts
 from rollout.scoring import RolloutScorer
 from rollout.spans import RowBuilder, find_explanation
 from rollout.token_text import TokenText
 from rollout.types import ScoringRow
 from schemas.reward import RewardConfig
+from scoring.with_models import score_with_models
 from tests.helpers.golden import golden_format, golden_model, golden_tokenizer
 from tests.helpers.rollouts import rollout_of, row_of
 
@@ -249,7 +249,7 @@ def test_missing_sampler_logprobs_are_refused() -> None:
 
 def test_score_texts_closes_open_explanations_unless_told_otherwise() -> None:
     def match_reward(text: str, **options: bool) -> float:
-        breakdown = score_texts(
+        breakdown = score_with_models(
             ["q"],
             ["s"],
             [text],

@@ -13,11 +13,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from core.types import Phase, Role
+from data.arithmetic import classify_explanation, solve
 from models.host import REFERENCE_ADAPTER
 from rewards.format import is_well_formed
+from rollout.tables import format_rate
 from rollout.types import Completion, Group
 from tests.helpers.tiny_run import make_trainer, write_random_model
+from trainers import build
 from trainers.callbacks import TEACHER_SHOWN, mix_into_reference
+from trainers.summary import memory_by_phase, summarise
 from trainers.teacher_grpo import EpochRepeatSampler, sampling_seeds
 
 
@@ -106,8 +110,80 @@ def test_rewards_of_the_table_are_those_of_the_completions(finished):
     table = pd.read_parquet(f"{folder}/completions_00001.parquet")
     assert len(table) == 8
     assert {"prompt", "completion", "rlt", "advantage", "answer_log_prob_mean"} <= set(table.columns)
+    assert_described(table, finished)
     step = next(line for line in metrics_of(finished) if line["step"] == 1 and "loss" in line)
     assert table["rlt"].mean() == pytest.approx(step["rewards/rlt/mean"], abs=1e-4)
+
+
+def assert_described(table, trainer):
+    """Question, solution, explanation and its kind in each row, as prompt and completion have them."""
+    closing = trainer.scorer.format.tags.explanation.closing
+    for row in table.itertuples():
+        assert row.question in row.prompt and row.solution in row.prompt and row.solution == solve(row.question)
+        assert row.explanation == row.completion.partition(closing)[0]
+        assert row.kind == classify_explanation(row.question, row.solution, row.explanation)
+
+
+def test_the_table_of_an_evaluation_holds_what_its_metrics_are_means_of(finished):
+    folder = Path(finished.args.output_dir, "evaluations")
+    assert sorted(file.name for file in folder.iterdir()) == [f"evaluation_{step:05d}.parquet" for step in (0, 1, 2)]
+    questions = set()
+    for logged in (line for line in metrics_of(finished) if "eval_reward" in line):
+        table = pd.read_parquet(folder / f"evaluation_{logged['step']:05d}.parquet")
+        assert len(table) == 4 and set(table["step"]) == {logged["step"]}
+        assert_described(table, finished)
+        assert table["reward"].mean() == pytest.approx(logged["eval_reward"], abs=1e-4)
+        log_prob = table["unprocessed_answer_log_prob_mean"].mean()
+        assert log_prob == pytest.approx(logged["eval_solution_log_prob"], abs=1e-4)
+        shares = {f"eval_share/{kind}": count / 4 for kind, count in table["kind"].value_counts().items()}
+        assert shares == {key: value for key, value in logged.items() if key.startswith("eval_share/")}
+        assert (table["sampler_log_prob"] < 0).all() and (table["num_tokens"] <= 8).all()
+        questions.add(tuple(table["question"]))
+    assert len(questions) == 1
+
+
+def test_steps_that_are_logged_together_have_the_tokens_of_all_of_them(model, tmp_path):
+    trainer = make_trainer(
+        model, tmp_path / "run", "max_steps=4", "logging_steps=2", "eval_steps=2", "save_strategy=no"
+    )
+    counted, drawn = [], trainer._draw
+
+    def draw(*args):
+        counted.append(completions := drawn(*args))
+        return completions
+
+    trainer._draw = draw
+    trainer.train()
+    lines = [line for line in metrics_of(trainer) if "loss" in line]
+    assert [line["step"] for line in lines] == [2, 4]
+    sampled = [sum(len(c.token_ids) for c in completions) for completions in counted]
+    evaluations = {0, 3, 6}  # before the first step, after the second and after the fourth
+    for line, calls in zip(lines, ((0, 1, 2), (3, 4, 5)), strict=True):
+        for phase in ("generate", "score", "train"):
+            counts = [sampled[call] for call in calls if phase != "train" or call not in evaluations]
+            assert line[f"tokens_per_s/{phase}"] * line[f"time/{phase}_s"] == pytest.approx(sum(counts), rel=1e-6)
+
+
+def test_a_run_whose_completions_are_all_truncated_and_masked_ends_with_its_summary(model, tmp_path):
+    trainer = make_trainer(
+        model, tmp_path / "run", "max_steps=1", "mask_truncated_completions=true", "max_completion_length=1"
+    )
+    trainer.train()
+    trainer.finish()
+    step = next(line for line in metrics_of(trainer) if "loss" in line)
+    assert step["completions/clipped_ratio"] == 1 and step["loss"] == 0
+    assert summarise(tmp_path / "run", memory_by_phase(trainer.plan, trainer.host))["logp_difference"] is None
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_what_is_logged_at_the_end_leaves_the_last_steps_completions_alone(finished):
+    trainer, file = finished, Path(finished.args.output_dir, "completions/completions_00002.parquet")
+    before = file.read_bytes()
+    logs = {key: values.copy() for key, values in trainer._logs.items() if key != "extra"}
+    trainer._logs["prompt"].clear()
+    trainer.log({"train_runtime": 1.0})
+    trainer._logs |= logs
+    assert file.read_bytes() == before
 
 
 def test_the_format_rate_of_a_step_is_that_of_its_completions(finished):
@@ -116,7 +192,7 @@ def test_the_format_rate_of_a_step_is_that_of_its_completions(finished):
     tags = finished.scorer.format.tags
     assert step["rlt/format_rate"] == mean(is_well_formed(text, tags) for text in table["completion"])
     texts = ["1+1=2" + tags.explanation.closing, "1+1=2", "1" + tags.explanation.closing]
-    assert finished._format_rate(texts) == pytest.approx(2 / 3)
+    assert format_rate(texts, tags) == pytest.approx(2 / 3)
 
 
 def test_what_the_console_shows_of_a_step_is_logged(finished):
@@ -237,6 +313,28 @@ def test_engine_is_awake_in_the_generate_phase_only(finished):
         events.append("score")
     host._engine = before
     assert events == ["wake", "sync", "generate", "sleep", "score"]
+
+
+def test_the_drivers_figure_stands_beside_what_torch_reserved_where_there_is_one(finished, monkeypatch):
+    assert not any("driver" in name for name in finished._phase_metrics())
+    monkeypatch.setattr(finished.host.use[Phase.TRAIN], "peak_driver_bytes", 5_000_000_000)
+    assert finished._phase_metrics()["memory/train_driver_gb"] == 5.0
+    phases = memory_by_phase(finished.plan, finished.host)["phases"]
+    assert phases["train"]["driver_gb"] == 5.0 and "driver_gb" not in phases["score"]
+
+
+def test_the_generator_is_started_within_the_loading_phase(model, tmp_path, monkeypatch):
+    """vLLM takes minutes for it, and its memory is in the plan of that phase."""
+    open_phases = []
+
+    def start(run, host):
+        open_phases.append(list(host._open_phases))
+        return start_generator(run, host)
+
+    start_generator = build._start_generator
+    monkeypatch.setattr(build, "_start_generator", start)
+    make_trainer(model, tmp_path / "run", "max_steps=1")
+    assert open_phases == [[Phase.LOAD]]
 
 
 def test_phase_seconds_go_to_the_innermost_phase(finished):

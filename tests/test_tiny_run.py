@@ -2,12 +2,16 @@
 
 import importlib.util
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from data.formats import encode
+from models.tiny import build_tokenizer
 from schemas.compose import CONFIG_ROOT
 
 pytestmark = pytest.mark.slow
@@ -45,6 +49,32 @@ def test_a_ten_line_file_of_ones_own_trains(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = (tmp_path / "results/teacher_rlt_tiny/metrics.jsonl").read_text().splitlines()
     assert sum("loss" in json.loads(line) for line in lines) == 2
+
+
+def write_long_rows(path: Path, num_rows: int = 300, min_len: int = 200, max_len: int = 600) -> None:
+    """Sums whose length in tokens of the embedded tokenizer is spread evenly over the range."""
+    tokenizer, draw, rows = build_tokenizer(), random.Random(0), []
+    for i in range(num_rows):
+        length = min_len + i * (max_len - min_len) // num_rows
+        question = "+".join(str(draw.randint(0, 9)) for _ in range(length // 2))
+        assert length - 2 <= len(encode(tokenizer, question)) <= length
+        rows.append({"question": question, "solution": f"={i}"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@needs_vllm
+def test_questions_that_fill_more_than_one_prefill_train_and_evaluate(tmp_path):
+    write_long_rows(tmp_path / "long.jsonl")
+    words = ["dataset_id_or_path=long.jsonl", "generator=vllm", "max_steps=1", "num_eval_prompts=16"]
+    lengths = ["max_prompt_length=640", "max_completion_length=4", "canary_tolerance=0.5"]
+    done = train(tmp_path, *words, *lengths)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    table = pd.read_parquet(tmp_path / "results/teacher_rlt_tiny/completions/completions_00001.parquet")
+    tokenizer = build_tokenizer()
+    assert sum(len(encode(tokenizer, prompt)) for prompt in set(table["prompt"])) > 2000
+    lines = (tmp_path / "results/teacher_rlt_tiny/metrics.jsonl").read_text().splitlines()
+    step = next(line for line in map(json.loads, lines) if "loss" in line)
+    assert step["completions/clipped_ratio"] > 0.9 and step["sampling/logp_difference"] < 0.1
 
 
 _SKIP_THE_THIRD_SWAP = """

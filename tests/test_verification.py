@@ -10,6 +10,7 @@ import pytest
 
 import test_config_85gb as verification
 from planner import readiness
+from planner.plan import plan_run
 from planner.readiness import Gpu, check_disk, check_gpu, check_loggers, check_packages
 from schemas.compose import compose_run_config, run_config_names
 from schemas.run import load_run_config
@@ -41,7 +42,7 @@ def test_a_small_card_gets_the_binding_phase_and_a_command_that_fits(no_gpu: Non
     words = check["remedy"].split()
     assert words[:2] == ["./launch_mono.sh", "teacher_rlt_mono_85gb"]
     fitting = load_run_config(compose_run_config(words[1], words[2:]))
-    assert verification.plan_run(fitting, int(24e9)).fits()
+    assert plan_run(fitting, int(24e9)).fits()
 
 
 def test_all_plans_every_run_configuration(no_gpu: None, tmp_path: Path) -> None:

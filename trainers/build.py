@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, set_seed
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from core.errors import UserError
 from core.log import console
+from core.types import Phase
 from data.arithmetic import classify_explanation
 from data.dataset import prepare_datasets
 from data.formats import PromptFormat
 from generation import Canary, Generator, Precision, SamplingSettings, check_generator, make_generator
 from models.device import memory_of
 from models.host import ModelHost
-from models.load import check_adapter, load_tokenizer, resolve_model_path
+from models.load import check_adapter, load_tokenizers, quiet_libraries, resolve_model_path
 from optimization import optimize_models, preallocate_planned, records_table
 from planner.plan import MemoryPlan
 from rollout.scoring import RolloutScorer, check_scoring
@@ -67,14 +67,7 @@ def check_before_loading(
     """
     prepare_loggers(config.grpo.report_to, Path(config.grpo.output_dir))
     build_grpo_args(config, use_cpu=device.type == "cpu")
-    tokenizer = load_tokenizer(config.model_name_or_path, config.model_args)
-    student_tokenizer = None
-    if config.student_model is not None and config.student_model != config.model_name_or_path:
-        student_tokenizer = load_tokenizer(config.student_model, config.model_args)
-        if student_tokenizer.get_vocab() == tokenizer.get_vocab():
-            student_tokenizer = (
-                None  # the student then reads the teacher's tokens and template, as in the published run
-            )
+    tokenizer, student_tokenizer = load_tokenizers(config)
     prompt_format = PromptFormat.from_config(config)
     train_dataset, eval_dataset = prepare_datasets(config, tokenizer, prompt_format, config.grpo.seed)
     if len(train_dataset) < config.num_prompts_per_step:
@@ -105,8 +98,7 @@ def check_before_loading(
 def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
     """Load the models, start the generator, put the trainer together."""
     config = run.config
-    disable_progress_bar()
-    set_verbosity_error()
+    quiet_libraries()
     set_seed(config.grpo.seed)  # the adapter's initial values
     optimisations = preallocate_planned(config, run.plan)
     host = ModelHost(config, max_score_tokens=run.plan.settings.score_batch_tokens)
@@ -121,7 +113,8 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
         score=host.score,
         student_tokenizer=run.student_tokenizer,
     )
-    generator = None if config.use_vllm_server else _start_generator(run, host)
+    with host.phase(Phase.LOAD):
+        generator = None if config.use_vllm_server else _start_generator(run, host)
     progress = ConsoleProgress(TEACHER_SHOWN)
     watch = MemoryWatch(host, limit_bytes=memory_of(run.device), max_warnings=config.max_growth_warnings)
     return TeacherGRPOTrainer(
@@ -143,23 +136,12 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
 
 def _start_generator(run: PreparedRun, host: ModelHost) -> Generator:
     config = run.config
-    end_ids = host.teacher.generation_config.eos_token_id
-    end_ids = end_ids if isinstance(end_ids, list) else [end_ids] if end_ids is not None else []
-    sampling = SamplingSettings(
-        temperature=config.grpo.temperature,
-        max_new_tokens=config.grpo.max_completion_length,
-        stop_token_ids=tuple(sorted({run.tokenizer.eos_token_id, *end_ids})),
-        top_p=config.grpo.top_p,
-        top_k=config.grpo.top_k,
-        min_p=config.grpo.min_p or 0.0,
-        repetition_penalty=config.grpo.repetition_penalty,
-    )
     generator = make_generator(
         config,
         model=host.teacher,
         tokenizer=run.tokenizer,
         base_checkpoint=resolve_model_path(config.model_name_or_path),
-        sampling=sampling,
+        sampling=SamplingSettings.of_run(config, run.tokenizer, host.teacher),
         num_generations=config.grpo.num_generations,
         max_model_len=config.max_prompt_length + config.grpo.max_completion_length,
         export_folder=run.export_folder,

@@ -14,7 +14,7 @@ from peft import PeftModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from core.log import console, log
+from core.log import can_animate, console, log
 from core.units import format_duration
 from models.host import REFERENCE_ADAPTER, PhaseUse
 from planner.watchdog import GrowthWatchdog
@@ -111,6 +111,7 @@ class ConsoleProgress(TrainerCallback):
             TextColumn("{task.fields[note]}"),
             console=console,
             transient=True,
+            disable=not can_animate(),
         )
         self._run: TaskID | None = None
         self._phase: TaskID | None = None

@@ -1,12 +1,12 @@
 """A masked-diffusion run from its validated configuration to its summary: what costs little is checked first."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from core.errors import UserError
 from core.log import console, log
@@ -17,7 +17,7 @@ from data.masked_diffusion import Sample, pack, prepare_samples
 from models.device import memory_of
 from models.host import PhaseUse
 from models.llada import MASK_TOKEN, LladaModel, new_llada
-from models.load import add_adapter, load_base, load_tokenizer
+from models.load import add_adapter, load_base, load_tokenizer, quiet_libraries
 from optimization import optimize_models, preallocate_planned, records_table
 from planner.plan import MemoryPlan
 from schemas.llada import MaskedDiffusionRunConfig
@@ -26,7 +26,7 @@ from trainers.callbacks import DIFFUSION_SHOWN, ConsoleProgress, MemoryWatch, Me
 from trainers.loggers import prepare_loggers
 from trainers.masked_diffusion import MaskedDiffusionTrainer
 from trainers.run_folder import RunFolder, open_run_folder
-from trainers.summary import DIFFUSION_REPORT, memory_table, summarise, summary_table
+from trainers.summary import DIFFUSION_REPORT, FinishedRun, summarise
 
 
 class PeakMeter:
@@ -49,8 +49,12 @@ class PeakMeter:
 
 
 def train_masked_diffusion(
-    config: MaskedDiffusionRunConfig, values: dict[str, Any], plan: MemoryPlan, device: torch.device
-) -> None:
+    config: MaskedDiffusionRunConfig,
+    values: dict[str, Any],
+    plan: MemoryPlan,
+    device: torch.device,
+    on_results: Callable[[FinishedRun], None],
+) -> FinishedRun:
     """Check, load, train, evaluate, save.
 
     Raises:
@@ -77,8 +81,9 @@ def train_masked_diffusion(
     trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint is not None else None)
     trainer.finish()
     summary = summarise(folder.path, _memory(plan, peaks), DIFFUSION_REPORT)
-    console.print(summary_table(summary, DIFFUSION_REPORT), memory_table(summary))
-    log.info("model, metrics and checkpoints are in %s", folder.path)
+    finished = FinishedRun(folder=folder.path, summary=summary, report=DIFFUSION_REPORT)
+    on_results(finished)
+    return finished
 
 
 def build_training_args(
@@ -163,8 +168,7 @@ def build_diffusion_trainer(
     peaks: PeakMeter,
 ) -> MaskedDiffusionTrainer:
     """Load or make the model and put the trainer together."""
-    disable_progress_bar()
-    set_verbosity_error()
+    quiet_libraries()
     set_seed(config.args.seed)  # a new model's or adapter's initial values
     optimisations = preallocate_planned(config, plan)
     model = load_diffusion_model(config, device, tokenizer)

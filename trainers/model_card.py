@@ -1,6 +1,5 @@
 """README.md of a run's result and of each checkpoint, in place of the libraries' templates."""
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from schemas.model import EMBEDDED_MODEL, ModelArgs
 from schemas.reward import as_list
 from schemas.run import RunConfig
 from trainers.summary import DIFFUSION_REPORT, TEACHER_REPORT, Report
+from trainers.usage import Usage, literal, quantisation
 
 _MAX_EXAMPLE_CHARS = 600
 _LIBRARIES = ("transformers", "trl", "peft", "torch", "datasets", "bitsandbytes")
@@ -25,27 +25,24 @@ class WritesModelCard(Trainer):
     def model_card(self) -> str:
         raise NotImplementedError
 
+    def files_beside_model(self) -> dict[str, str]:
+        """More files that the card speaks of: name -> text."""
+        return {}
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        Path(output_dir or self.args.output_dir, "README.md").write_text(self.model_card(), encoding="utf-8")
+        for name, text in {"README.md": self.model_card(), **self.files_beside_model()}.items():
+            Path(output_dir or self.args.output_dir, name).write_text(text, encoding="utf-8")
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """The libraries' own, called at checkpoints and uploads; ours lies beside the weights by then."""
 
 
 def teacher_card(config: RunConfig, trainer: Any) -> str:
-    base, grpo, prompts = config.model_name_or_path, config.grpo, trainer.scorer.format
+    base, grpo = config.model_name_or_path, config.grpo
     row = trainer.train_dataset[0]
-    template = prompts.teacher_prompt_text(trainer.processing_class, "{question}", "{solution}")
-    usage = f"""{_loading(base, config.model_args, is_adapter=True)}
-template = {_literal(template)}
-question = {_literal(_shortened(row["question"]))}
-solution = {_literal(_shortened(row["solution"]))}
-prompt = template.replace("{{question}}", question).replace("{{solution}}", solution)
-inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
-sampling = {{"do_sample": True, "temperature": {grpo.temperature}, "max_new_tokens": {grpo.max_completion_length}}}
-output = model.generate(**inputs, **sampling)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))"""
+    question, solution = _shortened(row["question"]), _shortened(row["solution"])
+    usage = Usage(config=config, folder=".", base=_resolved(base), question=question, solution=solution)
     student = config.student_model or "the base without the adapter"
     extra = ", ".join(config.extra_rewards)
     return f"""{_header(base, ["rlt", "grpo", "trl", "lora"], "peft")}
@@ -56,12 +53,9 @@ Given a question and its solution it writes an explanation from which a student 
 
 ## Use
 
-The prompt ends with the solution and the opened explanation tag; what the model writes up to
-`{prompts.tags.explanation.closing}` is the explanation. The example is a row of the training data{_base_note(base)}.
+The example is a row of the training data{_base_note(base)}. The code is to run in the folder of this file.
 
-```python
-{usage}
-```
+{usage.markdown()}
 
 ## Training
 
@@ -86,7 +80,7 @@ def masked_diffusion_card(config: MaskedDiffusionRunConfig, trainer: Any) -> str
 from generation.masked_diffusion import generate_responses
 from schemas.llada import DiffusionSamplingConfig
 {_loading(base, config.model_args, is_adapter=is_adapter)}
-prompt = {_literal(prompt)}
+prompt = {literal(prompt)}
 settings = DiffusionSamplingConfig(**{settings})
 (response,) = generate_responses(
     model,
@@ -137,18 +131,17 @@ def _header(base: str | None, tags: list[str], library: str) -> str:
 
 
 def _loading(base: str | None, args: ModelArgs, *, is_adapter: bool) -> str:
-    quantised = _quantisation(args) if is_adapter else ""
+    quantised = quantisation(args) if is_adapter else ""
     imports = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantised else "")
     keywords = f'dtype="{args.torch_dtype}"' + (f", quantization_config={quantised}" if quantised else "")
     keywords += ", trust_remote_code=True" if args.trust_remote_code else ""
     lines = [f"from transformers import {imports}", "", 'folder = "."  # that of this file']
     if is_adapter:
         assert base is not None  # an adapter has one
-        path = resolve_model_path(base)
-        path = str(Path(path).resolve()) if Path(path).exists() else path
+        path = _resolved(base)
         lines.insert(0, "from peft import PeftModel")
         lines += [
-            f"base = AutoModelForCausalLM.from_pretrained({_literal(path)}, {keywords})",
+            f"base = AutoModelForCausalLM.from_pretrained({literal(path)}, {keywords})",
             "model = PeftModel.from_pretrained(base, folder).eval()",
         ]
     else:
@@ -156,16 +149,10 @@ def _loading(base: str | None, args: ModelArgs, *, is_adapter: bool) -> str:
     return "\n".join([*lines, "tokenizer = AutoTokenizer.from_pretrained(folder)", ""])
 
 
-def _quantisation(args: ModelArgs) -> str:
-    if args.load_in_8bit:
-        return f"BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold={args.llm_int8_threshold})"
-    if args.load_in_4bit:
-        return (
-            f'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{args.bnb_4bit_quant_type}", '
-            f"bnb_4bit_use_double_quant={args.bnb_4bit_use_double_quant}, "
-            f'bnb_4bit_compute_dtype="{args.torch_dtype}")'
-        )
-    return ""
+def _resolved(base: str) -> str:
+    """A hub id, or the absolute path of a folder."""
+    path = resolve_model_path(base)
+    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def _precision(args: ModelArgs) -> str:
@@ -181,16 +168,6 @@ def _base_note(base: str | None) -> str:
 def _data(config: DataConfig) -> str:
     subset = f", subset `{config.dataset_config_name}`" if config.dataset_config_name else ""
     return f"Data: `{config.dataset_id_or_path}`{subset}, split `{config.dataset_split}`"
-
-
-def _literal(text: str) -> str:
-    """A Python expression for a text, one line of it a line."""
-    lines = [json.dumps(line, ensure_ascii=False) for line in text.splitlines(keepends=True)]
-    return (
-        "(\n" + "".join(f"    {line}\n" for line in lines) + ")"
-        if len(lines) > 1
-        else json.dumps(text, ensure_ascii=False)
-    )
 
 
 def _shortened(text: str) -> str:

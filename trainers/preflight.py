@@ -1,14 +1,20 @@
 """What is checked before anything is downloaded or loaded: the hardware, and the memory plan against it."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub import get_token
+from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from core.errors import UserError
+from core.gpu_software import compiler_obstacle, driver_obstacle, driver_version
+from core.one_gpu import visible_gpus
 from core.units import format_gb
 from models.device import memory_of, pick_device
 from optimization.card import is_installed
+from optimization.cuda_optim import switch_cudnn_attention_off
 from planner.fit import resolve_auto
 from planner.plan import MemoryPlan, plan_run
 from schemas.run import AnyRunConfig, load_run_config
@@ -30,12 +36,13 @@ def load_for_this_machine(values: Mapping[str, Any]) -> AnyRunConfig:
 
 
 def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.device]:
-    """The memory plan and the device of the run.
+    """The memory plan and the device of the run. On a GPU cuDNN's attention is off from here on.
 
     Raises:
-        UserError: there is no GPU for a run that needs one, the attention kernel is not installed, or the plan exceeds
-            the card.
+        UserError: there is no GPU for a run that needs one, or several, its driver is too old, there is no C compiler
+            for vLLM, a setting needs a package, a GPU or the hub that is not there, or the plan exceeds the card.
     """
+    _require_gpu_software(config)
     device = pick_device(config.model_args.device_map)
     num_cards = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= num_cards:
@@ -46,7 +53,16 @@ def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.dev
             remedy="model_args.device_map=auto; nvidia-smi shows cards and driver; without a GPU run ./launch_mono.sh "
             "(the embedded model, on the CPU)",
         )
+    if num_cards > 1 and device.type == "cuda" and "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"{num_cards} GPUs that this process sees",
+            expected="one: transformers would multiply the batch by their number, and vLLM takes the first",
+            remedy="set CUDA_VISIBLE_DEVICES to the one to use before torch is imported; train.py does so itself",
+        )
+    if device.type == "cuda":
+        switch_cudnn_attention_off()
     _require_attention_package(config.model_args.attn_implementation)
+    _require_what_settings_need(config.arguments, device)
     gpu_bytes = int(config.gpu_gb * 1e9) if config.gpu_gb is not None else memory_of(device)
     plan = plan_run(config, gpu_bytes, allow_download=device.type == "cuda")
     planned = f"{config.run_name} plans for {format_gb(plan.max_bytes)} ({plan.binding_phase} phase)"
@@ -69,6 +85,20 @@ def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.dev
     return plan, device
 
 
+def _require_gpu_software(config: AnyRunConfig) -> None:
+    """A CUDA build of torch with a driver that it can use, and what Triton compiles with where the run uses Triton."""
+    if torch.version.cuda is None or config.model_args.device_map == "cpu" or visible_gpus() == []:
+        return
+    uses_vllm = getattr(config, "generator", "transformers") != "transformers" and is_installed("vllm")
+    obstacle = None
+    if not torch.cuda.is_available():
+        obstacle = driver_obstacle(driver_version(), int(torch.version.cuda.partition(".")[0]))
+    elif uses_vllm or config.compile_models:
+        obstacle = compiler_obstacle()
+    if obstacle is not None:
+        raise obstacle
+
+
 def _require_attention_package(implementation: str) -> None:
     package = _ATTENTION_PACKAGES.get(implementation)
     if package is not None and not is_installed(package):
@@ -76,4 +106,28 @@ def _require_attention_package(implementation: str) -> None:
             f"`model_args.attn_implementation` is {implementation}, and it is not installed",
             expected=f"the Python package {package} in this environment",
             remedy="model_args.attn_implementation=sdpa; use_flash_attention=true takes what is installed",
+        )
+
+
+def _require_what_settings_need(arguments: Any, device: torch.device) -> None:
+    """The library's own settings that would fail only once the models are loaded."""
+    if arguments.use_liger_kernel and (device.type == "cpu" or not is_installed("liger_kernel")):
+        obstacle = "the run is on a CPU" if is_installed("liger_kernel") else "it is not installed"
+        raise UserError(
+            f"`use_liger_kernel` is true, and {obstacle}",
+            expected="an NVIDIA GPU, and the Python package liger_kernel in this environment",
+            remedy="use_liger_kernel=false, or pip install liger-kernel on a machine with a GPU",
+        )
+    if arguments.fp16 and device.type == "cpu":
+        raise UserError(
+            "`fp16` is true on a CPU",
+            expected="a GPU: the scaler of fp16 gradients needs one",
+            remedy="fp16=false; bf16=true trains in 16 bits on a CPU too",
+        )
+    uploads = [key for key in ("push_to_hub", "log_completions_hub_repo") if getattr(arguments, key, None)]
+    if uploads and (HF_HUB_OFFLINE or get_token() is None):
+        raise UserError(
+            f"`{uploads[0]}` is set, and " + ("HF_HUB_OFFLINE is on" if HF_HUB_OFFLINE else "there is no access token"),
+            expected="a connection to the hub and a token that may write",
+            remedy=f"`hf auth login` or HF_TOKEN in the environment; or leave {uploads[0]} out and upload afterwards",
         )

@@ -2,7 +2,8 @@
 
 config.yaml        the resolved configuration, defaults included
 metrics.jsonl      one line for each logged step
-completions/       sampled explanations and their reward terms, parquet
+completions/       completions_STEP.parquet: those of each logged step, with their reward terms
+evaluations/       evaluation_STEP.parquet: the held-out ones of each evaluation, likewise
 checkpoint-N/      written whole or not at all
 adapter_model.safetensors, adapter_config.json, tokenizer files, README.md (model card)    the result
 summary.json       before and after; its presence says that the run is finished
@@ -11,19 +12,23 @@ summary.json       before and after; its presence says that the run is finished
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import pandas as pd
 import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
 from core.errors import UserError
 from core.log import log
+from models.trained import CONFIG_FILE
 
-CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, STAGING_FOLDER = "config.yaml", "metrics.jsonl", "summary.json", ".saving"
+METRICS_FILE, SUMMARY_FILE, STAGING_FOLDER = "metrics.jsonl", "summary.json", ".saving"
+COMPLETIONS_FOLDER, EVALUATIONS_FOLDER = "completions", "evaluations"
 _KEYS_THAT_MAY_DIFFER = {"resume", "gpu_gb", "allow_oversubscription"}
 
 
@@ -102,6 +107,7 @@ def _reopen(path: Path, values: Mapping[str, Any], checkpoint: Path | None) -> R
     _write_whole(path / CONFIG_FILE, yaml.safe_dump(dict(values), sort_keys=True))
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
     _drop_metrics_after(path / METRICS_FILE, step)
+    _drop_tables_after(path, step)
     if checkpoint is not None:
         log.info("continuing %s after step %d", path, step)
     return RunFolder(path, checkpoint, lock)
@@ -143,6 +149,24 @@ def _drop_metrics_after(metrics_file: Path, step: int) -> None:
         lines = [line for line in metrics_file.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if step and json.loads(line)["step"] <= step]
         _write_whole(metrics_file, "".join(f"{line}\n" for line in kept))
+
+
+def _drop_tables_after(path: Path, step: int) -> None:
+    """Completions and evaluations of steps that the resumed run will make again, and may not log at the same step."""
+    for folder in (COMPLETIONS_FOLDER, EVALUATIONS_FOLDER):
+        for file in (path / folder).glob("*.parquet"):
+            number = re.fullmatch(r"(?:completions|evaluation)_(\d+)", file.stem)
+            if number is not None and (not step or int(number[1]) > step):
+                file.unlink()
+
+
+def write_evaluation(path: Path, step: int, table: Mapping[str, list[Any]]) -> None:
+    """Write `evaluations/evaluation_STEP.parquet` of the run in `path`, over an earlier one of the step."""
+    folder = path / EVALUATIONS_FOLDER
+    folder.mkdir(exist_ok=True)
+    partial = folder / f".evaluation_{step:05d}.partial"
+    pd.DataFrame(table).to_parquet(partial)
+    os.replace(partial, folder / f"evaluation_{step:05d}.parquet")
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from rich.console import RenderableType
 from rich.table import Table
 
+from core.shown import Shown
 from core.units import gb
 from models.host import ModelHost
 from planner.plan import MemoryPlan
@@ -46,12 +48,30 @@ DIFFUSION_REPORT = Report(
 )
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FinishedRun(Shown):
+    """A run that trained to its end."""
+
+    folder: Path
+    """Where it lies: adapter or model, `config.yaml`, `metrics.jsonl`, completions, checkpoints."""
+    summary: dict[str, Any]
+    """What `summary.json` holds: `steps`, before and after of each figure, memory."""
+    report: Report = TEACHER_REPORT
+
+    def tables(self) -> list[RenderableType]:
+        return [summary_table(self.summary, self.report), memory_table(self.summary)]
+
+
 def memory_by_phase(plan: MemoryPlan, host: ModelHost) -> dict[str, Any]:
-    """Predicted and measured peak of each phase in decimal GB; on a CPU the measured one is the process's RSS."""
+    """Predicted and measured peak of each phase in decimal GB; on a CPU the measured one is the process's RSS.
+
+    `driver_gb`: what the driver reported as used on the card, CUDA's context and other processes included.
+    """
     return {
         "measured": "reserved on the GPU" if host.device.type == "cuda" else "RSS of the process (no GPU)",
         "phases": {
             str(phase): {"predicted_gb": gb(plan.peak_bytes(phase)), "measured_gb": gb(use.peak_reserved_bytes)}
+            | ({"driver_gb": gb(use.peak_driver_bytes)} if use.peak_driver_bytes else {})
             for phase, use in host.checkpoint_use().items()
             if use.peak_reserved_bytes
         },
@@ -65,8 +85,8 @@ def summarise(run_dir: Path, memory: dict[str, Any], report: Report = TEACHER_RE
     those of the first and the last evaluation.
     """
     lines = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
-    logged = [line[report.train_key] for line in lines if line.get(report.train_key) is not None]
-    differences = [line["sampling/logp_difference"] for line in lines if "sampling/logp_difference" in line]
+    logged = _values(lines, report.train_key)
+    differences = _values(lines, "sampling/logp_difference")
     window = min(_WINDOW, max(1, len(logged) // 2))
     evaluations = [line for line in lines if any(key in line for key in report.eval_rows)]
     summary: dict[str, Any] = {
@@ -82,6 +102,11 @@ def summarise(run_dir: Path, memory: dict[str, Any], report: Report = TEACHER_RE
     summary["memory"] = memory
     write_summary(run_dir, summary)
     return summary
+
+
+def _values(lines: list[dict[str, Any]], key: str) -> list[float]:
+    """Of the lines that have one: a figure is null where nothing counted, as in a step of masked completions only."""
+    return [line[key] for line in lines if line.get(key) is not None]
 
 
 def summary_table(summary: dict[str, Any], report: Report = TEACHER_REPORT) -> Table:
@@ -102,8 +127,14 @@ def summary_table(summary: dict[str, Any], report: Report = TEACHER_REPORT) -> T
 def memory_table(summary: dict[str, Any]) -> Table:
     memory = summary["memory"]
     table = Table(title="peak memory, GB", title_justify="left")
-    for column in ("phase", "predicted for a GPU", memory["measured"]):
+    columns = {
+        "predicted_gb": "predicted for a GPU",
+        "measured_gb": memory["measured"],
+        "driver_gb": "used on the card",
+    }
+    shown = [key for key in columns if any(key in peak for peak in memory["phases"].values())]
+    for column in ("phase", *(columns[key] for key in shown)):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for phase, peak in memory["phases"].items():
-        table.add_row(phase, f"{peak['predicted_gb']:.2f}", f"{peak['measured_gb']:.2f}")
+        table.add_row(phase, *(f"{peak[key]:.2f}" for key in shown))
     return table

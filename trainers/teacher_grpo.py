@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -28,23 +27,33 @@ from trl.trainer.utils import RepeatSampler
 
 from core.types import Phase, Role
 from core.units import gb
+from data.formats import TEACHER_PROMPT_FILE
 from generation.base import Generator
 from generation.canary import Canary
 from models.host import REFERENCE_ADAPTER, ModelHost
 from optimization.memory_optim import CheckpointOffload
 from planner.plan import MemoryPlan
-from rewards import EXTRA_REWARDS, RewardBreakdown
-from rewards.format import is_well_formed
+from rewards import EXTRA_REWARDS
 from rollout.advantages import group_advantages, importance_ratios
 from rollout.logprobs import span_logprobs
 from rollout.packing import MicroBatch, micro_batches
-from rollout.scoring import RolloutScorer
+from rollout.scoring import RolloutScorer, ScoredRollout
+from rollout.tables import (
+    Classifier,
+    completion_texts,
+    evaluation_metrics,
+    evaluation_table,
+    explanation_columns,
+    format_rate,
+    term_columns,
+)
 from rollout.types import Completion, Group, Rollout, ScoringRow
 from schemas.run import RunConfig
 from trainers.callbacks import StopOnSignal, SyncReferenceAdapter
 from trainers.checkpoints import WholeCheckpoints
 from trainers.model_card import WritesModelCard, teacher_card
 from trainers.recovery import RecoveryMixin
+from trainers.run_folder import write_evaluation
 from trainers.step_metrics import StepMetrics, rollout_metrics
 
 _TRAIN_STREAM, _EVAL_STREAM = 0, 1
@@ -99,7 +108,7 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         eval_dataset: Dataset | None,
         tokenizer: PreTrainedTokenizerBase,
         callbacks: Sequence[TrainerCallback] = (),
-        classify_explanation: Callable[[str, str, str], str] | None = None,
+        classify_explanation: Classifier | None = None,
         on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> None:
         self.config, self.host, self.plan = config, host, plan
@@ -108,6 +117,7 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         self._synced_step = self._evaluated_step = -1
         self._rollout: Rollout | None = None
         self._num_uses = 0
+        self._num_tokens = dict.fromkeys((Phase.GENERATE, Phase.SCORE, Phase.TRAIN), 0)
         self._reported_use = host.checkpoint_use()
         trained = {name: p.data for name, p in host.teacher.named_parameters() if p.requires_grad}
         super().__init__(
@@ -211,6 +221,9 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
                     seeds,
                     on_progress=lambda done, total: self._on_progress("generating", done, total),
                 )
+        num_tokens = sum(len(completion.token_ids) for completion in completions)
+        self._num_tokens[Phase.GENERATE] += num_tokens
+        self._num_tokens[Phase.SCORE] += num_tokens
         return Rollout(
             groups=tuple(
                 replace(group, completions=tuple(completions[p * num_generations : (p + 1) * num_generations]))
@@ -251,36 +264,40 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
             )
         return replace(rollout, logprobs=logprobs, importance_ratios=ratios)
 
-    def rlt(self, rollout: Rollout) -> RewardBreakdown:
+    def rlt(self, rollout: Rollout) -> ScoredRollout:
         """The RLT reward of a rollout; the first of `reward_funcs`, which names its column in the tables."""
         with self.host.phase(Phase.SCORE):
-            return self.scorer(rollout).breakdown
+            return self.scorer(rollout)
 
     def _reward(self, rollout: Rollout) -> Rollout:
-        """The RLT reward and those of `extra_rewards`, every term logged."""
-        breakdown = self.rlt(rollout)
-        texts = self._texts(rollout.completions)
+        """The RLT reward and those of `extra_rewards`; every term, and what was written, goes to `completions/`."""
+        scored, texts = self.rlt(rollout), self._texts(rollout)
+        written = explanation_columns(rollout, scored, self._classify_explanation)
         columns = {
             "prompts": [row.group.columns["prompt"] for row in rollout.rows],
             "completions": texts,
             "completion_ids": [completion.token_ids for completion in rollout.completions],
-            "question": [row.group.question for row in rollout.rows],
-            "solution": [row.group.solution for row in rollout.rows],
+            "question": written["question"],
+            "solution": written["solution"],
         }
-        rewards = [breakdown.reward]
+        rewards = [scored.breakdown.reward]
         rewards += [torch.tensor(function(**columns)) for function in self.reward_funcs[1:]]
-        rollout = replace(rollout, breakdown=breakdown, rewards_BF=torch.stack(rewards, -1))
         self._record(
-            {f"rlt/{name}": values_B.nanmean().item() for name, values_B in breakdown.terms.items()}
-            | {"rlt/format_rate": self._format_rate(texts)}
+            {f"rlt/{name}": values_B.nanmean().item() for name, values_B in scored.breakdown.terms.items()}
+            | {"rlt/format_rate": format_rate(texts, self.scorer.format.tags)}
         )
-        return rollout
+        self._logs["prompt"].extend(columns["prompts"])
+        self._logs["completion"].extend(texts)
+        for name, values in {**term_columns(scored), **written}.items():
+            self._logs["extra"][name].extend(values)
+        return replace(rollout, breakdown=scored.breakdown, rewards_BF=torch.stack(rewards, -1))
 
     def _with_advantages(self, rollout: Rollout) -> Rollout:
         """Advantages within groups; the rollout is complete now and its figures are logged."""
-        assert rollout.rewards_BF is not None
+        rewards_BF = rollout.rewards_BF
+        assert rewards_BF is not None
         advantages_B, std_B = group_advantages(
-            rollout.rewards_BF,
+            rewards_BF,
             self.reward_weights.cpu(),
             self.num_generations,
             scale_rewards=self.scale_rewards,
@@ -290,7 +307,9 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         self.state.num_input_tokens_seen += sum(len(row.token_ids) for row in rollout.rows)
         self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
         self._record(rollout_metrics(rollout, std_B, self.reward_func_names, self.reward_weights.cpu()))
-        self._log_completions(rollout)
+        for name, values_B in zip(self.reward_func_names, rewards_BF.T, strict=True):
+            self._logs["rewards"][name].extend(values_B.tolist())
+        self._logs["advantages"].extend(advantages_B.tolist())
         return rollout
 
     def _pack(self, rollout: Rollout) -> Iterator[MicroBatch]:
@@ -316,8 +335,11 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         assert entropy_N is not None
         logprobs_bT = batch.pad(logprobs_N)
         loss = super()._compute_loss((logprobs_bT, batch.pad(entropy_N), None), batch.tensors)
-        if (sampler_bT := batch.tensors.get("sampling_per_token_logps")) is not None:
-            difference_N = (logprobs_bT.detach() - sampler_bT).abs()[batch.tensors["completion_mask"].bool()]
+        mask_bT = batch.tensors["completion_mask"].bool()
+        self._num_tokens[Phase.TRAIN] += int(mask_bT.sum())
+        sampler_bT = batch.tensors.get("sampling_per_token_logps")
+        if sampler_bT is not None and mask_bT.any():  # all are masked where `mask_truncated_completions` says so
+            difference_N = (logprobs_bT.detach() - sampler_bT).abs()[mask_bT]
             self._metrics["train"]["sampling/logp_difference"].append(difference_N.mean().item())
         return loss * batch.loss_weight(self.loss_type)
 
@@ -335,22 +357,8 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         for name, value in values.items():
             self._metrics["train"][name].append(value)
 
-    def _texts(self, completions: Sequence[Completion]) -> list[str]:
-        return self.processing_class.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
-
-    def _format_rate(self, texts: Sequence[str]) -> float:
-        return mean(is_well_formed(text, self.scorer.format.tags) for text in texts)
-
-    def _log_completions(self, rollout: Rollout) -> None:
-        """What TRL's `log` writes to `completions/`: one line per completion of the last step."""
-        assert rollout.breakdown is not None and rollout.rewards_BF is not None and rollout.advantages_B is not None
-        self._logs["prompt"].extend(row.group.columns["prompt"] for row in rollout.rows)
-        self._logs["completion"].extend(self._texts(rollout.completions))
-        for name, values_B in zip(self.reward_func_names, rollout.rewards_BF.T, strict=True):
-            self._logs["rewards"][name].extend(values_B.tolist())
-        for name, values_B in rollout.breakdown.terms.items():
-            self._logs["extra"][name].extend(values_B.tolist())
-        self._logs["advantages"].extend(rollout.advantages_B.tolist())
+    def _texts(self, rollout: Rollout) -> list[str]:
+        return completion_texts(self.processing_class, rollout.completions)
 
     # Evaluation
 
@@ -359,37 +367,21 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
     ) -> dict[str, float]:
         """Sample one explanation for each held-out question, always from the same seeds, and score it.
 
-        `eval_solution_log_prob` is the student's mean log-prob a solution token given the explanation (nats, at the
-        reward's student temperature).
+        The figures are those of `rollout.tables.evaluation_metrics`; the samples go to `evaluations/`.
         """
         groups = [_group(row) for row in eval_dataset or self.eval_dataset]
         rollout = self._sample(groups, 1, _EVAL_STREAM, step=0)
         with self.host.phase(Phase.SCORE):
             scored = self.scorer(rollout, every_term=True)
-        means = scored.breakdown.means()
-        metrics = {
-            f"{metric_key_prefix}_{name}": value
-            for name, value in {
-                "solution_log_prob": means["unprocessed_answer_log_prob_mean"],
-                "reward": means["reward"],
-                "format_rate": self._format_rate(self._texts(rollout.completions)),
-                "explanation_tokens": mean(row.explanation_slice.stop for row in scored.rows),
-                **self._explanation_shares(groups, [row.explanation for row in scored.rows]),
-            }.items()
-        }
-        self._evaluated_step = self.state.global_step
+        table = evaluation_table(rollout, scored, self._texts(rollout), self._classify_explanation)
+        step = self.state.global_step
+        write_evaluation(Path(self.args.output_dir), step, {"step": [step] * len(groups), **table})
+        found = evaluation_metrics(scored, table, self.scorer.format.tags)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self._evaluated_step = step
         Trainer.log(self, dict(metrics))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _explanation_shares(self, groups: Sequence[Group], explanations: Sequence[str]) -> dict[str, float]:
-        if self._classify_explanation is None:
-            return {}
-        kinds = [
-            self._classify_explanation(group.question, group.solution, explanation)
-            for group, explanation in zip(groups, explanations, strict=True)
-        ]
-        return {f"share/{kind}": kinds.count(kind) / len(kinds) for kind in sorted(set(kinds))}
 
     # Phases and metrics
 
@@ -399,14 +391,18 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
             return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.model.training:
+        """A step's metrics and completions; what is logged at the end of training has no completions of its own."""
+        self.log_completions = "loss" in logs and self.model.training
+        if self.log_completions:
             logs |= self._phase_metrics()
         super().log(logs, start_time)
 
     def _phase_metrics(self) -> dict[str, float]:
-        """Seconds of each phase since the last log, peak memory so far beside the plan's, and tokens/s.
+        """Seconds of each phase since the last log, peak memory so far beside the plan's, and tokens/s of that time.
 
-        On a CPU the measured memory is this process's resident set (`rss`), and the plan's stays that of a GPU.
+        Tokens are those of completions (TRAIN: that the loss is of); an evaluation counts in time and tokens alike.
+        On a GPU the measured memory is what torch reserved, a sleeping vLLM left out, and beside it what the driver
+        reports as used. On a CPU it is this process's resident set (`rss`), and the plan's stays that of a GPU.
         """
         use, before = self.host.checkpoint_use(), self._reported_use
         self._reported_use = use
@@ -416,11 +412,12 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         for phase in (p for p in use if use[p].peak_reserved_bytes):
             metrics[f"memory/{phase}_{kind}_gb"] = gb(use[phase].peak_reserved_bytes)
             metrics[f"memory/{phase}_predicted_gb"] = gb(self.plan.peak_bytes(phase))
-        sampled_tokens = sum(len(c.token_ids) for c in self._rollout.completions) if self._rollout is not None else 0
-        if sampled_tokens and self.args.logging_steps == 1:
-            for phase in (Phase.GENERATE, Phase.SCORE, Phase.TRAIN):
-                if seconds[phase] > 0:
-                    metrics[f"tokens_per_s/{phase}"] = sampled_tokens / seconds[phase]
+            if use[phase].peak_driver_bytes:
+                metrics[f"memory/{phase}_driver_gb"] = gb(use[phase].peak_driver_bytes)
+        for phase, num_tokens in self._num_tokens.items():
+            if num_tokens and seconds[phase] > 0:
+                metrics[f"tokens_per_s/{phase}"] = num_tokens / seconds[phase]
+            self._num_tokens[phase] = 0
         return metrics
 
     def finish(self) -> None:
@@ -431,6 +428,9 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
 
     def model_card(self) -> str:
         return teacher_card(self.config, self)
+
+    def files_beside_model(self) -> dict[str, str]:
+        return {TEACHER_PROMPT_FILE: self.scorer.format.teacher_prompt_template(self.processing_class)}
 
     def close(self) -> None:
         """Free the generator."""

@@ -20,6 +20,7 @@ from unittest import mock
 
 import bitsandbytes as bnb
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -342,10 +343,12 @@ def simulate_scoring(settings: PlanSettings, *, adapter: bool = False) -> Simula
     for tensor in _state_tensors(model):
         tracker.track(tensor)
     static = tracker.live_bytes
-    causal_lm = model.get_base_model()
+    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     input_ids = torch.empty(settings.micro_batch, settings.row_len, dtype=torch.long, device="meta")
     mask = _mask(settings)
-    adapter_state = contextlib.nullcontext() if adapter else model.disable_adapter()
+    adapter_state = (
+        model.disable_adapter() if isinstance(model, PeftModel) and not adapter else contextlib.nullcontext()
+    )
     model_module = sys.modules[type(causal_lm.model).__module__]
     with _on_meta(settings.attention, autocast), tracker, torch.no_grad(), adapter_state:
         if mask is not None:

@@ -13,11 +13,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from models.int8_checkpointing import release_int8_activations
+from optimization.fp8_optim import quantise_to_fp8
 from planner.settings import PlanSettings
 
 
 def build_model(settings: PlanSettings, device: str = "meta") -> nn.Module:
-    """The teacher with random weights: quantised base, LoRA adapter, checkpointing as the settings say."""
+    """The teacher with random weights: quantised base, LoRA adapter, checkpointing as the settings say.
+
+    In fp8 it is a frozen model that is scored, without an adapter.
+    """
     shape = settings.teacher
     model_type = "qwen3" if shape.qk_norm else "qwen2" if shape.attention_bias else "llama"
     config = AutoConfig.for_model(
@@ -37,6 +41,9 @@ def build_model(settings: PlanSettings, device: str = "meta") -> nn.Module:
         implementation = "eager" if settings.attention == "eager" else "sdpa"
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=implementation)
         model.requires_grad_(False)
+        if settings.precision == "fp8":
+            quantise_to_fp8(model)
+            return model
         for layer in model.model.layers:
             for parent in (layer.self_attn, layer.mlp):
                 for name, linear in list(parent.named_children()):

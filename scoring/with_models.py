@@ -1,4 +1,4 @@
-"""The RLT reward of plain texts, outside of a training run."""
+"""The RLT reward of plain texts under models that the caller holds. `scoring.texts` takes everything from a run."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ from rollout.types import Completion, Group, Rollout, ScoringRow
 from schemas.reward import RewardConfig
 
 
-def score_texts(
+def score_with_models(
     questions: Sequence[str],
     solutions: Sequence[str],
     explanations: Sequence[str],
@@ -37,8 +37,9 @@ def score_texts(
     completion is. The teacher's log-probs always come from a forward.
 
     Example:
-        >>> score_texts([question], [solution], [text], teacher=t, student=s, tokenizer=tok, prompt_format=fmt,
-        ...             reward_config=RewardConfig(), temperature=0.7).terms["answer_log_prob_mean"]
+        >>> scores = score_with_models([question], [solution], [text], teacher=t, student=s, tokenizer=tok,
+        ...                            prompt_format=fmt, reward_config=RewardConfig(), temperature=0.7)
+        >>> scores.terms["answer_log_prob_mean"]
 
     Raises:
         UserError: different tokenizers with a KL term, or a solution without a token of its own.
@@ -59,13 +60,27 @@ def score_texts(
         score=score,
         student_tokenizer=student_tokenizer,
     )
-    groups = tuple(
-        Group(
-            question=question,
-            solution=solution,
-            prompt_ids=encode(tokenizer, prompt_format.teacher_prompt_text(tokenizer, question, solution)),
-            completions=(Completion(token_ids=encode(tokenizer, text), logprobs=None, finish_reason="stop"),),
+    completion_ids = [encode(tokenizer, text) for text in texts]
+    rollout = written_rollout(tokenizer, prompt_format, questions, solutions, completion_ids)
+    return scorer(rollout, every_term=True).breakdown
+
+
+def written_rollout(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat,
+    questions: Sequence[str],
+    solutions: Sequence[str],
+    completion_ids: Sequence[list[int]],
+) -> Rollout:
+    """A rollout of texts that nobody sampled: one completion per question, without a sampler's log-probs."""
+    return Rollout(
+        groups=tuple(
+            Group(
+                question=question,
+                solution=solution,
+                prompt_ids=encode(tokenizer, prompt_format.teacher_prompt_text(tokenizer, question, solution)),
+                completions=(Completion(token_ids=ids, logprobs=None, finish_reason="stop"),),
+            )
+            for question, solution, ids in zip(questions, solutions, completion_ids, strict=True)
         )
-        for question, solution, text in zip(questions, solutions, texts, strict=True)
     )
-    return scorer(Rollout(groups=groups), every_term=True).breakdown

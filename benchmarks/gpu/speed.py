@@ -1,0 +1,89 @@
+"""Part d: seconds and tokens/s of each phase beside the floor that this card's own rates allow."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.cell import Setup, SkipCell
+from benchmarks.gpu.floors import Rates, StepWork, floor_seconds
+from benchmarks.gpu.parts import WHOLE_RUN
+from benchmarks.gpu.random_model import shape_named
+from benchmarks.gpu.runner import Figures, read_result
+
+_COPY_BYTES = {"cuda": 4 << 30, "cpu": 64 << 20}
+_MATMUL_WIDTH = {"cuda": 8192, "cpu": 512}
+_NUM_CALLS = 10
+
+
+def phases_beside_floors(setup: Setup, figures: Figures) -> None:
+    rates = measured_rates()
+    figures.update(rates=vars(rates))
+    figures.add_table(
+        "rates",
+        ("what", "measured"),
+        [
+            ["copy, read and write", f"{rates.copy_bytes_per_s / 1e12:.3f} TB/s"],
+            ["bf16 product", f"{rates.matmul_flop_per_s / 1e12:.2f} TFLOP/s"],
+        ],
+    )
+    whole_run = read_result(setup.out, WHOLE_RUN)
+    if whole_run is None or whole_run.status != "ok" or whole_run.shape != setup.shape:
+        raise SkipCell(f"the rates are measured; seconds of the phases come from part a, shape {setup.shape}")
+    compare_with_floors(setup, figures, rates, whole_run.figures)
+
+
+def measured_rates() -> Rates:
+    """Of a large copy on the device, and of a large square bf16 product."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.empty(_COPY_BYTES[device], dtype=torch.uint8, device=device).fill_(1)
+    target, width = torch.empty_like(source), _MATMUL_WIDTH[device]
+    a = torch.randn(width, width, device=device).bfloat16()
+    return Rates(
+        copy_bytes_per_s=2 * source.nbytes / _seconds_of(lambda: target.copy_(source)),
+        matmul_flop_per_s=2.0 * width**3 / _seconds_of(lambda: a @ a),
+    )
+
+
+def _seconds_of(call: Callable[[], Any]) -> float:
+    """The fastest of some calls: a rate is what the device can do."""
+    seconds = []
+    for _ in range(3 + _NUM_CALLS):
+        started = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def compare_with_floors(setup: Setup, figures: Figures, rates: Rates, whole_run: dict[str, Any]) -> None:
+    """The last logged step of part a: the first one holds compilations."""
+    step = whole_run["steps"][-1]
+    work = StepWork(
+        shape=shape_named(setup.shape),
+        generator_precision="int8" if torch.cuda.is_available() else "bf16",
+        rows=whole_run["rows"],
+        group=whole_run["rows"],
+        prompt_len=whole_run["prompt_len"],
+        completion_len=step["completions/mean_length"],
+    )
+    num_tokens = work.rows * work.completion_len
+    rows = []
+    for phase, floor_s in floor_seconds(work, rates).items():
+        measured_s = step[f"time/{phase}_s"]
+        rows.append(
+            [
+                phase,
+                f"{measured_s:.2f}",
+                f"{num_tokens / measured_s:.0f}",
+                f"{floor_s:.3g}",
+                f"{measured_s / floor_s:.1f}",
+            ]
+        )
+    figures.add_table(
+        f"phases of a step of {work.rows} completions, {work.prompt_len:.0f} + {work.completion_len:.0f} tokens",
+        ("phase", "seconds", "tokens/s", "floor, seconds", "times the floor"),
+        rows,
+    )

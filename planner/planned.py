@@ -1,0 +1,86 @@
+"""A run configuration and its memory plan on one card, as a result that shows itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import RenderableType
+
+from core.shown import Shown
+from core.units import format_gb
+from planner.fit import card_gb, resolve_auto, why_not
+from planner.masked_diffusion import MaskedDiffusionSettings
+from planner.plan import MemoryPlan, plan_run
+from planner.readiness import find_gpu
+from planner.report import plan_table, summary_lines
+from schemas.compose import compose_run_config
+from schemas.run import AnyRunConfig, load_run_config
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Planned(Shown):
+    """One configuration on one card; every figure is predicted."""
+
+    name: str
+    values: dict[str, Any]
+    """As composed, with `auto` resolved for the card."""
+    config: AnyRunConfig
+    plan: MemoryPlan
+
+    @property
+    def fits(self) -> bool:
+        """Every phase stays within 97 % of the card."""
+        return self.plan.fits()
+
+    def tables(self) -> list[RenderableType]:
+        return [*self.what_is_planned(), self.verdict()]
+
+    def what_is_planned(self) -> list[RenderableType]:
+        """Models and batch in a line, the phases as a table, cache and host memory in words."""
+        plan, settings = self.plan, self.plan.settings
+        student = settings.student.name if settings.student else "the teacher's base"
+        models = f"teacher {settings.teacher.name} ({settings.precision}), student {student}"
+        rows = (
+            f"{settings.train_batch} completions, {settings.num_generations} a prompt, {settings.micro_batch} at once"
+        )
+        if isinstance(settings, MaskedDiffusionSettings):
+            models = f"masked diffusion of {settings.teacher.name} ({settings.precision})"
+            rows = f"{settings.train_batch} rows a step, {settings.micro_batch} at once"
+        title = f"{self.name} on {format_gb(plan.gpu_bytes or 0)}, predicted"
+        return [
+            f"{models}; {rows}; context {settings.row_len}",
+            plan_table(plan, title=title),
+            *(f"  {line}" for line in summary_lines(plan)),
+        ]
+
+    def verdict(self) -> str:
+        card = format_gb(self.plan.gpu_bytes or 0)
+        if not self.fits:
+            return f"{self.name} does not fit a card of {card}: {why_not(self.plan)}"
+        peak = format_gb(self.plan.max_bytes)
+        return f"{self.name} peaks at {peak} ({self.plan.binding_phase}) on a card of {card}"
+
+
+def plan_config(name: str, gpu_bytes: int | None, words: Sequence[str] = ()) -> Planned:
+    """Compose, validate and plan; `words` are settings as on the command line.
+
+    Without `gpu_bytes` the card is `gpu_gb` of the configuration, the GPU that is here, or the card that the run is
+    named after.
+
+    Raises:
+        HydraException, OmegaConfBaseException, ConfigError, UserError: it does not compose, validate, or name a model
+            whose shape is known here.
+    """
+    values = compose_run_config(name, words)
+    if gpu_bytes is None:
+        gpu_bytes = _card_bytes(name, values.get("gpu_gb"))
+    values = resolve_auto(values, gpu_bytes)
+    config = load_run_config(values)
+    return Planned(name=name, values=values, config=config, plan=plan_run(config, gpu_bytes))
+
+
+def _card_bytes(name: str, gpu_gb: Any) -> int:
+    if isinstance(gpu_gb, int | float):
+        return int(gpu_gb * 1e9)
+    gpu = find_gpu()
+    return gpu.total_bytes if gpu is not None else int(card_gb(name) * 1e9)

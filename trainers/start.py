@@ -1,0 +1,54 @@
+"""Runs from composed values to their results, for the command line and for Python alike."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from schemas.run import resolved_values
+from trainers.preflight import check_hardware_and_plan, load_for_this_machine
+
+if TYPE_CHECKING:
+    from trainers.summary import FinishedRun
+
+
+def train_runs(
+    composed: Sequence[Mapping[str, Any]], on_results: "Callable[[FinishedRun], None]" = lambda finished: None
+) -> "Iterator[FinishedRun]":
+    """Train one run after the other. All are validated, and their `auto` resolved, before the first one starts.
+
+    `on_results` is called as soon as a run's results are written, before its engine is closed: what vLLM does as it
+    ends can no longer cost them.
+
+    Raises:
+        ConfigError, UserError: a run cannot work; nothing of it was loaded or written.
+        NonFiniteError: a log-prob, reward or loss was not finite.
+        KeyboardInterrupt: training was stopped; the message says where it goes on from.
+    """
+    runs = [(load_for_this_machine(values), values) for values in composed]
+
+    from optimization import optimized  # imports bitsandbytes and transformers: seconds that a wrong key need not wait
+
+    for config, composed_values in runs:
+        values = resolved_values(config, dict(composed_values))
+        with optimized(config) as config:
+            plan, device = check_hardware_and_plan(config)
+            # TRL and vLLM take ten seconds more, and most mistakes are found without them.
+            finished = _TRAIN[config.method]()(config, values, plan, device, on_results)
+        yield finished
+
+
+def _teacher() -> "Callable[..., FinishedRun]":
+    from trainers.teacher_run import train_teacher
+
+    return train_teacher
+
+
+def _masked_diffusion() -> "Callable[..., FinishedRun]":
+    from trainers.masked_diffusion_run import train_masked_diffusion
+
+    return train_masked_diffusion
+
+
+_TRAIN: "dict[str, Callable[[], Callable[..., FinishedRun]]]" = {
+    "rlt": _teacher,
+    "masked_diffusion": _masked_diffusion,
+}

@@ -1,0 +1,38 @@
+"""A teacher's run from its validated configuration to its summary: cheap checks first, weights last."""
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from planner.plan import MemoryPlan
+from schemas.run import RunConfig
+from trainers.build import build_trainer, check_before_loading
+from trainers.summary import FinishedRun, memory_by_phase, summarise
+
+
+def train_teacher(
+    config: RunConfig,
+    values: dict[str, Any],
+    plan: MemoryPlan,
+    device: torch.device,
+    on_results: Callable[[FinishedRun], None],
+) -> FinishedRun:
+    """Build the parts of the run, train, evaluate, save; `on_results` is called before the engine is closed.
+
+    Raises:
+        UserError, ConfigError: the run cannot work; the run folder was not touched.
+    """
+    prepared = check_before_loading(config, values, plan, device)
+    trainer = build_trainer(prepared)
+    try:
+        trainer.train(resume_from_checkpoint=prepared.resume_from)
+        trainer.finish()
+        summary = summarise(prepared.folder.path, memory_by_phase(plan, trainer.host))
+        finished = FinishedRun(folder=prepared.folder.path, summary=summary)
+        on_results(finished)
+        return finished
+    finally:
+        trainer.close()
+        shutil.rmtree(prepared.export_folder, ignore_errors=True)
