@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 from core.errors import NonFiniteError, UserError  # noqa: E402
 from core.log import configure_logging, log  # noqa: E402
+from core.one_gpu import show_one_gpu  # noqa: E402
 from core.process import prepare_process  # noqa: E402
 from planner.planned import Planned, plan_config  # noqa: E402
 from schemas.compose import compose_run_config, composition_problem, run_config_names, setting_words  # noqa: E402
@@ -70,6 +71,7 @@ def train(run: str = "teacher_rlt_tiny", **settings: Any) -> "FinishedRun":
     """
     values = _compose(run, settings)
     _prepare()
+    show_one_gpu([values])
     from trainers.start import train_runs
 
     (finished,) = train_runs([values])

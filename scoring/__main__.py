@@ -5,8 +5,9 @@
 
 INPUT is a file (JSON lines, JSON, CSV, parquet) or a folder of them with the columns `question`, `solution` and
 `explanation` (or the one that --column names). OUTPUT ends in .jsonl or .parquet and gets the columns of the input and
-`problem`, `reward` and every term of it; a column of the same name is replaced. A row that cannot be scored keeps its
-place, says why in `problem`, and has no numbers. Exit status: 0 done, 2 the call or the input cannot work.
+`problem`, `reward` and every term of it; a column of the same name is replaced, and the numbers of a text file come
+back as the text that they were written as. A row that cannot be scored keeps its place, says why in `problem`, and has
+no numbers. Exit status: 0 done, 2 the call or the input cannot work.
 """
 
 import argparse

@@ -34,9 +34,11 @@ from models.host import PhaseUse
 from planner.activations import train_activation_bytes
 from planner.components import num_lora_params, weight_bytes
 from planner.fit import card_gb
+from planner.plan import plan_run
 from planner.readme_table import measured_peaks
 from planner.shapes import load_shape
 from schemas.compose import compose_run_config
+from schemas.run import load_run_config
 from tests.helpers.measured_step import Measured
 from tests.helpers.step_models import build_model
 from tests.test_planner_formula import point, predicted_static
@@ -222,6 +224,17 @@ def test_peaks_belong_to_the_innermost_phase(monkeypatch):
         samples(1)
     samples(2)
     assert watch.peak_bytes == {"generate": 30, "sync": 7, memory.OUTSIDE: 20}
+
+
+def test_a_phase_has_the_larger_of_both_figures_of_the_driver():
+    values_85gb = compose_run_config("teacher_rlt_mono_85gb")
+    gigabyte = int(1e9)
+    use = {Phase.LOAD: PhaseUse(9.0, 1, 1, 40 * gigabyte), Phase.TRAIN: PhaseUse(9.0, 1, 1, 30 * gigabyte)}
+    host = SimpleNamespace(checkpoint_use=lambda: use, device=torch.device("cuda"))
+    watch = DriverWatch()
+    watch.peak_bytes = {"load": 20 * gigabyte, "train": 35 * gigabyte}
+    rows = memory.phase_rows(plan_run(load_run_config(values_85gb), int(85e9)), host, watch)
+    assert {phase: row["driver_gb"] for phase, row in rows.items()} == {"load": 40, "train": 35}
 
 
 def test_a_paused_watch_asks_nothing(monkeypatch):

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 import rlt
+from core.errors import UserError
 from core.process import prepare_process
 from planner.plan import plan_run
 from schemas.compose import CONFIG_ROOT, compose_run_config, setting_words
@@ -97,7 +98,7 @@ def test_sections_groups_and_file_names_are_those_of_the_command_line():
 )
 def test_a_mistake_is_an_exception_with_the_text_of_the_command_line(word, settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((ConfigError, rlt.UserError)) as raised:
+    with pytest.raises((ConfigError, UserError)) as raised:
         rlt.train("teacher_rlt_tiny", **settings)
     command = [sys.executable, str(ROOT / "train.py"), "--config-name=teacher_rlt_tiny", word]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -137,6 +138,15 @@ def test_the_environment_is_prepared_where_torch_is_not_there_yet(monkeypatch):
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")
     assert prepare_process()
     assert (os.environ["OMP_WAIT_POLICY"], os.environ["TORCH_CPP_LOG_LEVEL"]) == ("PASSIVE", "INFO")
+
+
+def test_the_runs_gpu_is_chosen_before_anything_is_loaded(monkeypatch):
+    def choose(runs):
+        raise UserError(str(runs[0]["model_args"]["device_map"]), expected="", remedy="")
+
+    monkeypatch.setattr(rlt, "show_one_gpu", choose)
+    with pytest.raises(UserError, match="cuda:3"):
+        rlt.train("teacher_rlt_tiny", model_args={"device_map": "cuda:3"})
 
 
 def test_the_environments_python_finds_the_checkout_and_follows_it(tmp_path):

@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 def test_python_plans_trains_explains_and_scores(folder):
     output = (folder / "output.txt").read_text()
     assert "teacher_rlt_mono_85gb on 24.0 GB, predicted" in output and "step 2/2" in output
-    assert re.search(r"^ +question solution +explanation .*reward", output, re.MULTILINE)
+    assert re.search(r"^ +explanation +reward +problem$", output, re.MULTILINE)
     summary = json.loads((folder / "results/teacher_rlt_tiny/summary.json").read_text())
     assert summary["steps"] == 2
 

@@ -235,7 +235,7 @@ def test_the_command_scores_a_file_row_by_row(float_run, written, tmp_path):
             rows = [json.loads(line) for line in target.read_text().splitlines()]
         else:
             rows = pyarrow.parquet.read_table(target).to_pylist()
-        assert [row["id"] for row in rows] == [0, 1, 2, None]
+        assert [row["id"] for row in rows] == ["0", "1", "2", None]
         assert [row["problem"] is None for row in rows] == [True, True, False, False]
         expected = score_texts(QUESTIONS[:2], SOLUTIONS[:2], EXPLANATIONS[:2], run=run)
         for name in expected.columns.drop(["question", "solution", "explanation", "problem"]):

@@ -158,7 +158,8 @@ def phase_rows(plan: MemoryPlan, host: ModelHost, watch: DriverWatch) -> dict[st
         if not use.seconds:
             continue
         planned = gb(plan.peak_bytes(phase))
-        driver = gb(watch.peak_bytes[phase]) if phase in watch.peak_bytes else None
+        # The host's own figure covers the start of the engine, during which the watch is paused.
+        driver = gb(max(watch.peak_bytes.get(phase, 0), use.peak_driver_bytes)) if on_card else None
         rows[str(phase)] = {
             "planned_gb": planned,
             "driver_gb": driver,
