@@ -38,6 +38,7 @@ def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch.cuda, "device_count", lambda: len([n for n in torch.cuda._parse_visible_devices() if n < 2])
     )
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
 
 def run_on(device_map: str | None) -> dict:
