@@ -70,6 +70,7 @@ def train(run: str = "teacher_rlt_tiny", **settings: Any) -> "FinishedRun":
         KeyboardInterrupt: Ctrl-C, or a notebook's stop button: the step at work was finished and saved.
     """
     values = _compose(run, settings)
+    show_one_gpu([values])
     _prepare()
     show_one_gpu([values])
     from trainers.start import train_runs

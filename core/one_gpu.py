@@ -46,7 +46,7 @@ def show_one_gpu(runs: Sequence[Mapping[str, Any]]) -> None:
     if len(numbers) > 1:
         raise UserError(
             "a sweep over " + ", ".join(f"cuda:{number}" for number in sorted(numbers)),
-            expected="one GPU: the runs of a sweep follow one another in one process",
+            expected="one GPU for a sweep, whose runs follow one another",
             remedy="one command for each GPU, which then run at the same time",
         )
     (number,) = numbers

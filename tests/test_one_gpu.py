@@ -38,6 +38,7 @@ def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch.cuda, "device_count", lambda: len([n for n in torch.cuda._parse_visible_devices() if n < 2])
     )
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
 
 def run_on(device_map: str | None) -> dict:
@@ -133,22 +134,30 @@ def test_the_check_before_a_run_looks_at_the_same_gpu(tmp_path, monkeypatch):
     assert readiness.find_gpu() is None
 
 
-_TRAIN_UP_TO_TORCH = """
-import os, runpy, sys, types
+_UP_TO_TORCH = """
+import os, runpy, sys
 
-def load_for_this_machine(values):
-    print(os.environ["CUDA_VISIBLE_DEVICES"], "torch" in sys.modules)
-    sys.exit()
+class AtTheImportOfTorch:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            print(os.environ["CUDA_VISIBLE_DEVICES"])
+            sys.exit()
 
-names = {"check_hardware_and_plan": None, "load_for_this_machine": load_for_this_machine}
-sys.modules["trainers.preflight"] = types.SimpleNamespace(**names)
-sys.argv = [sys.argv[1], "--config-name=teacher_rlt_tiny", "model_args.device_map=cuda:1"]
-runpy.run_path(sys.argv[0], run_name="__main__")
+sys.meta_path.insert(0, AtTheImportOfTorch())
+"""
+_BY_COMMAND = """
+sys.argv = ["train.py", "--config-name=teacher_rlt_tiny", "model_args.device_map=cuda:1"]
+runpy.run_path(ROOT + "/train.py", run_name="__main__")
+"""
+_FROM_PYTHON = """
+import rlt
+rlt.train("teacher_rlt_tiny", model_args={"device_map": "cuda:1"})
 """
 
 
-def test_train_hides_the_others_before_torch_is_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("call", [_BY_COMMAND, _FROM_PYTHON], ids=["train.py", "rlt.train"])
+def test_the_others_are_hidden_before_torch_is_loaded(call: str, tmp_path: Path) -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", _TRAIN_UP_TO_TORCH, str(ROOT / "train.py")]
+    command = [sys.executable, "-c", f"ROOT = {str(ROOT)!r}{_UP_TO_TORCH}{call}"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["GPU-b", "False"], done.stderr
+    assert done.stdout.split() == ["GPU-b"], done.stderr

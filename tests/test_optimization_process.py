@@ -45,6 +45,7 @@ def environment(monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TOKENIZERS_PARALLELISM", "CUDA_DEVICE_ORDER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    torch.backends.cuda.enable_cudnn_sdp(True)  # as torch starts; a run on a GPU may have been before
 
 
 def test_tf32_and_attention_without_cudnn_change_and_come_back():

@@ -103,6 +103,7 @@ def test_a_knob_of_the_process_is_applied_and_undone_with_the_run(words, name, c
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     monkeypatch.setattr("optimization.cuda_optim.is_installed", lambda package: True)
     monkeypatch.setattr("optimization.apply.find_card", lambda: H100)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     precision, order = torch.get_float32_matmul_precision(), torch._C._get_sdp_priority_order()
     config, records = apply_optimizations(config_of(words))
     undo_all(records)
