@@ -106,7 +106,7 @@ def plot_score(axes: plt.Axes) -> None:
         predicted, simulated = [], []
         for row_len in CONTEXTS:
             point = with_context(own, row_len)
-            predicted.append(gb(weights + forward_bytes(point, point.teacher, 1, adapter=False)))
+            predicted.append(gb(weights + forward_bytes(point, point.teacher, point.row_len, adapter=False)))
             traced = simulate_scoring(layer_count(point, 2))
             simulated.append(gb(weights + traced.peak_bytes - traced.static_bytes))
         axes.plot(CONTEXTS, predicted, color=color, label=f"{precision}, predicted")

@@ -10,7 +10,7 @@ T = rows * S tokens of a forward.
 from dataclasses import replace
 
 from planner.components import num_lora_params
-from planner.constants import HEAD_TILE_TOKENS, HEAD_TILE_VOCAB, SCORE_BATCH_TOKENS, SCORE_HEAD_TOKENS
+from planner.constants import HEAD_CHUNK_TOKENS
 from planner.settings import PlanSettings
 from planner.shapes import ModelShape
 
@@ -18,13 +18,13 @@ from planner.shapes import ModelShape
 def train_activation_bytes(settings: PlanSettings) -> float:
     """Peak of one micro-batch's forward and backward over the states (weights, adapter, gradients, optimizer)."""
     shape = settings.teacher
-    num_tokens = settings.micro_batch * settings.row_len
+    num_tokens = settings.micro_batch_tokens
     if settings.checkpointing == "none":
         kept = shape.num_layers * _layer_kept(settings) * num_tokens + _layer_masks(settings) * shape.num_layers
         if settings.mlp_tile_tokens is not None:  # each tile is checkpointed: none of its activations outlives it
             kept -= (shape.num_layers - 1) * 8 * _mlp_width(settings, shape, num_tokens) * num_tokens
         if settings.adapter_bytes_per_param == 4:
-            kept += 2 * _num_adapter_params(settings)  # autocast keeps its 16-bit copies
+            kept += _adapter_casts(settings)
         moment = max(_last_layer_forward(settings) * num_tokens, _head_moment(settings))
     else:
         # Offloaded: the block's own input is back on the card, and the next one's on its way.
@@ -33,8 +33,13 @@ def train_activation_bytes(settings: PlanSettings) -> float:
         if settings.precision == "int8" and not settings.int8_inputs_released:
             inputs = 4 * shape.hidden + 2 * shape.q_dim + 2 * shape.intermediate
             kept += shape.num_layers * inputs * num_tokens
-        moment = max(_layer_moment(settings), _head_moment(settings))
-    return kept + moment + _mask_bytes(settings, settings.micro_batch)
+        moment = max(_layer_moment(settings), _head_moment(settings) + _adapter_casts(settings))
+    return kept + moment + _mask_bytes(settings, num_tokens)
+
+
+def _adapter_casts(settings: PlanSettings) -> float:
+    """Autocast's 16-bit copies of a float32 adapter, kept until the forward ends."""
+    return 2.0 * _num_adapter_params(settings) if settings.adapter_bytes_per_param == 4 else 0.0
 
 
 def _num_adapter_params(settings: PlanSettings) -> int:
@@ -49,7 +54,7 @@ def _is_recast(settings: PlanSettings) -> bool:
     return settings.precision in ("bf16", "fp8", "fp32") and settings.adapter_bytes_per_param == 4
 
 
-def _mlp_width(settings: PlanSettings, shape: ModelShape, num_tokens: int) -> float:
+def _mlp_width(settings: PlanSettings, shape: ModelShape, num_tokens: float) -> float:
     """MLP columns that are alive per token of the forward: all, or those of one tile spread over all tokens."""
     tile_tokens = settings.mlp_tile_tokens or num_tokens
     return shape.intermediate * min(1.0, tile_tokens / num_tokens)
@@ -63,7 +68,7 @@ def _layer_kept(settings: PlanSettings) -> float:
     """
     shape = settings.teacher
     h, q, kv = shape.hidden, shape.q_dim, shape.kv_dim
-    i = _mlp_width(settings, shape, settings.micro_batch * settings.row_len)
+    i = _mlp_width(settings, shape, settings.micro_batch_tokens)
     kept = 12.0 * h + 4 * q + 4 * kv + 8 * i + 2 * settings.lora_r * (len(settings.lora_targets) or 7)
     if shape.qk_norm:
         kept += 4 * q + 4 * kv
@@ -77,7 +82,7 @@ def _layer_kept(settings: PlanSettings) -> float:
 def _layer_moment(settings: PlanSettings) -> float:
     """Checkpointing: the peak while one block is recomputed and differentiated; its incoming gradient is 2h."""
     shape = settings.teacher
-    num_tokens = settings.micro_batch * settings.row_len
+    num_tokens = settings.micro_batch_tokens
     h, i = shape.hidden, _mlp_width(settings, shape, num_tokens)
     kept = 2 * h + _layer_kept(settings)
     if settings.precision == "int8":
@@ -93,17 +98,16 @@ def _layer_moment(settings: PlanSettings) -> float:
         # Backward of down_proj: its whole weight in 16 bits beside the gradient of the product.
         moments.append((kept + 2 * i) * num_tokens + 2 * h * shape.intermediate)
     if settings.attention == "eager":
-        scores = shape.num_heads * settings.micro_batch * settings.row_len**2
+        scores = shape.num_heads * num_tokens * settings.row_len
         moments[0] += 6 * scores
         moments.append((8 * h + 6 * shape.q_dim) * num_tokens + 12 * scores)
-    casts = 2 * _num_adapter_params(settings) / shape.num_layers if settings.adapter_bytes_per_param == 4 else 0
-    return max(moments) + casts + _layer_masks(settings)
+    return max(moments) + _adapter_casts(settings) / shape.num_layers + _layer_masks(settings)
 
 
 def _last_layer_forward(settings: PlanSettings) -> float:
     """No checkpointing: bytes per token that the last block's MLP needs for a moment beside what it keeps."""
     h = settings.teacher.hidden
-    i = _mlp_width(settings, settings.teacher, settings.micro_batch * settings.row_len)
+    i = _mlp_width(settings, settings.teacher, settings.micro_batch_tokens)
     if settings.precision == "int8":
         return 2 * h + (6 * i if settings.int8_threshold > 0 else 4 * i)
     return 10 * h + 6 * i if _is_recast(settings) else 2 * h + 4 * i
@@ -112,55 +116,52 @@ def _last_layer_forward(settings: PlanSettings) -> float:
 def _head_moment(settings: PlanSettings) -> float:
     """The final norm's backward in float32 (20h), or the head over the scored tokens."""
     shape = settings.teacher
-    num_tokens = settings.micro_batch * settings.row_len
-    num_scored = settings.micro_batch * settings.max_completion_len
+    num_tokens = settings.micro_batch_tokens
     if settings.full_logits:
         # 16-bit and float32 logits, log-softmax, its gradient
-        head = (12.0 * shape.vocab + 4 * shape.hidden) * num_scored
+        head = (12.0 * shape.vocab + 4 * shape.hidden) * settings.micro_batch * settings.max_completion_len
     else:
-        head = _head_tile_bytes(num_scored) + 8 * shape.hidden * num_scored
+        # Nearly every token may be a scored one: short prompts leave room for more completions.
+        head = _head_chunk_bytes(shape, num_tokens) + 2 * shape.hidden * num_tokens
     return max(20.0 * shape.hidden * num_tokens, head + 6 * shape.hidden * num_tokens)
 
 
-def _head_tile_bytes(num_scored: int) -> float:
-    """TRL's chunked head: one tile of 16-bit logits."""
-    return 2 * min(num_scored, HEAD_TILE_TOKENS.value) * HEAD_TILE_VOCAB.value
+def _head_chunk_bytes(shape: ModelShape, num_scored: float) -> float:
+    """The head on one chunk of tokens: float32 logits, and one tensor of their size beside them."""
+    return 2.0 * 4 * min(num_scored, HEAD_CHUNK_TOKENS.value) * shape.vocab
 
 
-def _mask_bytes(settings: PlanSettings, num_rows: int) -> float:
+def _mask_bytes(settings: PlanSettings, num_tokens: float) -> float:
     """The mask that every block shares: boolean for sdpa, 16-bit for eager attention."""
     width = {"flash": 0, "masked_sdpa": 1, "eager": 2}[settings.attention]
-    return float(width * num_rows * settings.row_len**2)
+    return float(width * num_tokens * settings.row_len)
 
 
 def _layer_masks(settings: PlanSettings) -> float:
     """sdpa's kernel takes the mask as a 16-bit bias, which it keeps for its backward."""
-    return 2.0 * settings.micro_batch * settings.row_len**2 if settings.attention == "masked_sdpa" else 0.0
+    return 2.0 * settings.micro_batch_tokens * settings.row_len if settings.attention == "masked_sdpa" else 0.0
 
 
 def score_activation_bytes(settings: PlanSettings) -> float:
-    """Peak of the forwards without gradients: the scorer's (student, teacher) and the trainer's (reference)."""
-    # The scorer pads at the end and needs no mask; its rows fill a budget of tokens.
-    unmasked: PlanSettings = replace(settings, attention="eager" if settings.attention == "eager" else "flash")
-    num_rows = max(1, min(settings.train_batch, int(SCORE_BATCH_TOKENS.value // settings.row_len)))
+    """Peak of the scorer's forwards without gradients: student, teacher, reference, in batches of the same tokens."""
+    num_tokens = min(settings.score_batch_tokens, settings.train_batch * settings.row_len)
     student = settings.student or settings.teacher
-    frozen = replace(unmasked, precision=settings.scored_in)
-    # Float32 logits of a few hundred tokens: as they are, exponentiated, and one temporary.
-    head = 3 * 4 * SCORE_HEAD_TOKENS.value * student.vocab + 4.0 * student.hidden * num_rows * settings.row_len
+    frozen = replace(settings, precision=settings.scored_in)
+    heads = [
+        _head_chunk_bytes(shape, num_tokens) + 4.0 * shape.hidden * num_tokens for shape in (student, settings.teacher)
+    ]
     return max(
-        head,
-        forward_bytes(frozen if settings.student else unmasked, student, num_rows, adapter=False),
-        forward_bytes(unmasked, settings.teacher, num_rows, adapter=True),
-        forward_bytes(settings, settings.teacher, settings.micro_batch, adapter=True),
+        *heads,
+        forward_bytes(frozen if settings.student else settings, student, num_tokens, adapter=False),
+        forward_bytes(settings, settings.teacher, num_tokens, adapter=True),
     )
 
 
-def forward_bytes(settings: PlanSettings, shape: ModelShape, num_rows: int, *, adapter: bool) -> float:
+def forward_bytes(settings: PlanSettings, shape: ModelShape, num_tokens: float, *, adapter: bool) -> float:
     """Peak of the blocks' forward without gradients over full rows; nothing is kept from block to block."""
     h, q, kv = shape.hidden, shape.q_dim, shape.kv_dim
-    num_tokens = num_rows * settings.row_len
     i = _mlp_width(settings, shape, num_tokens)
-    mask = _mask_bytes(settings, num_rows)
+    mask = _mask_bytes(settings, num_tokens)
     if settings.precision == "int8":
         mlp = (9.0 * h + 10 * i) * num_tokens
     elif settings.precision == "fp8":  # down_proj's input in 16 bits, scaled in float32, and rounded
@@ -174,5 +175,5 @@ def forward_bytes(settings: PlanSettings, shape: ModelShape, num_rows: int, *, a
     if settings.attention == "masked_sdpa":
         attention = (6.0 * h + 8 * q + 4 * kv) * num_tokens + 3 * mask
     if settings.attention == "eager":
-        attention = (6.0 * h + 6 * q + 4 * kv) * num_tokens + 10.0 * shape.num_heads * num_rows * settings.row_len**2
+        attention = (6.0 * h + 6 * q + 4 * kv) * num_tokens + 10.0 * shape.num_heads * num_tokens * settings.row_len
     return mask + max(mlp, attention)

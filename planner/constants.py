@@ -69,12 +69,6 @@ EXPANDABLE_FRAGMENTATION_FRAC = Constant(
     date="2026-11",
     note="the same with PYTORCH_ALLOC_CONF=expandable_segments:True",
 )
-HEAD_TILE_TOKENS = Constant(
-    value=4096, label="from source", card="TRL 1.16", date="2026-11", note="ChunkedLogProbFunction: tokens a tile"
-)
-HEAD_TILE_VOCAB = Constant(
-    value=32768, label="from source", card="TRL 1.16", date="2026-11", note="ChunkedLogProbFunction: columns a tile"
-)
 SCORE_BATCH_TOKENS = Constant(
     value=16384,
     label="from source",
@@ -82,8 +76,8 @@ SCORE_BATCH_TOKENS = Constant(
     date="2026-11",
     note="padded tokens of a scoring batch",
 )
-SCORE_HEAD_TOKENS = Constant(
-    value=512, label="from source", card="rollout/logprobs.py", date="2026-11", note="tokens whose logits live at once"
+HEAD_CHUNK_TOKENS = Constant(
+    value=256, label="from source", card="rollout/logprobs.py", date="2026-11", note="tokens whose logits live at once"
 )
 
 ALL_CONSTANTS = {name.lower(): value for name, value in list(globals().items()) if isinstance(value, Constant)}

@@ -142,7 +142,7 @@ def _dynamic(activations: float) -> dict[str, float]:
 def _forward_bytes(settings: MaskedDiffusionSettings) -> float:
     """A forward without gradients and its logits at the masks: in 16 bits, in float32, and their log-softmax."""
     num_scored = settings.num_scored
-    blocks = forward_bytes(settings, settings.teacher, settings.micro_batch, adapter=not settings.trains_all)
+    blocks = forward_bytes(settings, settings.teacher, settings.micro_batch_tokens, adapter=not settings.trains_all)
     return max(blocks, 10.0 * settings.teacher.vocab * num_scored)
 
 

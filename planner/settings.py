@@ -70,7 +70,8 @@ class PlanSettings:
     full_logits: bool = False
     """The head's [tokens, vocabulary] logits are materialised in the training step."""
     attention: Attention = "masked_sdpa"
-    """`masked_sdpa`: sdpa over padded rows, with a [rows, length, length] mask and keys repeated per query head."""
+    """`flash`: no mask is needed, since rows are padded at their ends (sdpa's flash kernel, or Flash Attention);
+    `masked_sdpa`: sdpa with a [rows, length, length] mask and keys repeated per query head (packed samples)."""
     expandable_segments: bool = False
     mlp_tile_tokens: int | None = None
     """MLPs run on this many tokens at a time (optimization/memory_optim.py); None: on all of them."""
@@ -147,7 +148,7 @@ def settings_from_config(config: RunConfig, *, allow_download: bool = False) -> 
         max_completion_len=grpo.max_completion_length,
         checkpointing=_checkpointing(config),
         int8_threshold=args.llm_int8_threshold,
-        attention=ATTENTION[args.attn_implementation],
+        attention="eager" if args.attn_implementation == "eager" else "flash",
         expandable_segments=config.expandable_segments
         or "expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", ""),
         mlp_tile_tokens=config.mlp_tile_tokens,

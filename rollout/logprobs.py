@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rollout.types import ScoringRow
 
 DEFAULT_MAX_BATCH_TOKENS = 16384
-DEFAULT_LOGIT_CHUNK_LEN = 512
+DEFAULT_LOGIT_CHUNK_LEN = 256
 BATCH_OVERHEAD_TOKENS = 256
 """What one more forward costs, as tokens: its launches and reading the weights (assumed, not measured on a GPU)."""
 
@@ -114,7 +113,7 @@ def span_logprobs(
     hidden_NH = hidden_BTH[row_N, position_N - 1]
     del hidden_BTH
     chunks = [
-        _head_chunk(causal_lm, hidden_nH, target_n, temperature, with_entropy)
+        _HeadLogProbs.apply(hidden_nH, causal_lm, target_n, temperature, with_entropy)
         for hidden_nH, target_n in zip(hidden_NH.split(logit_chunk_len), target_N.split(logit_chunk_len), strict=True)
     ]
     logprobs_N = torch.cat([logprobs_n for logprobs_n, _ in chunks])
@@ -129,27 +128,42 @@ def _input_len(row: ScoringRow) -> int:
     return max((end - 1 for start, end in row.spans if end > start), default=0)
 
 
-def _head_chunk(
-    causal_lm: PreTrainedModel, hidden_NH: Tensor, target_N: Tensor, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies ([0] unless wanted) of one chunk; its logits are not kept for the backward."""
+class _HeadLogProbs(torch.autograd.Function):
+    """Log-probs and entropies of one chunk of hidden states; its logits live once in the forward and again in the
+    backward, each time beside one tensor of their size."""
 
-    def compute(hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: Tensor, causal_lm: PreTrainedModel, target_N: Tensor, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(hidden_NH, target_N)
+        ctx.causal_lm, ctx.temperature = causal_lm, temperature
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            logits_NV = _head_logits(causal_lm, hidden_NH)
-            logits_NV = logits_NV / temperature if temperature != 1.0 else logits_NV
-            logsumexp_N = logits_NV.logsumexp(-1)
-            logprobs_N = logits_NV.gather(-1, target_N.unsqueeze(-1)).squeeze(-1) - logsumexp_N
-            if not with_entropy:
-                return logprobs_N, logprobs_N.new_empty(0)
-            with torch.no_grad():
-                expected_N = torch.linalg.vecdot(logits_NV.softmax(-1), logits_NV)
-            return logprobs_N, logsumexp_N.detach() - expected_N
+            logprobs_NV = _log_softmax_(_head_logits(causal_lm, hidden_NH), temperature)
+        target_logprobs_N = logprobs_NV.gather(-1, target_N.unsqueeze(-1)).squeeze(-1)
+        if not entropy:
+            return target_logprobs_N, target_logprobs_N.new_empty(0)
+        return target_logprobs_N, -logprobs_NV.exp().mul_(logprobs_NV).sum(-1)
 
-    if torch.is_grad_enabled() and hidden_NH.requires_grad:
-        outputs: Any = checkpoint(compute, hidden_NH, use_reentrant=False, preserve_rng_state=False)
-        return outputs
-    return compute(hidden_NH)
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+        hidden_NH, target_N = ctx.saved_tensors
+        hidden_NH = hidden_NH.detach().requires_grad_()
+        with torch.enable_grad(), torch.autocast(hidden_NH.device.type, enabled=False):
+            logits_NV = _head_logits(ctx.causal_lm, hidden_NH)
+        # d log p(x) / d logits = (onehot(x) - p) / temperature, written over the logits' values, which no one needs.
+        grad_NV = _log_softmax_(logits_NV.detach(), ctx.temperature).exp_().neg_()
+        grad_NV.scatter_add_(-1, target_N.unsqueeze(-1), torch.ones_like(grad_N).unsqueeze(-1))
+        grad_NV.mul_((grad_N / ctx.temperature).unsqueeze(-1))
+        (grad_NH,) = torch.autograd.grad(logits_NV, hidden_NH, grad_NV)
+        return grad_NH, None, None, None, None
+
+
+def _log_softmax_(logits_NV: Tensor, temperature: float) -> Tensor:
+    """`log_softmax(logits / temperature)` in the logits' own memory."""
+    if temperature != 1.0:
+        logits_NV.div_(temperature)
+    return logits_NV.sub_(logits_NV.logsumexp(-1, keepdim=True))
 
 
 class _Float32Product(torch.autograd.Function):
@@ -172,7 +186,7 @@ def _head_logits(causal_lm: PreTrainedModel, hidden_NH: Tensor) -> Tensor:
     head = causal_lm.get_output_embeddings()
     if type(head) is not nn.Linear or head.weight.dtype == torch.float32:
         logits_NV = head(hidden_NH).float()
-    elif head.weight.device.type == "cuda":
+    elif head.weight.device.type != "cpu":
         logits_NV = _Float32Product.apply(hidden_NH, head.weight)
         logits_NV = logits_NV if head.bias is None else logits_NV + head.bias
     else:

@@ -373,7 +373,7 @@ def test_constants_agree_with_the_code_that_they_describe() -> None:
     from trainers import build
 
     assert constants.SCORE_BATCH_TOKENS.value == DEFAULT_MAX_BATCH_TOKENS
-    assert constants.SCORE_HEAD_TOKENS.value == DEFAULT_LOGIT_CHUNK_LEN
+    assert constants.HEAD_CHUNK_TOKENS.value == DEFAULT_LOGIT_CHUNK_LEN
     assert constants.CANARY_TOKENS.value == build._NUM_CANARY_ROWS * build._CANARY_ROW_LEN
 
 

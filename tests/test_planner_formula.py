@@ -181,7 +181,7 @@ def test_scoring_formula_is_within_two_percent_of_the_simulator(settings: PlanSe
     simulated = simulate_scoring(layer_count(settings, 2), adapter=adapter)
     dynamic = simulated.peak_bytes - simulated.static_bytes
     weights = weight_bytes(settings.teacher, settings.precision, double_quant=settings.double_quant)
-    predicted = forward_bytes(settings, settings.teacher, settings.micro_batch, adapter=adapter)
+    predicted = forward_bytes(settings, settings.teacher, settings.micro_batch_tokens, adapter=adapter)
     assert weights + predicted == pytest.approx(weights + dynamic, rel=0.02)
 
 

@@ -1,8 +1,8 @@
 """The planner's judge: one LoRA training step of the real architecture on the meta device, every storage tracked.
 
 Real: transformers' model code and gradient checkpointing, peft's LoRA layers, bitsandbytes' layers and autograd
-functions, TRL's chunked head, autograd. Transcribed op by op, because they run on a GPU only: the bodies of the CUDA
-ops of bitsandbytes and the workspace of flash attention's backward. Emulated: bf16 autocast, unknown to meta tensors.
+functions, the head of rollout/logprobs.py, autograd. Transcribed op by op, because they run on a GPU only: the bodies
+of bitsandbytes' CUDA ops and the workspace of flash attention's backward. Emulated: bf16 autocast, unknown to meta.
 
 Letters: B rows, T tokens of a row, C scored tokens of a row, H hidden size, N, K out and in features of a linear.
 """
@@ -11,7 +11,6 @@ import contextlib
 import gc
 import logging
 import sys
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -24,10 +23,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from trl.kernels import chunked_logprob
 
 from planner.settings import PlanSettings
 from planner.shapes import ModelShape
+from rollout.logprobs import DEFAULT_LOGIT_CHUNK_LEN as CHUNK_LEN
+from rollout.logprobs import _HeadLogProbs
 from tests.helpers.step_models import build_model, int8_inputs
 
 _linear = nn.functional.linear
@@ -207,11 +207,7 @@ def _masked_sdpa(
 
 @contextlib.contextmanager
 def _on_meta(attention: str, autocast: Bf16Autocast) -> Iterator[None]:
-    """TRL's head with its Triton launches as no-ops, and our stand-in for the attention kernel."""
-
-    class NoLaunch:
-        def __getitem__(self, grid: Any) -> Callable[..., None]:
-            return lambda *args, **kwargs: None
+    """Autocast as it would be on a GPU, and our stand-in for the attention kernel."""
 
     def autocast_is_on(device_type: str | None = None) -> bool:
         return device_type in (None, "meta")
@@ -219,13 +215,7 @@ def _on_meta(attention: str, autocast: Bf16Autocast) -> Iterator[None]:
     stand_in = {"flash": _flash_attention, "masked_sdpa": _masked_sdpa}.get(attention)
     with contextlib.ExitStack() as stack:
         for patch in (
-            mock.patch.object(chunked_logprob, "_use_triton", lambda device: True),
-            mock.patch.object(chunked_logprob, "_forward_kernel", NoLaunch()),
-            mock.patch.object(chunked_logprob, "_backward_kernel", NoLaunch()),
-            mock.patch.object(
-                chunked_logprob, "triton", types.SimpleNamespace(cdiv=lambda a, b: -(-a // b)), create=True
-            ),
-            mock.patch.object(chunked_logprob, "_addmm_fp32", lambda acc, a, b: None),
+            mock.patch.object(torch, "autocast", lambda device_type, enabled=True: contextlib.nullcontext()),
             mock.patch.object(nn.functional, "linear", autocast.linear),
             mock.patch.object(torch, "is_autocast_enabled", autocast_is_on),
             mock.patch.object(torch, "get_autocast_dtype", lambda device_type: torch.bfloat16),
@@ -301,20 +291,19 @@ def _forward_backward(model: nn.Module, settings: PlanSettings, autocast: Bf16Au
     # transformers reads values to decide on the mask, which the meta device does not have.
     with hooks, mock.patch.object(model_module, "create_causal_mask", lambda **_: mask):
         hidden_BTH = causal_lm.model(input_ids=input_ids, use_cache=False).last_hidden_state
-    # TRL selects the scored positions with a boolean mask; the same copy of [B * C, H], without data-dependent shapes.
+    # The scored positions are selected by index; the same copy of [B * C, H], without data-dependent shapes.
     scored_NH = hidden_BTH[:, -num_scored - 1 : -1].reshape(-1, hidden_BTH.shape[-1])
     del hidden_BTH
-    head = causal_lm.get_output_embeddings().weight
-    targets = torch.empty(num_rows * num_scored, dtype=torch.long, device="meta")
+    targets_N = torch.empty(num_rows * num_scored, dtype=torch.long, device="meta")
     if settings.full_logits:
-        logits = nn.functional.linear(scored_NH, head).float()
-        logprobs = torch.log_softmax(logits, dim=-1).gather(-1, targets.unsqueeze(-1))
+        logits = nn.functional.linear(scored_NH, causal_lm.get_output_embeddings().weight).float()
+        logprobs = torch.log_softmax(logits, dim=-1).gather(-1, targets_N.unsqueeze(-1))
         del logits
     else:
-        outputs = ("log_probs", "entropy")
-        logprobs = chunked_logprob.ChunkedLogProbFunction.apply(
-            scored_NH, head, None, targets, 1.0, 32768, None, 1.0, outputs
-        )[0]
+        chunks = zip(scored_NH.split(CHUNK_LEN), targets_N.split(CHUNK_LEN), strict=True)
+        logprobs = torch.cat(
+            [_HeadLogProbs.apply(hidden, causal_lm, target, 0.7, True)[0] for hidden, target in chunks]
+        )
     del scored_NH
     autocast.forward_ended()
     logprobs.sum().backward()
