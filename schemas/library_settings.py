@@ -136,15 +136,13 @@ TRAINING_ARGUMENTS = LibrarySettings(
 
 _USED_BY_GRPO = frozenset(
     _names("""
-    chat_template_kwargs shuffle_dataset pad_to_multiple_of use_liger_kernel
+    chat_template_kwargs shuffle_dataset use_liger_kernel
     num_generations max_completion_length temperature top_p top_k min_p repetition_penalty
     vllm_gpu_memory_utilization
     beta num_iterations epsilon delta epsilon_high importance_sampling_level loss_type
     sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg
     reward_weights multi_objective_aggregation scale_rewards mask_truncated_completions
     sync_ref_model ref_model_mixup_alpha ref_model_sync_steps use_bias_correction_kl
-    top_entropy_quantile entropy_coef use_adaptive_entropy
-    entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target
     vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
     off_policy_mask_threshold log_unique_prompts log_completions_hub_repo
     """)
@@ -180,6 +178,13 @@ GRPO_CONFIG = LibrarySettings(
         "data_seed": "the order of the questions follows from `seed`",
         "dataloader_drop_last": "a step always has all its questions; what is left over of an epoch is passed over",
         "train_sampling_strategy": "a step needs whole groups; `shuffle_dataset=false` keeps the order of the data",
+        "pad_to_multiple_of": "a micro-batch is padded to its own longest row",
+        "top_entropy_quantile": "it is taken over a micro-batch, and the rows of a micro-batch depend on their lengths",
+        **dict.fromkeys(
+            _names("""entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta
+            entropy_target"""),
+            "the bonus is a mean over a micro-batch, which does not add up to the step's",
+        ),
         "router_aux_loss_coef": "it weighs the experts of a mixture, and only dense models are trained",
         "cast_lm_head_to_fp32": "it replaces the head, which an adapter model shares with sampling and scoring",
         "liger_kernel_config": "`use_liger_kernel` takes every layer kernel that Liger has for the model",

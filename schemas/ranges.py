@@ -59,7 +59,6 @@ RANGES: dict[str, Any] = {
     "scale_rewards": Literal["group", "batch", "none"],
     "seed": _Seed,
     "temperature": _Positive,
-    "top_entropy_quantile": _Share,
     "top_k": Annotated[int, Field(ge=0)],
     "top_p": _ShareAbove0,
     "train_sampling_strategy": Literal["random", "sequential"],

@@ -12,11 +12,11 @@ from schemas.data import DataConfig
 from schemas.generation import GenerationConfig
 from schemas.library_settings import GRPO_CONFIG, ONLY_WITH_VLLM_SERVER, TRAINING_ARGUMENTS, LibrarySettings
 from schemas.llada import MaskedDiffusionRunConfig, NewModelShape
-from schemas.model import ModelArgs, ModelConfig, PositiveInt
+from schemas.model import ModelArgs, ModelConfig
 from schemas.optimization import OptimizationConfig
 from schemas.ranges import schedule_problems
 from schemas.reward import RewardConfig
-from schemas.trainer import TrainerConfig
+from schemas.trainer import TeacherStepConfig, TrainerConfig
 from schemas.trl_fields import argument_fields, arguments_model
 
 
@@ -25,14 +25,13 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(ModelConfig, DataConfig, GenerationConfig, RewardConfig, TrainerConfig, OptimizationConfig):
+class RunConfig(
+    ModelConfig, DataConfig, GenerationConfig, RewardConfig, TrainerConfig, TeacherStepConfig, OptimizationConfig
+):
     """One run. Components take the base class that they need, e.g. `RLTReward(config: RewardConfig)`."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
-    """Tokens of one forward and backward, prompts and padding counted; rows of like length go together. `auto`:
-    per_device_train_batch_size x (max_prompt_length + max_completion_length)."""
     method: Literal["rlt"] = "rlt"
     """What the run trains: `rlt` (a teacher) or `masked_diffusion` (schemas/llada.py)."""
     grpo: Any
@@ -87,6 +86,12 @@ def _check_batch_arithmetic(config: RunConfig) -> None:
         raise ValueError(
             f"`train_batch_size` {batch} is not a multiple of `per_device_train_batch_size` {micro}: gradient "
             f"accumulation must be whole. Use per_device_train_batch_size={nearest}."
+        )
+    row_len = config.max_prompt_length + config.grpo.max_completion_length
+    if config.micro_batch_tokens != "auto" and config.micro_batch_tokens < row_len:
+        raise ValueError(
+            f"`micro_batch_tokens` {config.micro_batch_tokens} is less than one row of full length (max_prompt_length + "
+            f"max_completion_length = {row_len}). Use micro_batch_tokens={row_len} or more, or auto."
         )
 
 

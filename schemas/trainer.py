@@ -1,7 +1,7 @@
 """Knobs of the run that TRL and transformers do not declare."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -21,3 +21,12 @@ class TrainerConfig:
     """Start although the memory plan exceeds the card."""
     max_growth_warnings: Annotated[int, Field(ge=0)] = 3
     """How often the watchdog may warn that memory grows from step to step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherStepConfig:
+    """A teacher's training step."""
+
+    micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
+    """Tokens of one forward and backward, prompts and padding counted; rows of like length go together. `auto`:
+    per_device_train_batch_size x (max_prompt_length + max_completion_length)."""

@@ -13,7 +13,8 @@ from core.units import gb
 from planner.activations import train_activation_bytes
 from planner.host_memory import pinned_bytes
 from planner.settings import PlanSettings
-from tests.helpers.measured_step import Measured, measure_training_step, model_with_head, run_step
+from tests.helpers.measured_step import Measured, measure_training_step, run_step
+from tests.helpers.step_models import build_model
 from tests.test_planner_formula import name_of, point, predicted_static
 
 GPU_GRID = [
@@ -31,7 +32,7 @@ GPU_GRID = [
 def test_the_measured_step_runs_and_trains_every_adapter_matrix(precision: str) -> None:
     """On the CPU, without measuring: what a GPU machine will run."""
     settings = point("tiny", 2, 16, 16, precision, attention="masked_sdpa")
-    model = model_with_head(settings, "cpu")
+    model = build_model(settings, "cpu")
     run_step(model, settings)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 7 * settings.teacher.num_layers

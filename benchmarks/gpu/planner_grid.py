@@ -11,7 +11,8 @@ from benchmarks.gpu.runner import Figures, read_result
 from core.units import gb
 from planner.activations import train_activation_bytes
 from planner.constants import CUDA_CONTEXT_BYTES, CUDA_GRAPH_BYTES, FRAGMENTATION_FRAC, VLLM_ASLEEP_BYTES
-from tests.helpers.measured_step import measure_training_step, model_with_head, run_step
+from tests.helpers.measured_step import measure_training_step, run_step
+from tests.helpers.step_models import build_model
 from tests.test_planner_formula import name_of, predicted_static
 from tests.test_planner_gpu import GPU_GRID
 
@@ -21,7 +22,7 @@ def measure_point(setup: Setup, figures: Figures) -> None:
     settings = GPU_GRID[setup.arguments["index"]]
     if setup.is_tiny:
         settings = replace(settings, teacher=TINY, micro_batch=2, max_prompt_len=16, max_completion_len=16)
-        run_step(model_with_head(settings, "cpu"), settings)
+        run_step(build_model(settings, "cpu"), settings)
     require_cuda()
     measured = measure_training_step(settings)
     static, activations = predicted_static(settings), train_activation_bytes(settings)

@@ -5,9 +5,10 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from trl.trainer.utils import add_fused_lm_head
 
 from planner.settings import PlanSettings
+from rollout.logprobs import span_logprobs
+from rollout.types import ScoringRow
 from tests.helpers.step_models import build_model, int8_inputs
 
 
@@ -22,9 +23,9 @@ class Measured:
 
 
 def measure_training_step(settings: PlanSettings) -> Measured:
-    """The second of two steps, so that gradients and optimizer states exist; TRL's fused head with its kernels."""
+    """The second of two steps, so that gradients and optimizer states exist."""
     torch.cuda.empty_cache()
-    model = model_with_head(settings, "cuda")
+    model = build_model(settings, "cuda")
     with int8_inputs(released=settings.int8_inputs_released):
         run_step(model, settings)
         optimizer = bnb.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -43,22 +44,15 @@ def measure_training_step(settings: PlanSettings) -> Measured:
     )
 
 
-def model_with_head(settings: PlanSettings, device: str) -> Any:
-    """The teacher with TRL's chunked head, as its trainer makes it."""
-    model: Any = build_model(settings, device)
-    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy"))
-    return model
-
-
 def run_step(model: Any, settings: PlanSettings) -> None:
-    """Forward and backward of one micro-batch of random tokens, as TRL runs them."""
-    device = model.get_base_model().get_input_embeddings().weight.device
-    input_ids = torch.randint(settings.teacher.vocab, (settings.micro_batch, settings.row_len), device=device)
-    attention_mask = torch.ones_like(input_ids)
-    if settings.attention == "masked_sdpa":
-        attention_mask[:, 0] = 0
-    labels = input_ids.clone()
-    labels[:, : settings.max_prompt_len] = -100
-    with torch.autocast(device.type, torch.bfloat16):
-        outputs = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
-    outputs.log_probs.sum().backward()
+    """Forward and backward of one micro-batch of random tokens, as the trainer runs them."""
+    rows = [
+        ScoringRow(
+            token_ids=torch.randint(settings.teacher.vocab, (settings.row_len,)).tolist(),
+            spans=((settings.max_prompt_len, settings.row_len),),
+        )
+        for _ in range(settings.micro_batch)
+    ]
+    with torch.autocast(model.device.type, torch.bfloat16):
+        logprobs_N, _ = span_logprobs(model, rows, temperature=0.7, with_entropy=True)
+    logprobs_N.sum().backward()
