@@ -10,7 +10,7 @@ T = rows * S tokens of a forward.
 from dataclasses import replace
 
 from planner.components import num_lora_params
-from planner.constants import HEAD_CHUNK_TOKENS
+from planner.constants import EXPANDABLE_FRAGMENTATION_FRAC, FRAGMENTATION_FRAC, HEAD_CHUNK_TOKENS
 from planner.settings import PlanSettings
 from planner.shapes import ModelShape
 
@@ -177,3 +177,9 @@ def forward_bytes(settings: PlanSettings, shape: ModelShape, num_tokens: float, 
     if settings.attention == "eager":
         attention = (6.0 * h + 6 * q + 4 * kv) * num_tokens + 10.0 * shape.num_heads * num_tokens * settings.row_len
     return mask + max(mlp, attention)
+
+
+def dynamic_components(settings: PlanSettings, activations: float) -> dict[str, float]:
+    """Activations come and go in sizes that vary, so the allocator reserves more than is allocated."""
+    overhead = EXPANDABLE_FRAGMENTATION_FRAC if settings.expandable_segments else FRAGMENTATION_FRAC
+    return {"activations": activations, "allocator": activations * overhead.value}

@@ -7,9 +7,9 @@ of a micro-batch leaves. Letters as in planner/activations.py.
 from dataclasses import dataclass
 
 from core.types import Phase
-from planner.activations import forward_bytes, train_activation_bytes
+from planner.activations import dynamic_components, forward_bytes, train_activation_bytes
 from planner.components import muon_state_bytes, num_lora_params, optimizer_bytes_per_param, weight_bytes
-from planner.constants import CUDA_CONTEXT_BYTES, FRAGMENTATION_FRAC
+from planner.constants import CUDA_CONTEXT_BYTES
 from planner.settings import ATTENTION, DTYPE_PRECISION, Attention, Checkpointing, PlanSettings, adapter_targets
 from planner.shapes import ModelShape, load_shape
 from schemas.llada import MaskedDiffusionRunConfig, NewModelShape
@@ -118,14 +118,14 @@ def masked_diffusion_components(settings: MaskedDiffusionSettings) -> dict[Phase
         num_trained, width = num_lora_params(shape, settings.lora_r, settings.lora_targets), 4
         loaded["adapter"] = num_trained * width
     resident = loaded | {"optimizer states": optimizer_state_bytes(settings, num_trained)}
-    forward = _dynamic(_forward_bytes(settings))
+    forward = dynamic_components(settings, _forward_bytes(settings))
     training = train_all_activation_bytes(settings) if settings.trains_all else train_activation_bytes(settings)
     return {
         Phase.LOAD: loaded,
         Phase.GENERATE: resident | forward,
         Phase.SCORE: resident | forward,
         Phase.SYNC: {},
-        Phase.TRAIN: resident | {"gradients": num_trained * width} | _dynamic(training),
+        Phase.TRAIN: resident | {"gradients": num_trained * width} | dynamic_components(settings, training),
     }
 
 
@@ -133,10 +133,6 @@ def optimizer_state_bytes(settings: MaskedDiffusionSettings, num_trained: int) -
     if settings.optimizer == "muon":
         return muon_state_bytes(settings.teacher)
     return num_trained * optimizer_bytes_per_param(settings.optimizer)
-
-
-def _dynamic(activations: float) -> dict[str, float]:
-    return {"activations": activations, "allocator": activations * FRAGMENTATION_FRAC.value}
 
 
 def _forward_bytes(settings: MaskedDiffusionSettings) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 from core.types import Phase
 from core.units import gb
-from planner.activations import score_activation_bytes, train_activation_bytes
+from planner.activations import dynamic_components, score_activation_bytes, train_activation_bytes
 from planner.components import (
     kv_minimum_bytes,
     kv_needed_bytes,
@@ -19,8 +19,6 @@ from planner.constants import (
     CANARY_TOKENS,
     CUDA_CONTEXT_BYTES,
     CUDA_GRAPH_BYTES,
-    EXPANDABLE_FRAGMENTATION_FRAC,
-    FRAGMENTATION_FRAC,
     VLLM_ASLEEP_BYTES,
     usable_bytes,
 )
@@ -128,10 +126,10 @@ def plan(settings: PlanSettings, gpu_bytes: int | None = None) -> MemoryPlan:
         Phase.LOAD: loaded | asleep | generating,
         Phase.SYNC: resident | generating | {"canary": canary},
         Phase.GENERATE: resident | generating,
-        Phase.SCORE: resident | _dynamic(settings, score_activation_bytes(settings)),
+        Phase.SCORE: resident | dynamic_components(settings, score_activation_bytes(settings)),
         Phase.TRAIN: resident
         | {"gradients": adapter["gradients"]}
-        | _dynamic(settings, train_activation_bytes(settings)),
+        | dynamic_components(settings, train_activation_bytes(settings)),
     }
     return _memory_plan(
         settings,
@@ -174,12 +172,6 @@ def _kv_cache_bytes(settings: PlanSettings, gpu_bytes: int | None, *, resident: 
     left = usable_bytes(gpu_bytes) - resident - awake
     own_share = gpu_bytes * settings.vllm_utilization_frac - awake
     return max(min(needed, int(left), int(own_share)), kv_minimum_bytes(settings))
-
-
-def _dynamic(settings: PlanSettings, activations: float) -> dict[str, float]:
-    """Activations come and go in sizes that vary, so the allocator reserves more than is allocated."""
-    overhead = EXPANDABLE_FRAGMENTATION_FRAC if settings.expandable_segments else FRAGMENTATION_FRAC
-    return {"activations": activations, "allocator": activations * overhead.value}
 
 
 def _canary_bytes(settings: PlanSettings) -> float:

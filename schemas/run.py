@@ -90,8 +90,8 @@ def _check_batch_arithmetic(config: RunConfig) -> None:
     row_len = config.max_prompt_length + config.grpo.max_completion_length
     if config.micro_batch_tokens != "auto" and config.micro_batch_tokens < row_len:
         raise ValueError(
-            f"`micro_batch_tokens` {config.micro_batch_tokens} is less than one row of full length (max_prompt_length + "
-            f"max_completion_length = {row_len}). Use micro_batch_tokens={row_len} or more, or auto."
+            f"`micro_batch_tokens` {config.micro_batch_tokens} is less than one row of full length ({row_len} = "
+            f"max_prompt_length + max_completion_length). Use micro_batch_tokens={row_len} or more, or auto."
         )
 
 

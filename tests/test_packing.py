@@ -10,6 +10,8 @@ from data.formats import encode
 from rollout.logprobs import BATCH_OVERHEAD_TOKENS, token_batches
 from rollout.packing import micro_batches
 from rollout.types import Completion, Group, Rollout
+from schemas.compose import compose_run_config
+from schemas.run import ConfigError, load_run_config
 from tests.helpers.tiny_run import make_trainer, write_random_model
 
 
@@ -58,6 +60,17 @@ def test_the_cut_is_the_cheapest_of_all() -> None:
 def test_a_row_above_the_budget_goes_alone_and_empty_rows_nowhere() -> None:
     assert token_batches([10, 0, 5000, 12], 100) == [[2], [3, 0]]
     assert token_batches([], 100) == []
+
+
+def test_a_budget_below_one_row_and_what_does_not_add_up_are_refused() -> None:
+    for word, said in (
+        ("micro_batch_tokens=100", "less than one row of full length"),
+        ("top_entropy_quantile=0.5", "taken over a micro-batch"),
+        ("entropy_coef=0.1", "does not add up"),
+        ("pad_to_multiple_of=8", "own longest row"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load_run_config(compose_run_config("teacher_rlt_tiny", [word]))
 
 
 def rollout_with(lengths: list[int]) -> Rollout:

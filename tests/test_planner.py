@@ -306,6 +306,28 @@ def test_levers_save_what_they_say(values: dict) -> None:
     assert lever_lines(found)[0].startswith(found[0].change)
 
 
+def test_a_student_larger_than_its_teacher_is_scored_within_the_same_token_budget() -> None:
+    """A 32B student of a 1.5B teacher: its forward sets SCORE, over the tokens that the run hands to the scorer."""
+    words = ["model_name_or_path=Qwen/Qwen2.5-1.5B-Instruct", "student_model=Qwen/Qwen2.5-32B-Instruct"]
+    made = plan_run(load_run_config(compose_run_config("teacher_rlt_mono_85gb_aggressive", words)), None)
+    settings = made.settings
+    assert settings.score_batch_tokens == 16_384 < settings.micro_batch_tokens == 65_536
+    by_hand = (9 * 5120 + 10 * 27648) * 16_384  # docs/memory.md: (9h + 10i) T of an int8 model
+    assert made.components[Phase.SCORE]["activations"] == by_hand
+    alone = plan_run(load_run_config(compose_run_config("teacher_rlt_mono_85gb_aggressive", words[:1])), None)
+    assert alone.components[Phase.SCORE]["activations"] < by_hand
+
+
+@pytest.mark.parametrize("method", ["teacher_rlt_mono_85gb", "llada_sft"])
+def test_expandable_segments_are_known_to_every_plan(method: str) -> None:
+    plain, expandable = (
+        plan_run(load_run_config(compose_run_config(method, [f"expandable_segments={on}"])), None)
+        for on in ("false", "true")
+    )
+    assert expandable.components[Phase.TRAIN]["allocator"] < plain.components[Phase.TRAIN]["allocator"]
+    assert expandable.components[Phase.TRAIN]["activations"] == plain.components[Phase.TRAIN]["activations"]
+
+
 def test_why_not_names_the_binding_phase(values: dict) -> None:
     assert "train phase" in why_not(planned(values, card=int(24e9)))
 
