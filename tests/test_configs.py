@@ -11,6 +11,7 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 import trl.trainer.grpo_trainer
+import yaml
 from hydra import compose, initialize_config_dir
 from transformers import TrainingArguments
 from trl import GRPOConfig
@@ -74,6 +75,7 @@ def test_run_configs_are_the_same_from_either_root(name):
 PUBLISHED_TABLE = {
     "train": (96, 3, 24, 6144, 6144, 0.55, 3),
     "teacher_rlt_mono_85gb": (64, 2, 16, 6144, 6144, 0.55, 3),
+    "teacher_rlt_mono_85gb_trainer": (96, 3, 24, 6144, 6144, 0.55, 3),
     "teacher_rlt_mono_85gb_aggressive": (128, 4, 32, 8192, 8192, 0.55, 3),
     "teacher_rlt_mono_85gb_fallback": (64, 2, 16, 4096, 6144, 0.5, 3),
     "teacher_rlt_mono_basic": (32, 2, 8, 2048, 2048, 0.7, 3),
@@ -96,6 +98,25 @@ def test_values_are_those_of_the_documented_table(name):
     assert values == PUBLISHED_TABLE[name]
     assert config.model_args.load_in_8bit and config.model_args.device_map == "auto"
     assert (config.answer_log_prob_coeff, config.kl_penalty_reward_coeff) == ([1, 0.01], [3, 0.03])
+
+
+def test_the_trainer_run_takes_the_trainer_file_as_it_stands():
+    values = compose_run_config("teacher_rlt_mono_85gb_trainer")
+    file = yaml.safe_load((CONFIG_ROOT / "trainer_cfg/grpo_mono_85gb.yaml").read_text())
+    del file["defaults"]
+    assert len(file) == 9 and file.items() <= values.items()
+    default = compose_run_config(MONO)
+    differing = {key for key in values if values[key] != default[key]} - {"run_name", "output_dir"}
+    assert differing == {"train_batch_size", "per_device_train_batch_size", "num_generations"}
+    nameless = compose_run_config("train")
+    assert {key for key in values if values[key] != nameless[key]} == {"run_name", "output_dir"}
+
+
+def test_another_reward_file_changes_the_coefficients_alone():
+    default, other = load(MONO), load(MONO, "reward_cfg=teacher_logprob_kl")
+    assert (other.answer_log_prob_coeff, other.kl_penalty_reward_coeff) == ([5, 0.05], [5, 0.05])
+    coefficients = {"answer_log_prob_coeff": [1, 0.01], "kl_penalty_reward_coeff": [3, 0.03]}
+    assert dataclasses.replace(other, **coefficients) == default
 
 
 def test_grpo_settings_are_those_of_the_published_run():
