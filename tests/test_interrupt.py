@@ -18,6 +18,14 @@ from tests.test_masked_diffusion_trainer import SMALL_BATCH, counting_samples
 NO_SAVES = ("max_steps=4", "save_steps=1000", "eval_strategy=no")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def sigint_arrives():
+    """Also where the tests were started with it ignored, as `nohup make test &` does; children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return write_random_model(tmp_path_factory.mktemp("model"))
