@@ -119,7 +119,12 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
     watch = MemoryWatch(host, limit_bytes=memory_of(run.device), max_warnings=config.max_growth_warnings)
     return TeacherGRPOTrainer(
         config=config,
-        args=build_grpo_args(config, use_cpu=run.device.type == "cpu", resuming=run.folder.checkpoint is not None),
+        args=build_grpo_args(
+            config,
+            use_cpu=run.device.type == "cpu",
+            resuming=run.folder.checkpoint is not None,
+            num_held_out=len(run.eval_dataset) if run.eval_dataset is not None else 0,
+        ),
         host=host,
         plan=run.plan,
         generator=generator,

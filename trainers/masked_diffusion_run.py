@@ -73,8 +73,6 @@ def train_masked_diffusion(
             remedy="more data, or a smaller train_batch_size",
         )
     log.info("%d samples to train on in %d rows, %d held out", len(train_samples), len(rows), len(eval_samples))
-    if not eval_samples and config.num_eval_prompts:
-        log.warning("too few rows to hold one out: nothing is evaluated")
     folder = open_run_folder(values, config.args.output_dir, config.resume)
     peaks = PeakMeter(device)
     trainer = build_diffusion_trainer(config, plan, device, tokenizer, rows, eval_samples, folder, peaks)
