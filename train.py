@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from core.errors import NonFiniteError, UserError
 from core.log import configure_logging, console, log
 from core.one_gpu import show_one_gpu
-from core.process import prepare_process
+from core.process import check_one_process, prepare_process
 from schemas.compose import (
     JOB_OF_A_SWEEP,
     command_line,
@@ -72,6 +72,7 @@ def main() -> int:
     configure_logging()
     register_search_path()
     try:
+        check_one_process()
         if sys.argv[1:] == [JOB_OF_A_SWEEP]:
             _composed.append(json.load(sys.stdin))
         else:
