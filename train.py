@@ -39,6 +39,7 @@ from schemas.compose import (
     with_sweep_folders,
 )
 from schemas.run import ConfigError
+from trainers.inputs import check_inputs
 
 
 @hydra.main(config_path="cfgs", config_name="train", version_base="1.3")
@@ -52,13 +53,15 @@ _composed: list[dict[str, Any]] = []
 
 def _train_all(composed: list[dict[str, Any]]) -> int:
     """Train every run; the exit status."""
-    show_one_gpu(composed)
+    jobs = with_sweep_folders(composed)
+    for values in jobs:
+        check_inputs(values)
+    show_one_gpu(jobs)
     import torch
 
     from trainers.start import train_runs  # loads torch: a configuration that cannot be composed need not wait for it
     from trainers.sweep import run_jobs
 
-    jobs = with_sweep_folders(composed)
     if len(jobs) > 1 and torch.cuda.is_available():
         return run_jobs([sys.executable, os.path.abspath(__file__), JOB_OF_A_SWEEP], jobs)
     for run in train_runs(jobs, on_results=lambda finished: console.print(*finished.tables())):

@@ -12,9 +12,8 @@ from data.arithmetic import generate_rows
 from data.formats import PromptFormat, TagStyle, encode, encode_student_tail
 from data.layouts import QUESTION_COLUMNS, SOLUTION_COLUMNS, BadRowError, Row, RowParser, check_fields
 from data.sources import read_rows
-from schemas.data import DataConfig
+from schemas.data import ARITHMETIC, DataConfig
 
-ARITHMETIC = "arithmetic"
 NUM_ARITHMETIC_ROWS = 4096
 MAX_HELD_OUT_FRAC = 0.2
 _NUM_PROBLEMS_SHOWN = 10

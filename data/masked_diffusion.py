@@ -9,10 +9,11 @@ from transformers import PreTrainedTokenizerBase
 from core.errors import UserError
 from core.log import log
 from data.arithmetic import generate_facts
-from data.dataset import ARITHMETIC, Row, report_bad_rows, split_rows, warn_that_nothing_is_evaluated
+from data.dataset import Row, report_bad_rows, split_rows, warn_that_nothing_is_evaluated
 from data.formats import PromptFormat, encode
 from data.layouts import check_columns, check_fields
 from data.sources import read_rows
+from schemas.data import ARITHMETIC
 from schemas.llada import MaskedDiffusionRunConfig
 
 

@@ -67,6 +67,6 @@ def test_a_masked_diffusion_model_trains_on_it(rows, objective, said, tmp_path, 
     words += ["train_batch_size=4", "per_device_train_batch_size=4", "logging_steps=1", "num_eval_prompts=64"]
     values = diffusion_values(tmp_path / "run", "eval_on_start=true", "eval_steps=1", *words)
     config = load_run_config(values)
-    train_masked_diffusion(config, values, *check_hardware_and_plan(config))
+    train_masked_diffusion(config, values, *check_hardware_and_plan(config), lambda finished: None)
     assert_trained_without_evaluation(tmp_path / "run", num_steps=2)
     assert [line.startswith(said) and line.endswith("nothing is evaluated") for line in warnings_said()] == [True]

@@ -22,6 +22,7 @@ from models.load import check_adapter, load_tokenizers, quiet_libraries, resolve
 from optimization import optimize_models, preallocate_planned, records_table
 from planner.plan import MemoryPlan
 from rollout.scoring import RolloutScorer, check_scoring
+from schemas.data import ARITHMETIC
 from schemas.run import RunConfig
 from trainers.callbacks import TEACHER_SHOWN, ConsoleProgress, MemoryWatch, MetricsFile
 from trainers.grpo_args import build_grpo_args
@@ -166,4 +167,4 @@ def _make_canary(run: PreparedRun, host: ModelHost, generator: Generator) -> Can
 
 
 def _classifier(config: RunConfig) -> Callable[[str, str, str], str] | None:
-    return classify_explanation if config.dataset_id_or_path == "arithmetic" else None
+    return classify_explanation if config.dataset_id_or_path == ARITHMETIC else None

@@ -14,18 +14,17 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import pandas as pd
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
 
 from core.errors import UserError
 from core.log import log
-from models.trained import CONFIG_FILE
+from core.run_files import CONFIG_FILE
 
 METRICS_FILE, SUMMARY_FILE, STAGING_FOLDER = "metrics.jsonl", "summary.json", ".saving"
 COMPLETIONS_FOLDER, EVALUATIONS_FOLDER = "completions", "evaluations"
@@ -58,11 +57,29 @@ def open_run_folder(values: Mapping[str, Any], output_dir: str, resume: str) -> 
     try:
         return _open(values, _run_path(output_dir), resume)
     except OSError as error:
-        raise UserError(
-            f"`output_dir` {output_dir!r}: {error.strerror}",
-            expected="a folder that can be made and written",
-            remedy="output_dir=ANOTHER_FOLDER",
-        ) from error
+        raise _unwritable(output_dir, error) from error
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Whether a run could be written there, which is tried beside it; nothing is left.
+
+    Raises:
+        UserError: it cannot, or the folder holds something that is no run.
+    """
+    path = _run_path(output_dir).absolute()
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    try:
+        tempfile.TemporaryDirectory(prefix=".", dir=existing).cleanup()
+    except OSError as error:
+        raise _unwritable(output_dir, error) from error
+
+
+def _unwritable(output_dir: str, error: OSError) -> UserError:
+    return UserError(
+        f"`output_dir` {output_dir!r}: {error.strerror}",
+        expected="a folder that can be made and written",
+        remedy="output_dir=ANOTHER_FOLDER",
+    )
 
 
 def _run_path(output_dir: str) -> Path:
@@ -139,6 +156,8 @@ def _is_unfinished_run_of(path: Path, values: Mapping[str, Any]) -> bool:
 
 def last_checkpoint(path: Path) -> Path | None:
     """The last one after step 0; going on from that would be starting anew without the first evaluation."""
+    from transformers.trainer_utils import get_last_checkpoint
+
     last = get_last_checkpoint(str(path))
     return Path(last) if last is not None and Path(last).name != "checkpoint-0" else None
 
@@ -162,6 +181,8 @@ def _drop_tables_after(path: Path, step: int) -> None:
 
 def write_evaluation(path: Path, step: int, table: Mapping[str, list[Any]]) -> None:
     """Write `evaluations/evaluation_STEP.parquet` of the run in `path`, over an earlier one of the step."""
+    import pandas as pd  # with transformers below: seconds that a wrong output folder need not wait
+
     folder = path / EVALUATIONS_FOLDER
     folder.mkdir(exist_ok=True)
     partial = folder / f".evaluation_{step:05d}.partial"
