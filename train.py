@@ -12,6 +12,7 @@ worst of their statuses.
 import json
 import os
 import sys
+import traceback
 from typing import Any
 
 try:
@@ -94,6 +95,9 @@ def main() -> int:
         outside = "not while training; whole checkpoints are kept, and the same command continues from the last one"
         log.warning("interrupted: %s", error if error.args else outside)
         return 130
+    except Exception:
+        console.copy(traceback.format_exc())  # the log of the run holds what ended it
+        raise
     return 0
 
 

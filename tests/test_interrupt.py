@@ -113,6 +113,9 @@ def test_the_same_command_continues_as_if_it_had_not_been_interrupted(model, tmp
     assert not (stopped / "summary.json").exists() and not (stopped / "adapter_model.safetensors").exists()
 
     run_to_the_end(words[stopped])
+    said = (stopped / "logs" / "training.log").read_text()
+    assert said.count("\n--- ") == 1 and said.count("then saving") == 1  # the resumed run appends
+    assert said.index("the same command continues") < said.index("continuing ") < said.index("after 6 steps")
     expected, resumed = comparable(whole, 0), comparable(stopped, 0)
     assert [line["step"] for line in resumed] == [line["step"] for line in expected]
     for ours, theirs in zip(resumed, expected, strict=True):

@@ -27,6 +27,7 @@ from schemas.run import RunConfig
 from trainers.callbacks import TEACHER_SHOWN, ConsoleProgress, MemoryWatch, MetricsFile
 from trainers.grpo_args import build_grpo_args
 from trainers.loggers import prepare_loggers
+from trainers.memory_line import MemoryLine
 from trainers.run_folder import RunFolder, open_run_folder
 from trainers.teacher_grpo import TeacherGRPOTrainer
 
@@ -116,7 +117,8 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
     )
     with host.phase(Phase.LOAD):
         generator = None if config.use_vllm_server else _start_generator(run, host)
-    progress = ConsoleProgress(TEACHER_SHOWN)
+    memory = MemoryLine(device=run.device, planned_bytes=run.plan.max_bytes, peaks=host.peaks)
+    progress = ConsoleProgress(TEACHER_SHOWN, memory)
     watch = MemoryWatch(host, limit_bytes=memory_of(run.device), max_warnings=config.max_growth_warnings)
     return TeacherGRPOTrainer(
         config=config,

@@ -25,6 +25,7 @@ from schemas.run import ConfigError
 from trainers.callbacks import DIFFUSION_SHOWN, ConsoleProgress, MemoryWatch, MetricsFile
 from trainers.loggers import prepare_loggers
 from trainers.masked_diffusion import MaskedDiffusionTrainer
+from trainers.memory_line import MemoryLine
 from trainers.run_folder import RunFolder, open_run_folder
 from trainers.summary import DIFFUSION_REPORT, FinishedRun, summarise
 
@@ -182,7 +183,10 @@ def build_diffusion_trainer(
         resuming=folder.checkpoint is not None,
         num_held_out=len(eval_samples),
     )
-    progress = ConsoleProgress(DIFFUSION_SHOWN)
+    memory = MemoryLine(
+        device=device, planned_bytes=plan.max_bytes, peaks=lambda: {Phase.TRAIN: peaks.max_reserved_bytes}
+    )
+    progress = ConsoleProgress(DIFFUSION_SHOWN, memory)
     watch = MemoryWatch(peaks, limit_bytes=memory_of(device), max_warnings=config.max_growth_warnings)
     return MaskedDiffusionTrainer(
         config=config,

@@ -1,6 +1,7 @@
 """The folder of a run: what it holds, how an unfinished run in it is found again, and how a finished one is kept.
 
 config.yaml        the resolved configuration, defaults included
+logs/training.log  what the console says, appended to by a resumed run
 metrics.jsonl      one line for each logged step
 completions/       completions_STEP.parquet: those of each logged step, with their reward terms
 evaluations/       evaluation_STEP.parquet: the held-out ones of each evaluation, likewise
@@ -23,11 +24,12 @@ from typing import IO, Any
 import yaml
 
 from core.errors import UserError
-from core.log import log
+from core.log import console, log
 from core.run_files import CONFIG_FILE
 
 METRICS_FILE, SUMMARY_FILE, STAGING_FOLDER = "metrics.jsonl", "summary.json", ".saving"
 COMPLETIONS_FOLDER, EVALUATIONS_FOLDER = "completions", "evaluations"
+LOG_FILE, LOCK_FILE = "logs/training.log", ".lock"
 _KEYS_THAT_MAY_DIFFER = {"resume", "gpu_gb", "allow_oversubscription"}
 
 
@@ -120,6 +122,7 @@ def _open(values: Mapping[str, Any], path: Path, resume: str) -> RunFolder:
 
 def _reopen(path: Path, values: Mapping[str, Any], checkpoint: Path | None) -> RunFolder:
     lock = _lock(path)
+    console.copy_to(path / LOG_FILE)
     shutil.rmtree(path / STAGING_FOLDER, ignore_errors=True)
     _write_whole(path / CONFIG_FILE, yaml.safe_dump(dict(values), sort_keys=True))
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
@@ -131,7 +134,7 @@ def _reopen(path: Path, values: Mapping[str, Any], checkpoint: Path | None) -> R
 
 
 def _lock(path: Path) -> IO[str]:
-    handle = open(path / ".lock", "w")  # noqa: SIM115 - held for the life of the run
+    handle = open(path / LOCK_FILE, "a")  # noqa: SIM115 - held for the life of the run
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -141,6 +144,9 @@ def _lock(path: Path) -> IO[str]:
             expected="one run for each output folder",
             remedy="wait for it, or set output_dir=ANOTHER_FOLDER",
         ) from None
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
     return handle
 
 
