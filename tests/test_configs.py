@@ -19,6 +19,7 @@ from trl import GRPOConfig
 
 from core.errors import UserError
 from core.units import format_gb
+from planner.fit import card_gb
 from planner.plan import plan_run
 from schemas.compose import (
     CONFIG_ROOT,
@@ -34,6 +35,7 @@ from schemas.document import PAGE, page
 from schemas.ranges import RANGES
 from schemas.run import METHODS, ConfigError, load_run_config
 from schemas.trl_fields import argument_fields
+from test_config_85gb import check_plan, plan_config
 from trainers.grpo_args import build_grpo_args
 from trainers.loggers import prepare_loggers
 from trainers.masked_diffusion_run import build_training_args
@@ -439,6 +441,18 @@ def test_a_run_that_needs_a_gpu_says_what_it_plans_for(tmp_path):
     figures = set(re.findall(r"\d+\.\d GB", done.stdout))
     assert figures == {"48.0 GB", "85.0 GB"}, "the plan's peak on the card that the configuration is for, and that card"
     assert format_gb(plan_run(load(), int(85e9)).max_bytes) in figures
+
+
+@pytest.mark.parametrize("name", [name for name in run_config_names() if "_mono_" in name])
+def test_a_refusal_the_verification_and_the_readme_name_the_same_peak(name, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError) as refused:
+        check_hardware_and_plan(load(name))
+    card = card_gb(name)
+    peak = f"{plan_run(load(name), int(card * 1e9)).max_bytes / 1e9:.1f}"
+    assert re.findall(r"(\d+\.\d) GB", str(refused.value)) == [peak, f"{card:.1f}"]
+    assert f"peaks at {peak} GB" in check_plan(plan_config(name, int(card * 1e9))).detail
+    assert f"| `{name}` | {card:.0f} GB: {peak} |" in (ROOT / "README.md").read_text()
 
 
 def test_the_page_of_settings_is_current():
