@@ -42,7 +42,6 @@ from schemas.compose import (  # noqa: E402
     setting_words,
 )
 from schemas.run import ConfigError  # noqa: E402
-from trainers.inputs import check_inputs  # noqa: E402
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,6 +75,8 @@ def train(run: str = "teacher_rlt_tiny", **settings: Any) -> "FinishedRun":
         NonFiniteError: a log-prob, reward or loss was not finite.
         KeyboardInterrupt: Ctrl-C, or a notebook's stop button: the step at work was finished and saved.
     """
+    from trainers.inputs import check_inputs
+
     values = _compose(run, settings)
     check_inputs(values)
     show_one_gpu([values])

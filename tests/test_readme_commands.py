@@ -56,7 +56,7 @@ WALKED = {
 END""": Expected(0, ""),
     "python -m rewards.score explanations.jsonl scored.jsonl --run results/teacher_rlt_tiny": Expected(0, ""),
     "python -m models.merge results/teacher_rlt_tiny merged": Expected(0, "merged"),
-    "tail -f results/teacher_rlt_tiny/logs/training.log": Expected(124, "the results are in results/teacher_rlt_tiny", timeout_s=2),
+    "tail -f results/teacher_rlt_tiny/logs/training.log": Expected(124, "the results are in results/", timeout_s=2),
     "python -m trainers.watch results/teacher_rlt_tiny": Expected(0, "teacher_rlt_tiny finished, step 2/2"),
 }
 NOT_WALKED = {
