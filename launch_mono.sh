@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ./launch_mono.sh [RUN] [key=value ...]
-#   RUN: a run configuration, as NAME, NAME.yaml or cfgs/run_cfg/NAME.yaml; without one the embedded teacher_rlt_tiny.
+#   RUN: a run configuration, as NAME, NAME.yaml, NAME.yml or cfgs/run_cfg/NAME.yaml; without one the embedded teacher_rlt_tiny.
 # The first call makes .venv and installs what this machine can use; later calls start at once.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -17,7 +17,7 @@ run=teacher_rlt_tiny
 case "${1-}" in
     -h | --help) usage; exit 0 ;;
     "" | *=* | -*) ;;
-    *) run="$(basename "$1" .yaml)"; shift ;;
+    *) run="$(basename "$1")"; run="${run%.yaml}"; run="${run%.yml}"; shift ;;
 esac
 if [ ! -f "$root/cfgs/run_cfg/$run.yaml" ]; then
     { echo "'$run' is not a run configuration."; usage; } >&2

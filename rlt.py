@@ -34,7 +34,13 @@ from core.log import configure_logging, log  # noqa: E402
 from core.one_gpu import show_one_gpu  # noqa: E402
 from core.process import prepare_process  # noqa: E402
 from planner.planned import Planned, plan_config  # noqa: E402
-from schemas.compose import compose_run_config, composition_problem, run_config_names, setting_words  # noqa: E402
+from schemas.compose import (  # noqa: E402
+    compose_run_config,
+    composition_problem,
+    run_config_name,
+    run_config_names,
+    setting_words,
+)
 from schemas.run import ConfigError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -69,10 +75,12 @@ def train(run: str = "teacher_rlt_tiny", **settings: Any) -> "FinishedRun":
         NonFiniteError: a log-prob, reward or loss was not finite.
         KeyboardInterrupt: Ctrl-C, or a notebook's stop button: the step at work was finished and saved.
     """
+    from trainers.inputs import check_inputs
+
     values = _compose(run, settings)
+    check_inputs(values)
     show_one_gpu([values])
     _prepare()
-    show_one_gpu([values])
     from trainers.start import train_runs
 
     (finished,) = train_runs([values])
@@ -89,7 +97,7 @@ def plan(run: str = "teacher_rlt_tiny", **settings: Any) -> Planned:
         ConfigError, UserError: the settings are not valid, or a model's shape is not known here.
     """
     try:
-        return plan_config(_name_of(run), None, setting_words(settings))
+        return plan_config(run_config_name(run), None, setting_words(settings))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(composition_problem(error)) from error
 
@@ -142,14 +150,9 @@ def load_scorer(run: str | Path) -> "TextScorer":
 
 def _compose(run: str, settings: dict[str, Any]) -> dict[str, Any]:
     try:
-        return compose_run_config(_name_of(run), setting_words(settings))
+        return compose_run_config(run_config_name(run), setting_words(settings))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(composition_problem(error)) from error
-
-
-def _name_of(run: str) -> str:
-    """`NAME`, `NAME.yaml` and `cfgs/run_cfg/NAME.yaml` are one, as for `./launch_mono.sh`."""
-    return Path(run).name.removesuffix(".yaml").removesuffix(".yml")
 
 
 def _prepare() -> None:

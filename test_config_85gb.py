@@ -55,7 +55,7 @@ from planner.readiness import (
     find_gpu,
 )
 from planner.report import lever_lines
-from schemas.compose import run_config_names
+from schemas.compose import run_config_name, run_config_names
 from schemas.run import ConfigError
 
 DEFAULT_CONFIG = "teacher_rlt_mono_85gb"
@@ -123,7 +123,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write checks and plans here")
     parser.add_argument("--all", action="store_true", help="plan every run configuration on the card it is named after")
     arguments = parser.parse_args(words)
-    arguments.config_name = Path(arguments.config_name).name.removesuffix(".yaml")
+    arguments.config_name = run_config_name(arguments.config_name)
     if arguments.config_name not in run_config_names():
         parser.error(f"no run configuration {arguments.config_name!r}; there are: {', '.join(run_config_names())}")
     if arguments.gpu_gb is not None and not 0 < arguments.gpu_gb < math.inf:

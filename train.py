@@ -12,6 +12,7 @@ worst of their statuses.
 import json
 import os
 import sys
+import traceback
 from typing import Any
 
 try:
@@ -29,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from core.errors import NonFiniteError, UserError
 from core.log import configure_logging, console, log
 from core.one_gpu import show_one_gpu
-from core.process import prepare_process
+from core.process import check_one_process, prepare_process
 from schemas.compose import (
     JOB_OF_A_SWEEP,
     command_line,
@@ -39,6 +40,7 @@ from schemas.compose import (
     with_sweep_folders,
 )
 from schemas.run import ConfigError
+from trainers.inputs import check_inputs
 
 
 @hydra.main(config_path="cfgs", config_name="train", version_base="1.3")
@@ -52,13 +54,15 @@ _composed: list[dict[str, Any]] = []
 
 def _train_all(composed: list[dict[str, Any]]) -> int:
     """Train every run; the exit status."""
-    show_one_gpu(composed)
+    jobs = with_sweep_folders(composed)
+    for values in jobs:
+        check_inputs(values)
+    show_one_gpu(jobs)
     import torch
 
     from trainers.start import train_runs  # loads torch: a configuration that cannot be composed need not wait for it
     from trainers.sweep import run_jobs
 
-    jobs = with_sweep_folders(composed)
     if len(jobs) > 1 and torch.cuda.is_available():
         return run_jobs([sys.executable, os.path.abspath(__file__), JOB_OF_A_SWEEP], jobs)
     for run in train_runs(jobs, on_results=lambda finished: console.print(*finished.tables())):
@@ -72,6 +76,7 @@ def main() -> int:
     configure_logging()
     register_search_path()
     try:
+        check_one_process()
         if sys.argv[1:] == [JOB_OF_A_SWEEP]:
             _composed.append(json.load(sys.stdin))
         else:
@@ -90,6 +95,9 @@ def main() -> int:
         outside = "not while training; whole checkpoints are kept, and the same command continues from the last one"
         log.warning("interrupted: %s", error if error.args else outside)
         return 130
+    except Exception:
+        console.copy(traceback.format_exc())  # the log of the run holds what ended it
+        raise
     return 0
 
 

@@ -1,23 +1,73 @@
 """The project's one logger and console. Nothing happens at import; entry points call `configure_logging` once."""
 
 import importlib.util
+import io
 import logging
 import os
 import sys
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
 
 from rich.console import Console
+from rich.control import Control
 from rich.logging import RichHandler
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from core.units import format_duration
 
-console = Console()
+_FILE_WIDTH, _MAX_EARLIER_TEXTS = 160, 1000
+
+
+class CopyingConsole(Console):
+    """A console whose text can go to a log file too: plain, of a fixed width, without progress bars.
+
+    What is printed before the file is opened is kept for it.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._earlier: deque[str] = deque(maxlen=_MAX_EARLIER_TEXTS)
+        self._log_file: IO[str] | None = None
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*objects, **options)
+        if all(isinstance(thing, Control) for thing in objects) and objects:
+            return  # a progress bar moves
+        text = io.StringIO()
+        Console(file=text, width=_FILE_WIDTH, color_system=None, force_terminal=False).print(*objects, **options)
+        self.copy("".join(line.rstrip() + "\n" for line in text.getvalue().splitlines()))
+
+    def copy(self, text: str) -> None:
+        """Text for the file alone."""
+        if self._log_file is None:
+            self._earlier.append(text)
+        else:
+            self._log_file.write(text)
+            self._log_file.flush()
+
+    def copy_to(self, path: Path) -> None:
+        """Append to a file from now on, after a line with the date."""
+        self.end_copy()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._log_file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by end_copy
+        self.copy(f"--- {datetime.now():%Y-%m-%d %H:%M:%S}\n" + "".join(self._earlier))
+        self._earlier.clear()
+
+    def end_copy(self) -> None:
+        if self._log_file is not None:
+            self._log_file.close()
+            self._log_file = None
+
+
+console = CopyingConsole()
 if not (console.is_jupyter or sys.stdout.isatty()):
-    console.width = 160  # a file or a pipe; terminals and notebooks have a width of their own
+    console.width = _FILE_WIDTH  # a file or a pipe; terminals and notebooks have a width of their own
 log = logging.getLogger("rlt")
 
 # bitsandbytes logs one line per int8 matmul on a CPU; the others repeat what our own messages say.

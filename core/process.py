@@ -1,7 +1,14 @@
-"""What a process needs before torch is loaded. Nothing happens at import; entry points call `prepare_process`."""
+"""What a process needs before torch is loaded, and that it is the only one of its run.
+
+Nothing happens at import; entry points call `prepare_process` and `check_one_process`.
+"""
 
 import os
 import sys
+import time
+
+from core.errors import UserError
+from core.log import console
 
 # Idle threads sleep instead of spinning, so that torch and vLLM can share a CPU; torch's C++ code warns of nothing.
 _READ_WHEN_TORCH_IS_LOADED = {"OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -19,3 +26,26 @@ def prepare_process() -> bool:
         for name, value in _READ_WHEN_TORCH_IS_LOADED.items():
             os.environ.setdefault(name, value)
     return in_time
+
+
+_LET_THE_FIRST_SPEAK_S = 2.0
+"""A launcher stops all processes when one ends: the others wait until the first has said why."""
+
+
+def check_one_process() -> None:
+    """Only the first process says anything. A launcher of one process may go on.
+
+    Raises:
+        UserError: the launcher started several.
+    """
+    num_processes = os.environ.get("WORLD_SIZE", "1")
+    if num_processes in ("", "0", "1"):
+        return
+    if os.environ.get("RANK", "0") != "0":
+        console.quiet = True
+        time.sleep(_LET_THE_FIRST_SPEAK_S)
+    raise UserError(
+        f"a launcher (torchrun, accelerate launch) started {num_processes} processes: WORLD_SIZE is {num_processes}",
+        expected="one process, which drives teacher, student and generator on one GPU",
+        remedy="python train.py ..., without the launcher (or unset WORLD_SIZE)",
+    )

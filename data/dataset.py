@@ -12,9 +12,8 @@ from data.arithmetic import generate_rows
 from data.formats import PromptFormat, TagStyle, encode, encode_student_tail
 from data.layouts import QUESTION_COLUMNS, SOLUTION_COLUMNS, BadRowError, Row, RowParser, check_fields
 from data.sources import read_rows
-from schemas.data import DataConfig
+from schemas.data import ARITHMETIC, DataConfig
 
-ARITHMETIC = "arithmetic"
 NUM_ARITHMETIC_ROWS = 4096
 MAX_HELD_OUT_FRAC = 0.2
 _NUM_PROBLEMS_SHOWN = 10
@@ -163,12 +162,22 @@ def _fit(
 def _hold_out(rows: list[Row], num_wanted: int, seed: int) -> list[Row]:
     num_questions = len({row["question"] for row in rows})
     num_held_out = min(num_wanted, int(num_questions * MAX_HELD_OUT_FRAC))
-    if num_held_out < num_wanted:
+    if num_held_out == 0:
+        warn_that_nothing_is_evaluated(num_questions, "distinct question")
+    elif num_held_out < num_wanted:
         log.warning(
             "%d of %d questions are held out instead of num_eval_prompts=%d: at most a fifth is taken off training",
             *(num_held_out, num_questions, num_wanted),
         )
     return _draw(rows, num_held_out, seed)
+
+
+def warn_that_nothing_is_evaluated(num_found: int, noun: str) -> None:
+    """Said where a dataset is too small to hold anything out."""
+    log.warning(
+        "%d %s%s: at most a fifth is taken off training, so none is held out and nothing is evaluated",
+        *(num_found, noun, "s" * (num_found != 1)),
+    )
 
 
 def _draw(rows: list[Row], num_questions: int, seed: int) -> list[Row]:

@@ -9,10 +9,11 @@ from transformers import PreTrainedTokenizerBase
 from core.errors import UserError
 from core.log import log
 from data.arithmetic import generate_facts
-from data.dataset import ARITHMETIC, Row, report_bad_rows, split_rows
+from data.dataset import Row, report_bad_rows, split_rows, warn_that_nothing_is_evaluated
 from data.formats import PromptFormat, encode
 from data.layouts import check_columns, check_fields
 from data.sources import read_rows
+from schemas.data import ARITHMETIC
 from schemas.llada import MaskedDiffusionRunConfig
 
 
@@ -165,6 +166,8 @@ def _prepare_texts(
     else:
         num_held_out_texts = min(config.num_eval_prompts, len(texts) // 5)
         held_out_texts = texts[:num_held_out_texts]
+        if config.num_eval_prompts and not held_out_texts:
+            warn_that_nothing_is_evaluated(len(texts), "text")
     train = _pieces(config, tokenizer, texts[num_held_out_texts:])
     return train, _pieces(config, tokenizer, held_out_texts)[: config.num_eval_prompts]
 

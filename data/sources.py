@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from core.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # takes a second: imported where a dataset of its own kind is read
 
 _SPLIT_NAMES = ("train", "test", "validation", "valid", "dev", "eval")
 _DATASETS_OWN_FILES = ("dataset_info.json", "dataset_infos.json")
@@ -47,18 +48,32 @@ def read_rows(dataset_id_or_path: str, config_name: str | None, split: str) -> I
     Raises:
         UserError: there is no such dataset, or it cannot be read.
     """
+    check_dataset_path(dataset_id_or_path)
     path = Path(dataset_id_or_path).expanduser()
     if path.is_file():
         return _read_file(path)
     if path.is_dir():
         return _read_folder(path, split)
-    if _ending(path) in _READERS or path.is_absolute() or dataset_id_or_path.startswith((".", "~")):
+    return _read_hub(dataset_id_or_path, config_name, split)
+
+
+def check_dataset_path(dataset_id_or_path: str) -> None:
+    """
+    Raises:
+        UserError: the name is that of a local file or folder, and there is none, or a file of a kind that is not read.
+    """
+    path = Path(dataset_id_or_path).expanduser()
+    ending = _ending(path)
+    if path.is_file() and ending not in _READERS:
+        raise UserError(f"`{path}` has the ending `{ending}`", expected=_ENDINGS, remedy="convert the file")
+    if path.exists():
+        return
+    if ending in _READERS or path.is_absolute() or dataset_id_or_path.startswith((".", "~")):
         raise UserError(
             f"there is no dataset `{dataset_id_or_path}`",
             expected=f"a file ({_ENDINGS}), a folder, or the id of a hub dataset",
             remedy=f"check dataset_id_or_path (the current folder is {Path.cwd()})",
         )
-    return _read_hub(dataset_id_or_path, config_name, split)
 
 
 def _ending(path: Path) -> str:
@@ -77,8 +92,6 @@ _UNREADABLE = (
 
 def _read_file(path: Path) -> Iterator[RawRow]:
     ending = _ending(path)
-    if ending not in _READERS:
-        raise UserError(f"`{path}` has the ending `{ending}`", expected=_ENDINGS, remedy="convert the file")
     try:
         yield from _READERS[ending](path)
     except _UNREADABLE as error:
@@ -209,6 +222,8 @@ def _content(files: list[Path]) -> str:
 
 
 def _read_saved(path: Path, split: str) -> Iterator[RawRow]:
+    from datasets import DatasetDict, load_from_disk
+
     try:
         saved = load_from_disk(str(path))
     except (OSError, ValueError, pyarrow.ArrowInvalid) as error:
@@ -225,6 +240,9 @@ def _read_saved(path: Path, split: str) -> Iterator[RawRow]:
 
 
 def _read_hub(dataset_id: str, config_name: str | None, split: str) -> Iterator[RawRow]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
     try:
         dataset = load_dataset(dataset_id, config_name, split=split)
     except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError) as error:
@@ -236,7 +254,7 @@ def _read_hub(dataset_id: str, config_name: str | None, split: str) -> Iterator[
     yield from _dataset_rows(dataset)
 
 
-def _dataset_rows(dataset: Dataset) -> Iterator[RawRow]:
+def _dataset_rows(dataset: "Dataset") -> Iterator[RawRow]:
     """Straight from Arrow, so that columns of images or sound are not decoded."""
     return _arrow_rows(dataset.with_format("arrow").iter(_BATCH_ROWS))
 

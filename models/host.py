@@ -183,6 +183,10 @@ class ModelHost:
     def _unmapped(self) -> UnmappedMemory:
         return self._engine.unmapped_memory() if self._engine is not None else UnmappedMemory()
 
+    def peaks(self) -> dict[Phase, int]:
+        """Peak bytes of each phase up to the last mark, by the driver's count on a GPU; the device is not asked."""
+        return {phase: use.peak_driver_bytes or use.peak_reserved_bytes for phase, use in self.use.items()}
+
     def take_recent_peak(self) -> PhaseUse:
         """The peaks over all phases since the last call."""
         self._close_interval()

@@ -15,6 +15,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from core.errors import UserError
+from core.hub import check_model_path, is_hub_id
 from models.int8_checkpointing import release_int8_activations
 from models.tiny import build_tokenizer, ensure_tiny_model
 from optimization.fp8_optim import check_fp8_support, quantise_to_fp8
@@ -30,14 +31,8 @@ def resolve_model_path(name_or_path: str) -> str:
     """
     if name_or_path == EMBEDDED_MODEL:
         return str(ensure_tiny_model())
-    is_hub_id = name_or_path.count("/") <= 1 and not name_or_path.startswith((".", "/", "~"))
-    if not is_hub_id and not (Path(name_or_path).expanduser() / "config.json").is_file():
-        raise UserError(
-            f"model path {name_or_path!r} holds no model",
-            expected="a folder with config.json and safetensors weights, or a hub id such as Qwen/Qwen2.5-7B-Instruct",
-            remedy="check the path, or set model_name_or_path / student_model to a hub id",
-        )
-    return str(Path(name_or_path).expanduser()) if not is_hub_id else name_or_path
+    check_model_path(name_or_path)
+    return name_or_path if is_hub_id(name_or_path) else str(Path(name_or_path).expanduser())
 
 
 def load_tokenizer(name_or_path: str, args: ModelArgs) -> PreTrainedTokenizerBase:
@@ -173,8 +168,15 @@ def _unloadable(name_or_path: str, error: Exception) -> UserError:
             expected="a model of transformers or of this project, or your consent",
             remedy="read that code, then set model_args.trust_remote_code=true",
         )
+    given = f"{name_or_path!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
+    if not is_hub_id(name_or_path):
+        return UserError(
+            given,
+            expected="a whole folder as `save_pretrained` writes it: config.json, safetensors weights, tokenizer files",
+            remedy="copy or write the folder again",
+        )
     return UserError(
-        f"{name_or_path!r} cannot be loaded: {str(error).strip().splitlines()[0]}",
+        given,
         expected="a model folder, or a hub id that is cached or reachable from this machine",
         remedy="check the name and the network (HF_TOKEN for gated models), or download it first: hf download "
         + name_or_path,

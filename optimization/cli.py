@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -19,7 +18,7 @@ from rich.table import Table
 from core.errors import UserError
 from core.log import configure_logging, console
 from core.units import format_gb
-from schemas.compose import CONFIG_ROOT, compose_run_config, run_config_names
+from schemas.compose import CONFIG_ROOT, compose_run_config, run_config_name, run_config_names
 from schemas.run import AnyRunConfig, ConfigError, load_run_config
 
 DEFAULT_RUN = "teacher_rlt_tiny"
@@ -85,7 +84,7 @@ def run_and_words(options: argparse.Namespace) -> tuple[str, list[str], list[str
     from optimization.catalogue import run_for_model
 
     own = [word for word in options.words if _KEY_VALUE.match(word)]
-    names = [Path(word).name.removesuffix(".yaml") for word in options.words if not _KEY_VALUE.match(word)]
+    names = [run_config_name(word) for word in options.words if not _KEY_VALUE.match(word)]
     if len(names) > 1 or any(name not in run_config_names() for name in names):
         raise UserError(
             f"{' '.join(names)!r} as the run configuration",

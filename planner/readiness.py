@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 
 from core.errors import UserError
 from core.gpu_software import CUDA_OF_PACKAGES, compiler_obstacle, driver_obstacle
+from core.hub import hub_problem, model_is_cached
 from core.one_gpu import visible_gpus
 from core.units import format_gb
 from planner.components import num_lora_params, optimizer_bytes_per_param, weight_bytes
@@ -213,7 +214,7 @@ def check_host_ram(plan: MemoryPlan) -> Check:
     return Check(name="host RAM", status="ok", detail=f"{format_gb(free)} free, {format_gb(plan.host_bytes)} needed")
 
 
-def _model_names(config: AnyRunConfig) -> tuple[str | None, ...]:
+def model_names(config: AnyRunConfig) -> tuple[str | None, ...]:
     if isinstance(config, MaskedDiffusionRunConfig):
         return config.model_name_or_path, config.tokenizer_name_or_path
     return config.model_name_or_path, config.student_model
@@ -221,15 +222,13 @@ def _model_names(config: AnyRunConfig) -> tuple[str | None, ...]:
 
 def check_models(config: AnyRunConfig) -> Iterator[Check]:
     """Folders exist; hub ids are in the cache or can be reached."""
-    from huggingface_hub import try_to_load_from_cache
-
     hub: Check | None = None
-    for name in dict.fromkeys(filter(None, _model_names(config))):
+    for name in dict.fromkeys(filter(None, model_names(config))):
         if name == EMBEDDED_MODEL:
             yield Check(name="model", status="ok", detail="tiny: the embedded model, made locally on first use")
         elif Path(name).expanduser().is_dir():
             yield Check(name="model", status="ok", detail=f"{name}: a local folder")
-        elif isinstance(try_to_load_from_cache(name, "config.json"), str):
+        elif model_is_cached(name):
             yield Check(name="model", status="ok", detail=f"{name}: in the hub's cache")
         else:
             hub = hub or _hub_check()
@@ -240,18 +239,9 @@ def check_models(config: AnyRunConfig) -> Iterator[Check]:
 
 def _hub_check() -> Check:
     """Whether the hub answers at all; asked once."""
-    import httpx
-    from huggingface_hub import constants
-
     remedy = "connect, or copy the models here and set model_name_or_path and student_model to their folders"
-    if constants.HF_HUB_OFFLINE:
-        return Check(name="hub", status="warning", detail="HF_HUB_OFFLINE is set", remedy="unset it, or " + remedy)
-    try:
-        httpx.head(constants.ENDPOINT, timeout=_HUB_TIMEOUT_S)
-    except httpx.HTTPError as error:
-        return Check(
-            name="hub", status="warning", detail=f"the hub cannot be reached ({type(error).__name__})", remedy=remedy
-        )
+    if (problem := hub_problem(_HUB_TIMEOUT_S)) is not None:
+        return Check(name="hub", status="warning", detail=problem, remedy=remedy)
     return Check(name="hub", status="ok", detail="the hub answers and downloads it on first use")
 
 

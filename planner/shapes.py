@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from core.hub import is_hub_id
 from schemas.llada import PUBLISHED_SETTINGS
 from schemas.model import EMBEDDED_MODEL
 
@@ -133,12 +134,12 @@ def load_shape(name_or_path: str, *, allow_download: bool = False) -> ModelShape
     try:
         path = hf_hub_download(name_or_path, "config.json", local_files_only=not allow_download)
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        is_path = name_or_path.startswith((".", "/", "~"))
+        download = f"hf download {name_or_path}"
         where = "in the hub's cache on this machine or on the hub" if allow_download else "in the hub's cache here"
         raise UserError(
             f"model {name_or_path!r}: no such folder, not a built-in shape, no config.json {where}",
             expected="a local folder with config.json, a hub id that was downloaded, or a common model",
-            remedy="check the spelling" + ("" if is_path else f", or download it first: hf download {name_or_path}"),
+            remedy="check the spelling" + (f", or download it first: {download}" if is_hub_id(name_or_path) else ""),
         ) from error
     return shape_from_config(name_or_path, _read_config(Path(path)))
 

@@ -40,6 +40,11 @@ def run_config_names() -> list[str]:
     return sorted(path.stem for path in (CONFIG_ROOT / "run_cfg").glob("*.yaml"))
 
 
+def run_config_name(word: str) -> str:
+    """The name in NAME, NAME.yaml, NAME.yml or a path to either."""
+    return Path(word).name.removesuffix(".yaml").removesuffix(".yml")
+
+
 def config_groups() -> list[str]:
     return sorted(path.name for path in CONFIG_ROOT.iterdir() if path.is_dir() and path.name != "run_cfg")
 
@@ -76,7 +81,7 @@ def compose_run_config(name: str, overrides: Sequence[str] = ()) -> dict[str, An
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(CONFIG_ROOT), version_base="1.3"):
-            name = name.removesuffix(".yaml")
+            name = run_config_name(name)
             return to_values(compose(config_name=name, overrides=to_hydra_overrides([f"run_name={name}", *overrides])))
     finally:
         GlobalHydra.instance().hydra = callers
@@ -122,26 +127,39 @@ def composition_problem(error: Exception) -> str:
 
 def command_line(words: Sequence[str]) -> list[str]:
     """The words of a `train.py` call as Hydra wants them, with `run_name` set to the name of the configuration."""
-    names = [words[i + 1] for i, word in enumerate(words[:-1]) if word in ("--config-name", "-cn")]
-    names += [word.partition("=")[2] for word in words if word.startswith("--config-name=")]
-    name = names[-1].removesuffix(".yaml").rpartition("/")[2] if names else "train"
+    places = [i + 1 for i, word in enumerate(words[:-1]) if word in ("--config-name", "-cn")]
+    places += [i for i, word in enumerate(words) if word.startswith("--config-name=")]
+    name = run_config_name(words[places[-1]].rpartition("=")[2]) if places else "train"
+    words = [word.removesuffix(".yml") if i in places else word for i, word in enumerate(words)]
     words = [*words, *([] if _sets_run_name(words) else [f"run_name={name}"])]
     # Hydra's parser wants the overrides in one piece; people write them before and after the options.
     return to_hydra_overrides(sorted(words, key=_is_override))
 
 
 def with_sweep_folders(composed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs of a sweep, each with a folder of its own that is named after the settings in which they differ."""
-    if len(composed) == 1:
+    """The runs of a sweep, each with a folder of its own that is named after the settings in which they differ.
+
+    The folders lie in `output_dir.sweep`: beside what a single run has left in `output_dir`, never inside it.
+    """
+    if len({values["output_dir"] for values in composed}) == len(composed):
         return list(composed)
-    swept = sorted(key for key in composed[0] if any(values.get(key) != composed[0][key] for values in composed))
+    flat = [_flat(values) for values in composed]
+    swept = sorted(key for key in set().union(*flat) if any(values.get(key) != flat[0].get(key) for values in flat))
+    folders = [",".join(f"{key}={values.get(key)}".replace("/", "_") for key in swept) for values in flat]
+    if len(set(folders)) < len(folders):  # `seed=1,1`
+        folders = [f"{number},{folder}".rstrip(",") for number, folder in enumerate(folders, start=1)]
     return [
-        {
-            **values,
-            "output_dir": "/".join([values["output_dir"], ",".join(f"{key}={values.get(key)}" for key in swept)]),
-        }
-        for values in composed
+        {**values, "output_dir": f"{values['output_dir'].rstrip('/')}.sweep/{folder}"}
+        for values, folder in zip(composed, folders, strict=True)
     ]
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of sections under dotted names, such as `model_args.lora_r`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    return flat
 
 
 def _is_override(word: str) -> bool:

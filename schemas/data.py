@@ -7,6 +7,8 @@ from pydantic import Field
 
 from schemas.model import PositiveInt
 
+ARITHMETIC = "arithmetic"
+"""The dataset name that stands for the embedded task, generated on the spot."""
 ColumnField = Literal["question", "solution", "reasoning_trace", "messages", "text"]
 
 

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 import trl.trainer.grpo_trainer
+import yaml
 from hydra import compose, initialize_config_dir
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from core.errors import UserError
+from core.units import format_gb
+from planner.fit import card_gb
+from planner.plan import plan_run
 from schemas.compose import (
     CONFIG_ROOT,
     command_line,
@@ -30,6 +35,7 @@ from schemas.document import PAGE, page
 from schemas.ranges import RANGES
 from schemas.run import METHODS, ConfigError, load_run_config
 from schemas.trl_fields import argument_fields
+from test_config_85gb import check_plan, plan_config
 from trainers.grpo_args import build_grpo_args
 from trainers.loggers import prepare_loggers
 from trainers.masked_diffusion_run import build_training_args
@@ -74,6 +80,7 @@ def test_run_configs_are_the_same_from_either_root(name):
 PUBLISHED_TABLE = {
     "train": (96, 3, 24, 6144, 6144, 0.55, 3),
     "teacher_rlt_mono_85gb": (64, 2, 16, 6144, 6144, 0.55, 3),
+    "teacher_rlt_mono_85gb_trainer": (96, 3, 24, 6144, 6144, 0.55, 3),
     "teacher_rlt_mono_85gb_aggressive": (128, 4, 32, 8192, 8192, 0.55, 3),
     "teacher_rlt_mono_85gb_fallback": (64, 2, 16, 4096, 6144, 0.5, 3),
     "teacher_rlt_mono_basic": (32, 2, 8, 2048, 2048, 0.7, 3),
@@ -96,6 +103,25 @@ def test_values_are_those_of_the_documented_table(name):
     assert values == PUBLISHED_TABLE[name]
     assert config.model_args.load_in_8bit and config.model_args.device_map == "auto"
     assert (config.answer_log_prob_coeff, config.kl_penalty_reward_coeff) == ([1, 0.01], [3, 0.03])
+
+
+def test_the_trainer_run_takes_the_trainer_file_as_it_stands():
+    values = compose_run_config("teacher_rlt_mono_85gb_trainer")
+    file = yaml.safe_load((CONFIG_ROOT / "trainer_cfg/grpo_mono_85gb.yaml").read_text())
+    del file["defaults"]
+    assert len(file) == 9 and file.items() <= values.items()
+    default = compose_run_config(MONO)
+    differing = {key for key in values if values[key] != default[key]} - {"run_name", "output_dir"}
+    assert differing == {"train_batch_size", "per_device_train_batch_size", "num_generations"}
+    nameless = compose_run_config("train")
+    assert {key for key in values if values[key] != nameless[key]} == {"run_name", "output_dir"}
+
+
+def test_another_reward_file_changes_the_coefficients_alone():
+    default, other = load(MONO), load(MONO, "reward_cfg=teacher_logprob_kl")
+    assert (other.answer_log_prob_coeff, other.kl_penalty_reward_coeff) == ([5, 0.05], [5, 0.05])
+    coefficients = {"answer_log_prob_coeff": [1, 0.01], "kl_penalty_reward_coeff": [3, 0.03]}
+    assert dataclasses.replace(other, **coefficients) == default
 
 
 def test_grpo_settings_are_those_of_the_published_run():
@@ -326,6 +352,8 @@ def test_groups_are_mounted_at_the_root_and_settings_need_no_plus():
         (["--config-name=teacher_rlt_tiny"], "teacher_rlt_tiny"),
         (["--config-name", "teacher_rlt_tiny.yaml"], "teacher_rlt_tiny"),
         (["-cn", "run_cfg/teacher_rlt_tiny"], "teacher_rlt_tiny"),
+        (["-cn", "teacher_rlt_tiny.yml"], "teacher_rlt_tiny"),
+        (["--config-name=cfgs/run_cfg/teacher_rlt_tiny.yml"], "teacher_rlt_tiny"),
         (["run_name=mine", "--config-name=teacher_rlt_tiny"], "mine"),
     ],
 )
@@ -342,8 +370,22 @@ def test_options_and_settings_may_come_in_any_order():
 def test_the_runs_of_a_sweep_have_folders_named_after_what_differs():
     runs = [compose_run_config(MONO, [f"learning_rate={lr}", "max_steps=3"]) for lr in ("1e-5", "2e-5")]
     folders = [values["output_dir"] for values in with_sweep_folders(runs)]
-    assert folders == [f"results/{MONO}/learning_rate=1e-05", f"results/{MONO}/learning_rate=2e-05"]
+    assert folders == [f"results/{MONO}.sweep/learning_rate={lr}" for lr in ("1e-05", "2e-05")]
     assert with_sweep_folders(runs[:1]) == runs[:1]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "folders"),
+    [
+        ("model_args.lora_r=4", "model_args.lora_r=8", ["x.sweep/model_args.lora_r=4", "x.sweep/model_args.lora_r=8"]),
+        ("student_model=a/b", "student_model=a/c", ["x.sweep/student_model=a_b", "x.sweep/student_model=a_c"]),
+        ("seed=1", "seed=1", ["x.sweep/1", "x.sweep/2"]),
+        ("output_dir=a", "output_dir=b", ["a", "b"]),
+    ],
+)
+def test_no_run_of_a_sweep_lies_in_another_or_in_that_of_a_single_run(first, second, folders):
+    runs = [compose_run_config(MONO, ["output_dir=x", word]) for word in (first, second)]
+    assert [values["output_dir"] for values in with_sweep_folders(runs)] == folders
 
 
 def run_train(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -359,6 +401,7 @@ def run_train(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         ["--config-name=teacher_rlt_tiny"],
         ["--config-path=cfgs/run_cfg", "--config-name=teacher_rlt_mono_85gb"],
         ["--config-path", str(CONFIG_ROOT / "run_cfg"), "--config-name=teacher_rlt_mono_85gb.yaml"],
+        ["--config-name=teacher_rlt_mono_85gb.yml"],
     ],
 )
 def test_each_way_to_call_train_composes_from_another_folder(words, tmp_path):
@@ -377,12 +420,6 @@ def test_each_way_to_call_train_composes_from_another_folder(words, tmp_path):
         (["--config-name=teacher_rlt_tiny", "report_to=all"], "`report_to` names 'all'"),
         (["--config-name=teacher_rlt_tiny", "model_args.device_map=foo"], "`model_args.device_map` is 'foo'"),
         (["learning_rate=["], "cannot be composed"),
-        (["--config-name=teacher_rlt_tiny", "model_name_or_path=./nowhere"], "./nowhere"),
-        pytest.param(
-            ["--config-name=teacher_rlt_tiny", "dataset_id_or_path=./nothing.jsonl"],
-            "nothing.jsonl",
-            marks=pytest.mark.slow,
-        ),
     ],
 )
 def test_a_bad_call_ends_with_status_2_and_leaves_nothing(words, message, tmp_path):
@@ -400,7 +437,22 @@ def test_a_run_that_needs_a_gpu_says_what_it_plans_for(tmp_path):
         pytest.skip("this machine has a GPU")
     done = run_train(f"--config-name={MONO}", cwd=tmp_path)
     assert done.returncode == 2
-    assert "no CUDA device" in done.stdout and " GB (" in done.stdout and "./launch_mono.sh" in done.stdout
+    assert "no CUDA device" in done.stdout and "./launch_mono.sh" in done.stdout
+    figures = set(re.findall(r"\d+\.\d GB", done.stdout))
+    assert figures == {"48.0 GB", "85.0 GB"}, "the plan's peak on the card that the configuration is for, and that card"
+    assert format_gb(plan_run(load(), int(85e9)).max_bytes) in figures
+
+
+@pytest.mark.parametrize("name", [name for name in run_config_names() if "_mono_" in name])
+def test_a_refusal_the_verification_and_the_readme_name_the_same_peak(name, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError) as refused:
+        check_hardware_and_plan(load(name))
+    card = card_gb(name)
+    peak = f"{plan_run(load(name), int(card * 1e9)).max_bytes / 1e9:.1f}"
+    assert re.findall(r"(\d+\.\d) GB", str(refused.value)) == [peak, f"{card:.1f}"]
+    assert f"peaks at {peak} GB" in check_plan(plan_config(name, int(card * 1e9))).detail
+    assert f"| `{name}` | {card:.0f} GB: {peak} |" in (ROOT / "README.md").read_text()
 
 
 def test_the_page_of_settings_is_current():

@@ -18,6 +18,14 @@ from tests.test_masked_diffusion_trainer import SMALL_BATCH, counting_samples
 NO_SAVES = ("max_steps=4", "save_steps=1000", "eval_strategy=no")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def sigint_arrives():
+    """Also where the tests were started with it ignored, as `nohup make test &` does; children inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return write_random_model(tmp_path_factory.mktemp("model"))
@@ -105,6 +113,9 @@ def test_the_same_command_continues_as_if_it_had_not_been_interrupted(model, tmp
     assert not (stopped / "summary.json").exists() and not (stopped / "adapter_model.safetensors").exists()
 
     run_to_the_end(words[stopped])
+    said = (stopped / "logs" / "training.log").read_text()
+    assert said.count("\n--- ") == 1 and said.count("then saving") == 1  # the resumed run appends
+    assert said.index("the same command continues") < said.index("continuing ") < said.index("after 6 steps")
     expected, resumed = comparable(whole, 0), comparable(stopped, 0)
     assert [line["step"] for line in resumed] == [line["step"] for line in expected]
     for ours, theirs in zip(resumed, expected, strict=True):

@@ -39,6 +39,9 @@ def test_the_default_run_learns_and_generator_and_trainer_agree(tmp_path):
     assert_learned(summary)
     assert summary["logp_difference"] < 0.05
     assert "explanations: honest" in done.stdout and "change" in done.stdout
+    log_file = (tmp_path / "results/teacher_rlt_tiny/logs/training.log").read_text().splitlines()
+    assert log_file[1:] == [line.rstrip() for line in done.stdout.splitlines()]
+    assert sum(line.count("  RAM ") for line in log_file) == 60
     assert not (tmp_path / "results/teacher_rlt_tiny/generator_base").exists()
 
 

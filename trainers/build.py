@@ -22,10 +22,12 @@ from models.load import check_adapter, load_tokenizers, quiet_libraries, resolve
 from optimization import optimize_models, preallocate_planned, records_table
 from planner.plan import MemoryPlan
 from rollout.scoring import RolloutScorer, check_scoring
+from schemas.data import ARITHMETIC
 from schemas.run import RunConfig
 from trainers.callbacks import TEACHER_SHOWN, ConsoleProgress, MemoryWatch, MetricsFile
 from trainers.grpo_args import build_grpo_args
 from trainers.loggers import prepare_loggers
+from trainers.memory_line import MemoryLine
 from trainers.run_folder import RunFolder, open_run_folder
 from trainers.teacher_grpo import TeacherGRPOTrainer
 
@@ -115,11 +117,17 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
     )
     with host.phase(Phase.LOAD):
         generator = None if config.use_vllm_server else _start_generator(run, host)
-    progress = ConsoleProgress(TEACHER_SHOWN)
+    memory = MemoryLine(device=run.device, planned_bytes=run.plan.max_bytes, peaks=host.peaks)
+    progress = ConsoleProgress(TEACHER_SHOWN, memory)
     watch = MemoryWatch(host, limit_bytes=memory_of(run.device), max_warnings=config.max_growth_warnings)
     return TeacherGRPOTrainer(
         config=config,
-        args=build_grpo_args(config, use_cpu=run.device.type == "cpu", resuming=run.folder.checkpoint is not None),
+        args=build_grpo_args(
+            config,
+            use_cpu=run.device.type == "cpu",
+            resuming=run.folder.checkpoint is not None,
+            num_held_out=len(run.eval_dataset) if run.eval_dataset is not None else 0,
+        ),
         host=host,
         plan=run.plan,
         generator=generator,
@@ -161,4 +169,4 @@ def _make_canary(run: PreparedRun, host: ModelHost, generator: Generator) -> Can
 
 
 def _classifier(config: RunConfig) -> Callable[[str, str, str], str] | None:
-    return classify_explanation if config.dataset_id_or_path == "arithmetic" else None
+    return classify_explanation if config.dataset_id_or_path == ARITHMETIC else None

@@ -11,13 +11,25 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peft import PeftModel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.console import RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from core.log import can_animate, console, log
 from core.units import format_duration
 from models.host import REFERENCE_ADAPTER, PhaseUse
 from planner.watchdog import GrowthWatchdog
+from trainers.memory_line import MemoryLine
 from trainers.run_folder import last_checkpoint
 
 
@@ -97,12 +109,25 @@ TEACHER_SHOWN = (
 DIFFUSION_SHOWN = (("loss", "loss"), ("grad_norm", "gradient norm"))
 
 
-class ConsoleProgress(TrainerCallback):
-    """A bar for the run, one for the phase at work, and one line for each logged step, with the time that is left."""
+class _BarsAndMemory(Progress):
+    """Progress bars over a line on memory."""
 
-    def __init__(self, shown: Sequence[tuple[str, str]]) -> None:
-        self._shown = shown
-        self._progress = Progress(
+    def __init__(self, *columns: ProgressColumn, **options: Any) -> None:
+        self.memory = ""
+        super().__init__(*columns, **options)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.memory, style="dim")
+
+
+class ConsoleProgress(TrainerCallback):
+    """A bar for the run, one for the phase at work, the memory in use, and one line for each logged step, with the
+    time that is left."""
+
+    def __init__(self, shown: Sequence[tuple[str, str]], memory: MemoryLine) -> None:
+        self._shown, self._memory = shown, memory
+        self._progress = _BarsAndMemory(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
@@ -123,17 +148,20 @@ class ConsoleProgress(TrainerCallback):
             self._progress.remove_task(task)
         self._run = self._progress.add_task("steps", total=state.max_steps, completed=state.global_step, note="")
         self._phase = self._progress.add_task("", total=None, visible=False, note="")
+        self._show_memory()
         self._progress.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._run is not None:
             self._progress.update(self._run, completed=state.global_step, note=f"{self._time_left(state)} left")
+            self._show_memory()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
         if self._shown[0][0] in logs:
             shown = "  ".join(f"{label} {logs[key]:.2f}" for key, label in self._shown if logs.get(key) is not None)
+            shown += f"  {self._memory.short()}"
             log.info("step %d/%d  %s  %s left", state.global_step, state.max_steps, shown, self._time_left(state))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -145,6 +173,11 @@ class ConsoleProgress(TrainerCallback):
             self._progress.update(
                 self._phase, description=description, completed=done, total=total, visible=done < total
             )
+            self._show_memory()
+
+    def _show_memory(self) -> None:
+        """Asked here and not by the thread that draws: beside CUDA's work the device is asked by one thread alone."""
+        self._progress.memory = self._memory.live()
 
     def close(self) -> None:
         self._progress.stop()

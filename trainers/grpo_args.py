@@ -7,8 +7,12 @@ from trl import GRPOConfig
 from schemas.run import ConfigError, RunConfig
 
 
-def build_grpo_args(config: RunConfig, *, use_cpu: bool, resuming: bool = False) -> GRPOConfig:
+def build_grpo_args(
+    config: RunConfig, *, use_cpu: bool, resuming: bool = False, num_held_out: int | None = None
+) -> GRPOConfig:
     """TRL's arguments: what the configuration sets, and what follows from our own settings.
+
+    `num_held_out: None` is what the configuration asks for; a small dataset may have none to hold out.
 
     `sync_ref_model` is ours (TRL refuses it with an adapter), so TRL is told that it is off. One training step is one
     optimizer step over the whole batch: micro-batches are made inside it (trainers/teacher_grpo.py).
@@ -17,7 +21,8 @@ def build_grpo_args(config: RunConfig, *, use_cpu: bool, resuming: bool = False)
         ConfigError: TRL or transformers refuse a value.
     """
     values: dict[str, Any] = config.grpo.model_dump(exclude_unset=True)
-    has_eval = config.num_eval_prompts > 0 and values.get("eval_strategy", "no") != "no"
+    num_held_out = config.num_eval_prompts if num_held_out is None else num_held_out
+    has_eval = num_held_out > 0 and values.get("eval_strategy", "no") != "no"
     values |= {
         "use_cpu": use_cpu,
         "use_vllm": config.use_vllm_server,

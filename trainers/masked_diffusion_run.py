@@ -25,6 +25,7 @@ from schemas.run import ConfigError
 from trainers.callbacks import DIFFUSION_SHOWN, ConsoleProgress, MemoryWatch, MetricsFile
 from trainers.loggers import prepare_loggers
 from trainers.masked_diffusion import MaskedDiffusionTrainer
+from trainers.memory_line import MemoryLine
 from trainers.run_folder import RunFolder, open_run_folder
 from trainers.summary import DIFFUSION_REPORT, FinishedRun, summarise
 
@@ -73,8 +74,6 @@ def train_masked_diffusion(
             remedy="more data, or a smaller train_batch_size",
         )
     log.info("%d samples to train on in %d rows, %d held out", len(train_samples), len(rows), len(eval_samples))
-    if not eval_samples and config.num_eval_prompts:
-        log.warning("too few rows to hold one out: nothing is evaluated")
     folder = open_run_folder(values, config.args.output_dir, config.resume)
     peaks = PeakMeter(device)
     trainer = build_diffusion_trainer(config, plan, device, tokenizer, rows, eval_samples, folder, peaks)
@@ -184,7 +183,10 @@ def build_diffusion_trainer(
         resuming=folder.checkpoint is not None,
         num_held_out=len(eval_samples),
     )
-    progress = ConsoleProgress(DIFFUSION_SHOWN)
+    memory = MemoryLine(
+        device=device, planned_bytes=plan.max_bytes, peaks=lambda: {Phase.TRAIN: peaks.max_reserved_bytes}
+    )
+    progress = ConsoleProgress(DIFFUSION_SHOWN, memory)
     watch = MemoryWatch(peaks, limit_bytes=memory_of(device), max_warnings=config.max_growth_warnings)
     return MaskedDiffusionTrainer(
         config=config,

@@ -15,9 +15,10 @@ from core.units import format_gb
 from models.device import memory_of, pick_device
 from optimization.card import is_installed
 from optimization.cuda_optim import switch_cudnn_attention_off
-from planner.fit import resolve_auto
+from planner.fit import card_gb, resolve_auto
 from planner.plan import MemoryPlan, plan_run
 from schemas.run import AnyRunConfig, load_run_config
+from trainers.inputs import check_hub
 
 MAX_CPU_AUTO_BYTES = 4_000_000_000
 """`device_map: auto` falls back to the CPU only for runs that plan to stay below this: a 7B run there takes months."""
@@ -63,17 +64,20 @@ def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.dev
         switch_cudnn_attention_off()
     _require_attention_package(config.model_args.attn_implementation)
     _require_what_settings_need(config.arguments, device)
-    gpu_bytes = int(config.gpu_gb * 1e9) if config.gpu_gb is not None else memory_of(device)
+    if device.type == "cuda":
+        check_hub(config)
+    gpu_bytes = _card_bytes(config, device)
     plan = plan_run(config, gpu_bytes, allow_download=device.type == "cuda")
     planned = f"{config.run_name} plans for {format_gb(plan.max_bytes)} ({plan.binding_phase} phase)"
     if device.type == "cpu":
         if config.model_args.device_map != "cpu" and plan.max_bytes > MAX_CPU_AUTO_BYTES:
             raise UserError(
-                f"no CUDA device on this machine, and {planned} of GPU memory",
-                expected=f"an NVIDIA GPU with at least {format_gb(plan.max_bytes / 0.97)}",
+                f"no CUDA device on this machine, and {planned} on a card of {format_gb(gpu_bytes)}",
+                expected="an NVIDIA GPU that has as much free",
                 remedy="run ./launch_mono.sh (the embedded model, minutes on a CPU); "
                 "python test_config_85gb.py --all shows what each configuration needs",
             )
+        check_hub(config)
         return plan, device
     if not plan.fits(gpu_bytes) and not config.allow_oversubscription:
         raise UserError(
@@ -97,6 +101,16 @@ def _require_gpu_software(config: AnyRunConfig) -> None:
         obstacle = compiler_obstacle()
     if obstacle is not None:
         raise obstacle
+
+
+def _card_bytes(config: AnyRunConfig, device: torch.device) -> int:
+    """The card to plan for; where there is none, the one that the configuration is named after."""
+    if config.gpu_gb is not None:
+        return int(config.gpu_gb * 1e9)
+    if device.type == "cuda":
+        return memory_of(device)
+    card_bytes = int(card_gb(config.run_name) * 1e9)
+    return min(card_bytes, memory_of(device)) if config.model_args.device_map == "cpu" else card_bytes
 
 
 def _require_attention_package(implementation: str) -> None:

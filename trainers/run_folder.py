@@ -1,6 +1,7 @@
 """The folder of a run: what it holds, how an unfinished run in it is found again, and how a finished one is kept.
 
 config.yaml        the resolved configuration, defaults included
+logs/training.log  what the console says, appended to by a resumed run
 metrics.jsonl      one line for each logged step
 completions/       completions_STEP.parquet: those of each logged step, with their reward terms
 evaluations/       evaluation_STEP.parquet: the held-out ones of each evaluation, likewise
@@ -14,21 +15,21 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import pandas as pd
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
 
 from core.errors import UserError
-from core.log import log
-from models.trained import CONFIG_FILE
+from core.log import console, log
+from core.run_files import CONFIG_FILE
 
 METRICS_FILE, SUMMARY_FILE, STAGING_FOLDER = "metrics.jsonl", "summary.json", ".saving"
 COMPLETIONS_FOLDER, EVALUATIONS_FOLDER = "completions", "evaluations"
+LOG_FILE, LOCK_FILE = "logs/training.log", ".lock"
 _KEYS_THAT_MAY_DIFFER = {"resume", "gpu_gb", "allow_oversubscription"}
 
 
@@ -58,11 +59,29 @@ def open_run_folder(values: Mapping[str, Any], output_dir: str, resume: str) -> 
     try:
         return _open(values, _run_path(output_dir), resume)
     except OSError as error:
-        raise UserError(
-            f"`output_dir` {output_dir!r}: {error.strerror}",
-            expected="a folder that can be made and written",
-            remedy="output_dir=ANOTHER_FOLDER",
-        ) from error
+        raise _unwritable(output_dir, error) from error
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Whether a run could be written there, which is tried beside it; nothing is left.
+
+    Raises:
+        UserError: it cannot, or the folder holds something that is no run.
+    """
+    path = _run_path(output_dir).absolute()
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    try:
+        tempfile.TemporaryDirectory(prefix=".", dir=existing).cleanup()
+    except OSError as error:
+        raise _unwritable(output_dir, error) from error
+
+
+def _unwritable(output_dir: str, error: OSError) -> UserError:
+    return UserError(
+        f"`output_dir` {output_dir!r}: {error.strerror}",
+        expected="a folder that can be made and written",
+        remedy="output_dir=ANOTHER_FOLDER",
+    )
 
 
 def _run_path(output_dir: str) -> Path:
@@ -103,6 +122,7 @@ def _open(values: Mapping[str, Any], path: Path, resume: str) -> RunFolder:
 
 def _reopen(path: Path, values: Mapping[str, Any], checkpoint: Path | None) -> RunFolder:
     lock = _lock(path)
+    console.copy_to(path / LOG_FILE)
     shutil.rmtree(path / STAGING_FOLDER, ignore_errors=True)
     _write_whole(path / CONFIG_FILE, yaml.safe_dump(dict(values), sort_keys=True))
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
@@ -114,7 +134,7 @@ def _reopen(path: Path, values: Mapping[str, Any], checkpoint: Path | None) -> R
 
 
 def _lock(path: Path) -> IO[str]:
-    handle = open(path / ".lock", "w")  # noqa: SIM115 - held for the life of the run
+    handle = open(path / LOCK_FILE, "a")  # noqa: SIM115 - held for the life of the run
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -124,6 +144,9 @@ def _lock(path: Path) -> IO[str]:
             expected="one run for each output folder",
             remedy="wait for it, or set output_dir=ANOTHER_FOLDER",
         ) from None
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
     return handle
 
 
@@ -139,6 +162,8 @@ def _is_unfinished_run_of(path: Path, values: Mapping[str, Any]) -> bool:
 
 def last_checkpoint(path: Path) -> Path | None:
     """The last one after step 0; going on from that would be starting anew without the first evaluation."""
+    from transformers.trainer_utils import get_last_checkpoint
+
     last = get_last_checkpoint(str(path))
     return Path(last) if last is not None and Path(last).name != "checkpoint-0" else None
 
@@ -162,6 +187,8 @@ def _drop_tables_after(path: Path, step: int) -> None:
 
 def write_evaluation(path: Path, step: int, table: Mapping[str, list[Any]]) -> None:
     """Write `evaluations/evaluation_STEP.parquet` of the run in `path`, over an earlier one of the step."""
+    import pandas as pd  # with transformers below: seconds that a wrong output folder need not wait
+
     folder = path / EVALUATIONS_FOLDER
     folder.mkdir(exist_ok=True)
     partial = folder / f".evaluation_{step:05d}.partial"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from core.log import console
 from schemas.run import resolved_values
 from trainers.preflight import check_hardware_and_plan, load_for_this_machine
 
@@ -34,6 +35,7 @@ def train_runs(
             # TRL and vLLM take ten seconds more, and most mistakes are found without them.
             finished = _TRAIN[config.method]()(config, values, plan, device, on_results)
         yield finished
+        console.end_copy()
 
 
 def _teacher() -> "Callable[..., FinishedRun]":

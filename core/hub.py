@@ -1,0 +1,69 @@
+"""Models and datasets by name: local folders and hub ids, and whether the hub answers. Nothing is loaded."""
+
+import os
+import sys
+from pathlib import Path
+
+from core.errors import UserError
+
+_TIMEOUT_S = 10.0
+_MODEL_FILES = ("config.json", "tokenizer_config.json")  # one of them at least: a tokenizer may lie alone
+
+
+def is_hub_id(name_or_path: str) -> bool:
+    """`name` or `owner/name`, unless a file or folder of that name lies here."""
+    has_the_form = name_or_path.count("/") <= 1 and not name_or_path.startswith((".", "/", "~"))
+    return has_the_form and not Path(name_or_path).exists()
+
+
+def check_model_path(name_or_path: str) -> None:
+    """
+    Raises:
+        UserError: the name is that of a local folder, and it holds no model.
+    """
+    folder = Path(name_or_path).expanduser()
+    if not is_hub_id(name_or_path) and not any((folder / file).is_file() for file in _MODEL_FILES):
+        raise UserError(
+            f"model path {name_or_path!r} holds no model",
+            expected="a folder with config.json and safetensors weights, or a hub id such as Qwen/Qwen2.5-7B-Instruct",
+            remedy="check the path, or set model_name_or_path / student_model to a hub id",
+        )
+
+
+def hub_problem(timeout_s: float = _TIMEOUT_S) -> str | None:
+    """Why nothing can be fetched from the hub, after one request; None where it answers."""
+    import httpx
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        httpx.head(constants.ENDPOINT, timeout=timeout_s)
+    except httpx.HTTPError as error:
+        return f"the hub ({constants.ENDPOINT}) cannot be reached ({type(error).__name__})"
+    return None
+
+
+def model_is_cached(hub_id: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return any(isinstance(try_to_load_from_cache(hub_id, file), str) for file in _MODEL_FILES)
+
+
+def dataset_is_cached(hub_id: str) -> bool:
+    """Whether the hub's cache or the one of prepared datasets knows it."""
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub import constants
+
+    downloaded = Path(constants.HF_HUB_CACHE) / f"datasets--{hub_id.replace('/', '--')}"
+    return downloaded.is_dir() or (Path(HF_DATASETS_CACHE) / hub_id.replace("/", "___")).is_dir()
+
+
+def stay_offline() -> None:
+    """Let this process and its children take what is cached, without the client's retries (20 s for each file)."""
+    from huggingface_hub import constants
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True
+    if (config := sys.modules.get("datasets.config")) is not None:
+        config.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]

@@ -1,0 +1,62 @@
+"""The log file of a run holds what the console says, as plain text."""
+
+import io
+import re
+
+from rich.progress import Progress
+from rich.table import Table
+
+from core.log import CopyingConsole
+
+
+def console_on(stream: io.StringIO) -> CopyingConsole:
+    return CopyingConsole(file=stream, width=160, force_terminal=True, color_system="truecolor")
+
+
+def table() -> Table:
+    table = Table("phase", "GB", title="memory")
+    table.add_row("[bold red]train[/]", "37.7")
+    return table
+
+
+def without_escapes(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", text)
+
+
+def test_the_file_holds_the_consoles_lines_and_tables_without_colours(tmp_path):
+    shown = io.StringIO()
+    console = console_on(shown)
+    console.print("[bold]before the folder is there[/]")
+    console.copy_to(tmp_path / "logs/training.log")
+    console.print(table())
+    console.print("[x] as it is", markup=False)
+    head, _, text = (tmp_path / "logs/training.log").read_text().partition("\n")
+    assert re.fullmatch(r"--- \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", head)
+    assert text.splitlines() == [line.rstrip() for line in without_escapes(shown.getvalue()).splitlines()]
+    assert "\x1b" in shown.getvalue() and "│ train │ 37.7 │" in text
+
+
+def test_a_resumed_run_appends_and_a_second_run_has_a_file_of_its_own(tmp_path):
+    console = console_on(io.StringIO())
+    for line in ("first", "resumed"):
+        console.copy_to(tmp_path / "a.log")
+        console.print(line)
+    console.end_copy()
+    console.print("between")
+    console.copy_to(tmp_path / "b.log")
+    console.copy("a traceback\n")
+    lines = {name: (tmp_path / name).read_text().splitlines() for name in ("a.log", "b.log")}
+    assert [line for line in lines["a.log"] if not line.startswith("---")] == ["first", "resumed"]
+    assert lines["b.log"][1:] == ["between", "a traceback"]
+
+
+def test_a_progress_bar_leaves_nothing_in_the_file(tmp_path):
+    shown = io.StringIO()
+    console = console_on(shown)
+    console.copy_to(tmp_path / "log")
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("steps", total=2)
+        console.print("one line")
+        progress.update(task, completed=2, refresh=True)
+    assert "steps" in shown.getvalue()
+    assert (tmp_path / "log").read_text().split("\n")[1:] == ["one line", "", ""]

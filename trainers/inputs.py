@@ -1,0 +1,61 @@
+"""What a run is given by name: models, data, output folder. Looked at before torch is imported and the hub is asked."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from core.errors import UserError
+from core.hub import check_model_path, dataset_is_cached, hub_problem, is_hub_id, model_is_cached, stay_offline
+from core.log import log
+from data.sources import check_dataset_path
+from planner.fit import resolve_auto
+from planner.readiness import model_names
+from schemas.data import ARITHMETIC
+from schemas.model import EMBEDDED_MODEL
+from schemas.run import AnyRunConfig, load_run_config
+from trainers.run_folder import check_output_dir
+
+
+def check_inputs(values: Mapping[str, Any]) -> None:
+    """Composed values of a run: they validate, local models and data exist, and the output folder can be written.
+
+    Raises:
+        ConfigError, UserError: what is wrong; nothing was imported or loaded that takes a second.
+    """
+    config = load_run_config(resolve_auto(values, None))
+    for name in _models(config):
+        check_model_path(name)
+    for name in _datasets(config):
+        check_dataset_path(name)
+    check_output_dir(config.arguments.output_dir)
+
+
+def check_hub(config: AnyRunConfig) -> None:
+    """One request, where the run names something of the hub; without an answer the run works with what is cached.
+
+    Raises:
+        UserError: the hub cannot be reached, and something of it is not cached.
+    """
+    models = [name for name in _models(config) if is_hub_id(name)]
+    datasets = [name for name in _datasets(config) if is_hub_id(name)]
+    if not models + datasets or (problem := hub_problem()) is None:
+        return
+    missing = [name for name in models if not model_is_cached(name)]
+    missing += [name for name in datasets if not dataset_is_cached(name)]
+    if missing:
+        raise UserError(
+            f"{problem}, and this machine's cache does not hold {', '.join(missing)}",
+            expected="models and data that are here, or a hub that answers",
+            remedy="connect (HTTPS_PROXY for a proxy, HF_ENDPOINT for a mirror), or copy them here and name their "
+            "folders: model_name_or_path=FOLDER, student_model=FOLDER, dataset_id_or_path=FOLDER",
+        )
+    log.info("%s: %s taken from this machine's cache", problem, " and ".join(models + datasets))
+    stay_offline()
+
+
+def _models(config: AnyRunConfig) -> Iterator[str]:
+    return (name for name in dict.fromkeys(filter(None, model_names(config))) if name != EMBEDDED_MODEL)
+
+
+def _datasets(config: AnyRunConfig) -> Iterator[str]:
+    names = (config.dataset_id_or_path, config.eval_dataset_id_or_path)
+    return (name for name in dict.fromkeys(filter(None, names)) if name != ARITHMETIC)
