@@ -5,7 +5,7 @@
     python test_config_85gb.py --all --json plans.json           the plan of every run configuration
 
 Exit status: 0 ready, 1 not ready, 2 wrong call. Every memory figure is predicted (docs/memory.md), none is measured.
-pytest may collect this file: it then checks that every configuration composes and fits the card it is named after.
+pytest may collect this file: it then checks that every configuration composes and fits the card it is for.
 """
 
 import argparse
@@ -32,7 +32,6 @@ from core.log import console
 from core.units import gb
 from planner.fit import (
     Lever,
-    card_gb,
     largest_context,
     largest_micro_batch,
     largest_model,
@@ -41,7 +40,7 @@ from planner.fit import (
     override_word,
     why_not,
 )
-from planner.planned import Planned, plan_config
+from planner.planned import Planned, plan_config, plan_on_own_card
 from planner.readiness import (
     Check,
     check_compiler,
@@ -66,7 +65,7 @@ def check_configs(names: list[str]) -> Iterator[Check]:
     broken = 0
     for name in names:
         try:
-            plan_config(name, int(card_gb(name) * 1e9))
+            plan_on_own_card(name)
         except (HydraException, OmegaConfBaseException, ConfigError, UserError) as error:
             broken += 1
             yield Check(
@@ -121,7 +120,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config-name", default=DEFAULT_CONFIG, help="a run configuration (default: %(default)s)")
     parser.add_argument("--gpu-gb", type=float, help="plan for a card of this many decimal GB")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write checks and plans here")
-    parser.add_argument("--all", action="store_true", help="plan every run configuration on the card it is named after")
+    parser.add_argument("--all", action="store_true", help="plan every run configuration on the card it is for")
     arguments = parser.parse_args(words)
     arguments.config_name = run_config_name(arguments.config_name)
     if arguments.config_name not in run_config_names():
@@ -142,10 +141,11 @@ def main(words: list[str] | None = None) -> int:
     plans = []
     for name in (name for name in names if name not in broken):
         if arguments.gpu_gb is not None:
-            card = int(arguments.gpu_gb * 1e9)
+            planned = plan_config(name, int(arguments.gpu_gb * 1e9))
+        elif gpu is not None and not arguments.all:
+            planned = plan_config(name, gpu.total_bytes)
         else:
-            card = gpu.total_bytes if gpu is not None and not arguments.all else int(card_gb(name) * 1e9)
-        planned = plan_config(name, card)
+            planned = plan_on_own_card(name)
         found = levers(planned.values)
         plans.append(planned)
         checks.append(check_plan(planned))
@@ -171,8 +171,8 @@ def main(words: list[str] | None = None) -> int:
     return 0 if ready else 1
 
 
-def test_every_run_config_composes_and_fits_the_card_it_is_named_after() -> None:
-    plans = {name: plan_config(name, int(card_gb(name) * 1e9)).plan for name in run_config_names()}
+def test_every_run_config_composes_and_fits_the_card_it_is_for() -> None:
+    plans = {name: plan_on_own_card(name).plan for name in run_config_names()}
     assert not [f"{name}: {why_not(plan)}" for name, plan in plans.items() if not plan.fits()]
 
 

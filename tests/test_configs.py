@@ -19,7 +19,6 @@ from trl import GRPOConfig
 
 from core.errors import UserError
 from core.units import format_gb
-from planner.fit import card_gb
 from planner.plan import plan_run
 from schemas.compose import (
     CONFIG_ROOT,
@@ -74,6 +73,15 @@ def test_run_configs_are_the_same_from_either_root(name):
         with initialize_config_dir(config_dir=str(root), version_base="1.3"):
             composed.append(to_values(compose(config_name=name, overrides=[f"++run_name={name}"])))
     assert composed[0] == composed[1]
+
+
+@pytest.mark.parametrize("name", run_config_names())
+def test_a_run_configuration_says_which_card_it_is_for(name):
+    """Its own file or its parent's; the name, where it holds a number, agrees."""
+    values = compose_run_config(name)
+    assert "card_gb" in values
+    in_name = re.search(r"_(\d+)gb", name)
+    assert in_name is None or values["card_gb"] == int(in_name[1])
 
 
 # name: (train_batch_size, per_device, num_generations, prompt, completion, utilization, aggregation)
@@ -448,7 +456,7 @@ def test_a_refusal_the_verification_and_the_readme_name_the_same_peak(name, monk
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError) as refused:
         check_hardware_and_plan(load(name))
-    card = card_gb(name)
+    card = load(name).card_gb
     peak = f"{plan_run(load(name), int(card * 1e9)).max_bytes / 1e9:.1f}"
     assert re.findall(r"(\d+\.\d) GB", str(refused.value)) == [peak, f"{card:.1f}"]
     assert f"peaks at {peak} GB" in check_plan(plan_config(name, int(card * 1e9))).detail

@@ -36,7 +36,7 @@ def make_unfinished_run(path, *, steps=(2, 4), logged=6):
 
 def test_an_unfinished_run_continues_from_its_last_checkpoint_and_drops_later_metrics(tmp_path):
     make_unfinished_run(tmp_path / "run")
-    folder = open_run_folder({**VALUES, "gpu_gb": 80}, str(tmp_path / "run"), "auto")
+    folder = open_run_folder({**VALUES, "gpu_gb": 80, "card_gb": 85}, str(tmp_path / "run"), "auto")
     assert folder.checkpoint == tmp_path / "run" / "checkpoint-4"
     assert [json.loads(line)["step"] for line in folder.metrics_file.read_text().splitlines()] == [1, 2, 3, 4]
 

@@ -30,7 +30,7 @@ from core.run_files import CONFIG_FILE
 METRICS_FILE, SUMMARY_FILE, STAGING_FOLDER = "metrics.jsonl", "summary.json", ".saving"
 COMPLETIONS_FOLDER, EVALUATIONS_FOLDER = "completions", "evaluations"
 LOG_FILE, LOCK_FILE = "logs/training.log", ".lock"
-_KEYS_THAT_MAY_DIFFER = {"resume", "gpu_gb", "allow_oversubscription"}
+_KEYS_THAT_MAY_DIFFER = {"resume", "card_gb", "gpu_gb", "allow_oversubscription"}
 
 
 @dataclass(frozen=True)
