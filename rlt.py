@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from generation.teacher import Teacher
+    from runs.summary import FinishedRun
     from scoring.texts import TextScorer
-    from trainers.summary import FinishedRun
 
 __all__ = [
     "ConfigError",

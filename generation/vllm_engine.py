@@ -21,7 +21,6 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from core.errors import UserError
 from core.log import log, long_work
 from core.types import UnmappedMemory
 from core.units import format_gb
@@ -29,7 +28,6 @@ from generation.base import ProgressCallback, SamplingSettings, check_rows, prom
 from planner.constants import VLLM_BATCHED_TOKENS
 from rollout.types import Completion
 
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _SHARED_MEMORY = Path("/dev/shm")
 _MIN_BATCHED_TOKENS_ON_CPU = 4096
 
@@ -245,21 +243,6 @@ def _adapter_folder(parent: Path | None) -> "tempfile.TemporaryDirectory[str]":
         if not psutil.pid_exists(int(folder.name.split("-")[2])):
             shutil.rmtree(folder, ignore_errors=True)
     return tempfile.TemporaryDirectory(prefix=f"rlt-adapter-{os.getpid()}-", dir=parent)
-
-
-def lora_rank_slot(rank: int) -> int:
-    """The smallest adapter slot that vLLM offers for this rank.
-
-    Raises:
-        UserError: no slot is large enough.
-    """
-    if rank > _LORA_RANKS[-1]:
-        raise UserError(
-            f"model_args.lora_r={rank} with generator=vllm",
-            expected=f"a rank of at most {_LORA_RANKS[-1]}",
-            remedy=f"set model_args.lora_r={_LORA_RANKS[-1]} or less, or generator=transformers",
-        )
-    return next(slot for slot in _LORA_RANKS if slot >= rank)
 
 
 def _unmapped_memory(segments: Sequence[Mapping[str, Any]], allocations: Mapping[int, Any]) -> UnmappedMemory:

@@ -29,7 +29,8 @@ from benchmarks.gpu.random_model import (
 )
 from benchmarks.gpu.runner import Cell, Figures, Result, run_cell, run_cells
 from core.types import Phase
-from data.formats import TAG_STYLES, PromptFormat, encode
+from data.formats import PromptFormat, encode
+from data.tags import TAG_STYLES
 from models.host import PhaseUse
 from planner.activations import train_activation_bytes
 from planner.components import num_lora_params, weight_bytes

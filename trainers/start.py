@@ -8,7 +8,7 @@ from schemas.run import resolved_values
 from trainers.preflight import check_hardware_and_plan, load_for_this_machine
 
 if TYPE_CHECKING:
-    from trainers.summary import FinishedRun
+    from runs.summary import FinishedRun
 
 
 def train_runs(
