@@ -75,7 +75,7 @@ def train(run: str = "teacher_rlt_tiny", **settings: Any) -> "FinishedRun":
         NonFiniteError: a log-prob, reward or loss was not finite.
         KeyboardInterrupt: Ctrl-C, or a notebook's stop button: the step at work was finished and saved.
     """
-    from trainers.inputs import check_inputs
+    from preflight.inputs import check_inputs
 
     values = _compose(run, settings)
     check_inputs(values)

@@ -6,12 +6,12 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from core.gpu import find_gpu
 from core.shown import Shown
 from core.units import format_gb
 from planner.fit import own_card_bytes, resolve_auto, why_not
 from planner.masked_diffusion import MaskedDiffusionSettings
 from planner.plan import MemoryPlan, plan_run
-from planner.readiness import find_gpu
 from planner.report import plan_table, summary_lines
 from schemas.compose import compose_run_config
 from schemas.run import AnyRunConfig, load_run_config

@@ -13,13 +13,12 @@ from core.units import gb
 from planner.fit import resolve_auto
 from planner.masked_diffusion import MaskedDiffusionSettings
 from planner.plan import MemoryPlan, plan_run
-from planner.readiness import REPOSITORY
-from schemas.compose import compose_run_config, run_config_names
+from schemas.compose import CONFIG_ROOT, compose_run_config, run_config_names
 from schemas.run import AnyRunConfig, load_run_config
 
 # Cards as people call them -> decimal GB that their drivers report.
 CARDS_GB = {"80/85": 85.0, "96": 102.0, "141": 150.0}
-MEASUREMENTS = REPOSITORY / "docs" / "measurements.json"
+MEASUREMENTS = CONFIG_ROOT.parent / "docs" / "measurements.json"
 """Figures of cards, written by `python -m benchmarks.gpu`."""
 START, END = "<!-- table:configs -->", "<!-- /table:configs -->"
 _PRECISIONS = {"int8": "8-bit", "nf4": "4-bit", "bf16": "bf16", "fp32": "fp32"}
@@ -101,7 +100,7 @@ def with_table(readme: str, measurements: Path = MEASUREMENTS) -> str:
     return f"{before}{START}\n{table(measurements)}\n{END}{after}"
 
 
-def main(words: list[str] | None = None, readme: Path = REPOSITORY / "README.md") -> int:
+def main(words: list[str] | None = None, readme: Path = CONFIG_ROOT.parent / "README.md") -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 where the table is out of date")
     arguments = parser.parse_args(words)

@@ -20,6 +20,10 @@ from trl import GRPOConfig
 from core.errors import UserError
 from core.units import format_gb
 from planner.plan import plan_run
+from planner.planned import plan_config
+from preflight.hardware import check_hardware_and_plan
+from preflight.loggers import prepare_loggers
+from preflight.verification import check_plan
 from schemas.compose import (
     CONFIG_ROOT,
     command_line,
@@ -34,11 +38,8 @@ from schemas.document import PAGE, page
 from schemas.ranges import RANGES
 from schemas.run import METHODS, ConfigError, load_run_config
 from schemas.trl_fields import argument_fields
-from test_config_85gb import check_plan, plan_config
 from trainers.grpo_args import build_grpo_args
-from trainers.loggers import prepare_loggers
 from trainers.masked_diffusion_run import build_training_args
-from trainers.preflight import check_hardware_and_plan
 
 ROOT = CONFIG_ROOT.parent
 MONO = "teacher_rlt_mono_85gb"
@@ -314,7 +315,7 @@ def test_names_that_a_setting_may_have_are_those_that_trl_compares_it_with(name)
     ("version", "package"), [("flash_attention_2", "flash_attn"), ("flash_attention_3", "flash_attn_interface")]
 )
 def test_an_attention_kernel_that_is_not_installed_is_named_with_its_package(version, package, monkeypatch):
-    monkeypatch.setattr("trainers.preflight.is_installed", lambda name: name != package)
+    monkeypatch.setattr("preflight.hardware.is_installed", lambda name: name != package)
     config = load("teacher_rlt_tiny", f"model_args.attn_implementation={version}")
     with pytest.raises(UserError, match=f"(?s)attn_implementation` is {version}.*the Python package {package} .*=sdpa"):
         check_hardware_and_plan(config)

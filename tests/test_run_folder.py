@@ -11,6 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from core.errors import UserError
 from planner.fit import resolve_auto
+from preflight.hardware import check_hardware_and_plan
 from runs.metrics import METRICS_FILE
 from runs.run_folder import (
     SUMMARY_FILE,
@@ -24,7 +25,6 @@ from runs.summary import memory_table, summarise, summary_table
 from schemas.compose import CONFIG_ROOT, compose_run_config
 from schemas.run import load_run_config, resolved_values
 from trainers.build import check_before_loading
-from trainers.preflight import check_hardware_and_plan
 
 VALUES = {"learning_rate": 1e-3, "resume": "auto"}
 

@@ -21,13 +21,13 @@ from models.host import ModelHost
 from models.load import check_adapter, load_tokenizers, quiet_libraries, resolve_model_path
 from optimization import optimize_models, preallocate_planned, records_table
 from planner.plan import MemoryPlan
+from preflight.loggers import prepare_loggers
 from rollout.scoring import RolloutScorer, check_scoring
 from runs.run_folder import RunFolder, open_run_folder
 from schemas.data import ARITHMETIC
 from schemas.run import RunConfig
 from trainers.callbacks import TEACHER_SHOWN, ConsoleProgress, MemoryWatch, MetricsFile
 from trainers.grpo_args import build_grpo_args
-from trainers.loggers import prepare_loggers
 from trainers.memory_line import MemoryLine
 from trainers.teacher_grpo import TeacherGRPOTrainer
 

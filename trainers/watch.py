@@ -18,10 +18,10 @@ from rich.live import Live
 from rich.text import Text
 
 from core.errors import UserError
+from core.gpu import find_gpu
 from core.log import console
 from core.types import Phase
 from core.units import gb
-from planner.readiness import find_gpu
 from runs.metrics import METRICS_FILE
 from runs.run_folder import CONFIG_FILE, LOCK_FILE, SUMMARY_FILE
 

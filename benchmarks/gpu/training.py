@@ -44,10 +44,10 @@ from models.host import ModelHost
 from optimization import optimized
 from planner.fit import own_card_bytes
 from planner.plan import MemoryPlan, plan_run
+from preflight.hardware import check_hardware_and_plan, load_for_this_machine
 from rollout.scoring import RolloutScorer
 from schemas.compose import compose_run_config
 from schemas.run import RunConfig, load_run_config, resolved_values
-from trainers.preflight import check_hardware_and_plan, load_for_this_machine
 from trainers.teacher_grpo import TeacherGRPOTrainer
 
 # No evaluation, no checkpoints. The rate is high so that the canary can tell whether a swapped adapter arrived.

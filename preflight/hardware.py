@@ -17,8 +17,8 @@ from optimization.card import is_installed
 from optimization.cuda_optim import switch_cudnn_attention_off
 from planner.fit import resolve_auto
 from planner.plan import MemoryPlan, plan_run
+from preflight.inputs import check_hub
 from schemas.run import AnyRunConfig, load_run_config
-from trainers.inputs import check_hub
 
 MAX_CPU_AUTO_BYTES = 4_000_000_000
 """`device_map: auto` falls back to the CPU only for runs that plan to stay below this: a 7B run there takes months."""
