@@ -5,7 +5,7 @@ Adding one is one entry in `TAG_STYLES` or `PROMPT_STYLES` (and its name in `sch
 
 from dataclasses import dataclass
 
-from data.arithmetic import STUDENT_SYSTEM_SHORT, TEACHER_SYSTEM_SHORT
+from data.embedded.task import STUDENT_SYSTEM_SHORT, TEACHER_SYSTEM_SHORT
 
 
 @dataclass(frozen=True, slots=True)

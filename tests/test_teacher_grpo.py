@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from core.types import Phase, Role
-from data.arithmetic import classify_explanation, solve
+from data.embedded.task import classify_explanation, solve
 from models.host import REFERENCE_ADAPTER
 from rewards.format import is_well_formed
 from rollout.tables import format_rate

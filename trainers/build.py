@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from core.errors import UserError
 from core.log import console
 from core.types import Phase
-from data.arithmetic import classify_explanation
 from data.dataset import prepare_datasets
+from data.embedded.task import classify_explanation
 from data.formats import PromptFormat
 from generation import Canary, Generator, Precision, SamplingSettings, check_generator, make_generator
 from models.device import memory_of

@@ -13,7 +13,8 @@ from core.log import console, log
 from core.types import Phase
 from core.units import gb
 from data.formats import PromptFormat
-from data.masked_diffusion import Sample, pack, prepare_samples
+from data.masked_diffusion import pack, prepare_samples
+from data.samples import Sample
 from models.device import memory_of
 from models.host import PhaseUse
 from models.llada import MASK_TOKEN, LladaModel, new_llada

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from data.masked_diffusion import Sample
+from data.samples import Sample
 from models.llada import LladaConfig, LladaModel
 from models.masked_diffusion import DiffusionBatch
 from planner.plan import plan_run
