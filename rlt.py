@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from generation.teacher import Teacher
+    from runs.summary import FinishedRun
     from scoring.texts import TextScorer
-    from trainers.summary import FinishedRun
 
 __all__ = [
     "ConfigError",
@@ -75,7 +75,7 @@ def train(run: str = "teacher_rlt_tiny", **settings: Any) -> "FinishedRun":
         NonFiniteError: a log-prob, reward or loss was not finite.
         KeyboardInterrupt: Ctrl-C, or a notebook's stop button: the step at work was finished and saved.
     """
-    from trainers.inputs import check_inputs
+    from preflight.inputs import check_inputs
 
     values = _compose(run, settings)
     check_inputs(values)
@@ -90,8 +90,8 @@ def train(run: str = "teacher_rlt_tiny", **settings: Any) -> "FinishedRun":
 def plan(run: str = "teacher_rlt_tiny", **settings: Any) -> Planned:
     """The memory plan of a run: GB per phase on a card, as a table; `.plan` holds the numbers, `.fits` the verdict.
 
-    Planned for `gpu_gb`, for the GPU of this machine, or for the card that the run is named after. Takes a second and
-    loads nothing.
+    Planned for `gpu_gb`, for the GPU of this machine, or for `card_gb`, the card that the run is for. Takes a second
+    and loads nothing.
 
     Raises:
         ConfigError, UserError: the settings are not valid, or a model's shape is not known here.

@@ -31,6 +31,7 @@ from core.errors import NonFiniteError, UserError
 from core.log import configure_logging, console, log
 from core.one_gpu import show_one_gpu
 from core.process import check_one_process, prepare_process
+from preflight.inputs import check_inputs
 from schemas.compose import (
     JOB_OF_A_SWEEP,
     command_line,
@@ -40,7 +41,6 @@ from schemas.compose import (
     with_sweep_folders,
 )
 from schemas.run import ConfigError
-from trainers.inputs import check_inputs
 
 
 @hydra.main(config_path="cfgs", config_name="train", version_base="1.3")

@@ -34,7 +34,7 @@ def show_one_gpu(runs: Sequence[Mapping[str, Any]]) -> None:
     """Leave in CUDA_VISIBLE_DEVICES the GPU that composed (not yet validated) configurations name; `auto`: the first.
 
     `cuda:N` counts the entries of CUDA_VISIBLE_DEVICES or, without it, as nvidia-smi does. Nothing is done where torch
-    is loaded already (it is too late then, and `trainers.preflight` refuses several GPUs), for runs on the CPU, and
+    is loaded already (it is too late then, and `preflight.hardware` refuses several GPUs), for runs on the CPU, and
     under a launcher that gives each of its processes a GPU.
 
     Raises:

@@ -8,10 +8,11 @@ from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
 from core.log import log
-from data.arithmetic import generate_rows
-from data.formats import PromptFormat, TagStyle, encode, encode_student_tail
+from data.embedded.task import generate_rows
+from data.formats import PromptFormat, encode, encode_student_tail
 from data.layouts import QUESTION_COLUMNS, SOLUTION_COLUMNS, BadRowError, Row, RowParser, check_fields
 from data.sources import read_rows
+from data.tags import TagStyle
 from schemas.data import ARITHMETIC, DataConfig
 
 NUM_ARITHMETIC_ROWS = 4096

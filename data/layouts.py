@@ -11,8 +11,8 @@ from math import isnan
 from typing import Any
 
 from core.errors import UserError
-from data.formats import TAG_STYLES, TagPair, TagStyle
 from data.sources import RawRow
+from data.tags import TAG_STYLES, TagPair, TagStyle
 from schemas.data import ColumnField
 
 QUESTION_COLUMNS = ("question", "prompt", "problem")

@@ -2,34 +2,19 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
 from core.log import log
-from data.arithmetic import generate_facts
 from data.dataset import Row, report_bad_rows, split_rows, warn_that_nothing_is_evaluated
+from data.embedded.curriculum import arithmetic_curriculum
 from data.formats import PromptFormat, encode
 from data.layouts import check_columns, check_fields
+from data.samples import Sample, response_sample
 from data.sources import read_rows
 from schemas.data import ARITHMETIC
 from schemas.llada import MaskedDiffusionRunConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Tokens of one sample; those between the first `prompt_len` and the last `num_after` may be masked."""
-
-    token_ids: list[int]
-    prompt_len: int
-    solution: str = ""
-    num_after: int = 0
-    """Tokens behind the learned ones that are given as they are."""
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        return self.token_ids[: self.prompt_len]
 
 
 def prepare_samples(
@@ -66,80 +51,6 @@ def prepare_samples(
     if config.dataset_id_or_path == ARITHMETIC:
         return arithmetic_curriculum(config, tokenizer, prompt_format, train_rows, seed), held_out
     return [response_sample(config, tokenizer, prompt_format, row) for row in train_rows], held_out
-
-
-# Draws of a stage, each about one optimizer step; facts, single steps and continuations in a draw.
-_CURRICULUM = ((200, 480, 0, 0), (250, 40, 60, 0), (1300, 32, 16, 32))
-
-
-def arithmetic_curriculum(
-    config: MaskedDiffusionRunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_format: PromptFormat,
-    rows: list[Row],
-    seed: int,
-) -> list[Sample]:
-    """The embedded task in the order in which a new model can learn it; use it with packing, in sequence.
-
-    First sums of two digits as plain text, then one result of a worked sum in the student's chat with masks behind it,
-    as sampling meets it, then everything that is left of the sum, from any step on. Left to itself the third kind
-    teaches copying and never adding: each digit occurs twice, so that most masked ones can be read off their copy.
-    """
-    rng = random.Random(seed)
-    facts = [_filled(config, tokenizer, encode(tokenizer, p), encode(tokenizer, r)) for p, r in generate_facts()]
-
-    def single_step() -> Sample:
-        row = rng.choice(rows)
-        trace = row["reasoning_trace"]
-        cut = rng.choice([i for i, character in enumerate(trace) if character == "="]) + 1
-        head = prompt_format.student_head_text(tokenizer, row["question"])
-        given, result = encode(tokenizer, head + trace[:cut]), encode(tokenizer, trace[cut])
-        tail = prompt_format.student_tail(tokenizer, row["question"], row["solution"])
-        num_after = len(encode(tokenizer, trace[cut + 1 :] + tail.text))
-        masks = [tokenizer.mask_token_id] * num_after  # as sampling from the left meets it
-        return Sample(given + result + masks, len(given), num_after=num_after)
-
-    def continuation() -> Sample:
-        row = rng.choice(rows)
-        ends = [i + 1 for i, character in enumerate(row["reasoning_trace"]) if character == ";"]
-        return response_sample(config, tokenizer, prompt_format, row, num_given=rng.choice([0] * len(ends) + ends))
-
-    samples = []
-    for num_draws, num_facts, num_steps, num_continuations in _CURRICULUM:
-        for _ in range(num_draws):
-            drawn = rng.choices(facts, k=num_facts)
-            drawn += [single_step() for _ in range(num_steps)]
-            drawn += [continuation() for _ in range(num_continuations)]
-            rng.shuffle(drawn)
-            samples += drawn
-    return samples
-
-
-def response_sample(
-    config: MaskedDiffusionRunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_format: PromptFormat,
-    row: Row,
-    num_given: int = 0,
-) -> Sample:
-    """A question's chat and what the student should write; the first `num_given` characters of its trace are given."""
-    tail = prompt_format.student_tail(tokenizer, row["question"], row["solution"])
-    trace = row.get("reasoning_trace") or ""
-    head = prompt_format.student_head_text(tokenizer, row["question"])
-    response_ids = encode(tokenizer, trace[num_given:] + tail.text)
-    return _filled(config, tokenizer, encode(tokenizer, head + trace[:num_given]), response_ids, row["solution"])
-
-
-def _filled(
-    config: MaskedDiffusionRunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: list[int],
-    response_ids: list[int],
-    solution: str = "",
-) -> Sample:
-    num_filler = -len(response_ids) % config.response_multiple
-    response_ids = response_ids + [tokenizer.eos_token_id] * num_filler
-    return Sample(prompt_ids + response_ids, len(prompt_ids), solution)
 
 
 def _fits(config: MaskedDiffusionRunConfig, sample: Sample) -> bool:

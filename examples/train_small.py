@@ -24,9 +24,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from core.log import configure_logging, console
 from core.units import format_gb
-from data.arithmetic import generate_rows
+from data.embedded.task import generate_rows
+from data.embedded.tokenizer import build_tokenizer
 from data.formats import encode
-from models.tiny import build_tokenizer
 from optimization import Efficient
 from optimization.optimizers import OPTIMIZERS
 from optimization.small_models import BUILDERS, Size, model_config

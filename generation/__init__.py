@@ -14,9 +14,10 @@ from core.units import BYTES_PER_GB, format_gb
 from generation.base import Generator, SamplingSettings
 from generation.canary import Canary
 from generation.transformers_engine import TransformersGenerator
-from generation.vllm_engine import VLLMEngineConfig, VLLMGenerator, lora_rank_slot
+from generation.vllm_engine import VLLMEngineConfig, VLLMGenerator
 from models.export import export_for_vllm, nf4_group_size
 from optimization.fp8_optim import check_fp8_support
+from planner.constants import lora_rank_slot
 from schemas.generation import GenerationConfig
 
 __all__ = [

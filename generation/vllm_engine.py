@@ -21,7 +21,6 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from core.errors import UserError
 from core.log import log, long_work
 from core.types import UnmappedMemory
 from core.units import format_gb
@@ -29,7 +28,6 @@ from generation.base import ProgressCallback, SamplingSettings, check_rows, prom
 from planner.constants import VLLM_BATCHED_TOKENS
 from rollout.types import Completion
 
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _SHARED_MEMORY = Path("/dev/shm")
 _MIN_BATCHED_TOKENS_ON_CPU = 4096
 
@@ -247,21 +245,6 @@ def _adapter_folder(parent: Path | None) -> "tempfile.TemporaryDirectory[str]":
     return tempfile.TemporaryDirectory(prefix=f"rlt-adapter-{os.getpid()}-", dir=parent)
 
 
-def lora_rank_slot(rank: int) -> int:
-    """The smallest adapter slot that vLLM offers for this rank.
-
-    Raises:
-        UserError: no slot is large enough.
-    """
-    if rank > _LORA_RANKS[-1]:
-        raise UserError(
-            f"model_args.lora_r={rank} with generator=vllm",
-            expected=f"a rank of at most {_LORA_RANKS[-1]}",
-            remedy=f"set model_args.lora_r={_LORA_RANKS[-1]} or less, or generator=transformers",
-        )
-    return next(slot for slot in _LORA_RANKS if slot >= rank)
-
-
 def _unmapped_memory(segments: Sequence[Mapping[str, Any]], allocations: Mapping[int, Any]) -> UnmappedMemory:
     """What torch counts in vLLM's memory pools and what is not on the card.
 
@@ -345,7 +328,7 @@ def _process_state_preserved() -> Iterator[None]:
 
     It seeds Python's, numpy's and torch's global generators and sets the precision of float32 products to "highest"
     (no TF32); its CPU build also replaces `torch.set_num_threads` and sets LD_PRELOAD, which every later child process
-    would inherit. That its CUDA build switches cuDNN's attention off stays so (`trainers.preflight` does it as well).
+    would inherit. That its CUDA build switches cuDNN's attention off stays so (`preflight.hardware` does it as well).
     """
     matmul_precision = torch.get_float32_matmul_precision()
     python_state, numpy_state = random.getstate(), np.random.get_state()

@@ -22,7 +22,8 @@ from transformers import GenerationConfig
 from core.errors import UserError
 from core.log import configure_logging, console, log
 from core.units import format_gb
-from data.formats import TEACHER_PROMPT_FILE, PromptFormat
+from data.formats import PromptFormat
+from data.tags import TEACHER_PROMPT_FILE
 from models.device import pick_device
 from models.export import exported_tensors, quantised_or_plain_weight, write_checkpoint
 from models.load import add_adapter, load_base, load_tokenizer, quiet_libraries

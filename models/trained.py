@@ -13,9 +13,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from core.errors import UserError
 from core.log import log
-from core.run_files import CONFIG_FILE
 from models.device import memory_of
 from planner.fit import resolve_auto
+from runs.run_folder import CONFIG_FILE
 from schemas.compose import compose_run_config, run_config_names
 from schemas.run import RunConfig, load_run_config
 

@@ -15,7 +15,7 @@ from core.units import format_gb
 from optimization.card import NO_CARD, Card, find_card, is_installed
 from optimization.catalogue import TEACHER_RUN, run_for_model
 from optimization.record import AppliedOptimization, Change, announce, nothing
-from planner.fit import card_gb, largest_micro_batch
+from planner.fit import largest_micro_batch
 from planner.masked_diffusion import MaskedDiffusionSettings
 from planner.plan import plan_run
 from schemas.compose import compose_run_config
@@ -93,8 +93,7 @@ def planned_card(config: AnyRunConfig, card: Card | None) -> tuple[int, str]:
         return int(config.gpu_gb * 1e9), f"the card of gpu_gb={config.gpu_gb:g}"
     if card is not None:
         return card.total_bytes, str(card)
-    size_gb = card_gb(config.run_name)
-    return int(size_gb * 1e9), f"a card of {size_gb:g} GB, which {config.run_name} is for ({NO_CARD})"
+    return int(config.card_gb * 1e9), f"a card of {config.card_gb:g} GB, which {config.run_name} is for ({NO_CARD})"
 
 
 def get_optimal_batch_size_for_gpu(

@@ -6,6 +6,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from core.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
@@ -86,3 +88,21 @@ ALL_CONSTANTS = {name.lower(): value for name, value in list(globals().items()) 
 def usable_bytes(gpu_bytes: int) -> int:
     """What a run may plan for: 97 % of what the driver reports."""
     return int(gpu_bytes * USABLE_FRAC.value)
+
+
+VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def lora_rank_slot(rank: int) -> int:
+    """The smallest adapter slot that vLLM offers for this rank.
+
+    Raises:
+        UserError: no slot is large enough.
+    """
+    if rank > VLLM_LORA_RANKS[-1]:
+        raise UserError(
+            f"model_args.lora_r={rank} with generator=vllm",
+            expected=f"a rank of at most {VLLM_LORA_RANKS[-1]}",
+            remedy=f"set model_args.lora_r={VLLM_LORA_RANKS[-1]} or less, or generator=transformers",
+        )
+    return next(slot for slot in VLLM_LORA_RANKS if slot >= rank)

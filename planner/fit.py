@@ -5,7 +5,6 @@ Configurations here are composed values (plain containers, flat keys), so that w
 
 import functools
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,8 +19,6 @@ from planner.shapes import known_shapes
 from schemas.run import ConfigError, load_run_config
 
 AUTO = "auto"
-# Cards of run configurations whose name does not say one, by the start of the name.
-_OTHER_CARDS_GB = {"teacher_rlt_mono_basic": 40.0, "teacher_rlt_tiny": 8.0, "llada_tiny": 8.0, "": 85.0}
 _CONTEXT_STEP = 256
 _FAMILY = "Qwen/Qwen2.5-{}-Instruct"
 _WORTH_BYTES = 1e8
@@ -49,12 +46,13 @@ def resolve_auto(values: Mapping[str, Any], gpu_bytes: int | None) -> dict[str, 
     return resolved
 
 
-def card_gb(run_name: str) -> float:
-    """Decimal GB of the card that a run configuration is named after: 85 for teacher_rlt_mono_85gb_aggressive."""
-    match = re.search(r"_(\d+)gb", run_name)
-    if match is not None:
-        return float(match[1])
-    return next(card for start, card in _OTHER_CARDS_GB.items() if run_name.startswith(start))
+def own_card_bytes(values: Mapping[str, Any]) -> int:
+    """Bytes of the card that a run configuration is for (`card_gb`), whatever GPU is here.
+
+    Raises:
+        ConfigError: the configuration is not valid.
+    """
+    return int(load_run_config(resolve_auto(values, None)).card_gb * 1e9)
 
 
 def divisors(number: int) -> list[int]:

@@ -6,12 +6,12 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from core.gpu import find_gpu
 from core.shown import Shown
 from core.units import format_gb
-from planner.fit import card_gb, resolve_auto, why_not
+from planner.fit import own_card_bytes, resolve_auto, why_not
 from planner.masked_diffusion import MaskedDiffusionSettings
 from planner.plan import MemoryPlan, plan_run
-from planner.readiness import find_gpu
 from planner.report import plan_table, summary_lines
 from schemas.compose import compose_run_config
 from schemas.run import AnyRunConfig, load_run_config
@@ -64,23 +64,35 @@ class Planned(Shown):
 def plan_config(name: str, gpu_bytes: int | None, words: Sequence[str] = ()) -> Planned:
     """Compose, validate and plan; `words` are settings as on the command line.
 
-    Without `gpu_bytes` the card is `gpu_gb` of the configuration, the GPU that is here, or the card that the run is
-    named after.
+    Without `gpu_bytes` the card is `gpu_gb` of the configuration, the GPU that is here, or `card_gb` of the
+    configuration.
 
     Raises:
         HydraException, OmegaConfBaseException, ConfigError, UserError: it does not compose, validate, or name a model
             whose shape is known here.
     """
     values = compose_run_config(name, words)
-    if gpu_bytes is None:
-        gpu_bytes = _card_bytes(name, values.get("gpu_gb"))
+    return _plan(name, values, _card_bytes(values) if gpu_bytes is None else gpu_bytes)
+
+
+def plan_on_own_card(name: str) -> Planned:
+    """Compose, validate and plan for the card that the run configuration is for, whatever GPU is here.
+
+    Raises:
+        HydraException, OmegaConfBaseException, ConfigError, UserError: as `plan_config`.
+    """
+    values = compose_run_config(name)
+    return _plan(name, values, own_card_bytes(values))
+
+
+def _plan(name: str, values: dict[str, Any], gpu_bytes: int) -> Planned:
     values = resolve_auto(values, gpu_bytes)
     config = load_run_config(values)
     return Planned(name=name, values=values, config=config, plan=plan_run(config, gpu_bytes))
 
 
-def _card_bytes(name: str, gpu_gb: Any) -> int:
-    if isinstance(gpu_gb, int | float):
+def _card_bytes(values: dict[str, Any]) -> int:
+    if isinstance(gpu_gb := values.get("gpu_gb"), int | float):
         return int(gpu_gb * 1e9)
     gpu = find_gpu()
-    return gpu.total_bytes if gpu is not None else int(card_gb(name) * 1e9)
+    return gpu.total_bytes if gpu is not None else own_card_bytes(values)

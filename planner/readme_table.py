@@ -10,16 +10,15 @@ from typing import Any
 from core.log import console
 from core.types import Phase
 from core.units import gb
-from planner.fit import card_gb, resolve_auto
+from planner.fit import resolve_auto
 from planner.masked_diffusion import MaskedDiffusionSettings
 from planner.plan import MemoryPlan, plan_run
-from planner.readiness import REPOSITORY
-from schemas.compose import compose_run_config, run_config_names
-from schemas.run import load_run_config
+from schemas.compose import CONFIG_ROOT, compose_run_config, run_config_names
+from schemas.run import AnyRunConfig, load_run_config
 
 # Cards as people call them -> decimal GB that their drivers report.
 CARDS_GB = {"80/85": 85.0, "96": 102.0, "141": 150.0}
-MEASUREMENTS = REPOSITORY / "docs" / "measurements.json"
+MEASUREMENTS = CONFIG_ROOT.parent / "docs" / "measurements.json"
 """Figures of cards, written by `python -m benchmarks.gpu`."""
 START, END = "<!-- table:configs -->", "<!-- /table:configs -->"
 _PRECISIONS = {"int8": "8-bit", "nf4": "4-bit", "bf16": "bf16", "fp32": "fp32"}
@@ -32,8 +31,11 @@ def table(measurements: Path = MEASUREMENTS) -> str:
     header = ["config", "card", "teacher", "student", "reference", "batch", "context"]
     header += [*(f"{card} GB card" for card in CARDS_GB), "measured"]
     lines = [_row(header), _row(["---"] * len(header))]
-    names = sorted(run_config_names(), key=card_gb)
-    lines += [_row([*_cells(name), measured.get(name, "not measured")]) for name in names]
+    planned_bytes = int(CARDS_GB["80/85"] * 1e9)
+    composed = {name: resolve_auto(compose_run_config(name), planned_bytes) for name in run_config_names()}
+    configs = {name: load_run_config(values) for name, values in composed.items()}
+    for name, config in sorted(configs.items(), key=lambda item: item[1].card_gb):
+        lines.append(_row([*_cells(name, config), measured.get(name, "not measured")]))
     phases = " / ".join(phase.value for phase in _SHOWN_PHASES)
     note = (
         "GB; all figures but those of the last column are predicted. Card: its own, and the peak there. Larger cards: "
@@ -59,13 +61,10 @@ def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _cells(name: str) -> list[str]:
-    values = resolve_auto(compose_run_config(name), int(CARDS_GB["80/85"] * 1e9))
-    config = load_run_config(values)
+def _cells(name: str, config: AnyRunConfig) -> list[str]:
     plans = [plan_run(config, int(card * 1e9)) for card in CARDS_GB.values()]
     settings = plans[0].settings
-    own_card = card_gb(name)
-    own_peak = f"{own_card:.0f} GB: {gb(plan_run(config, int(own_card * 1e9)).max_bytes):.1f}"
+    own_peak = f"{config.card_gb:.0f} GB: {gb(plan_run(config, int(config.card_gb * 1e9)).max_bytes):.1f}"
     teacher = f"{_short(settings.teacher.name)}, {_PRECISIONS[settings.precision]}"
     student = _short(settings.student.name) if settings.student else "own base"
     if isinstance(settings, MaskedDiffusionSettings):
@@ -101,7 +100,7 @@ def with_table(readme: str, measurements: Path = MEASUREMENTS) -> str:
     return f"{before}{START}\n{table(measurements)}\n{END}{after}"
 
 
-def main(words: list[str] | None = None, readme: Path = REPOSITORY / "README.md") -> int:
+def main(words: list[str] | None = None, readme: Path = CONFIG_ROOT.parent / "README.md") -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 where the table is out of date")
     arguments = parser.parse_args(words)

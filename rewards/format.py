@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from data.formats import TagStyle
+from data.tags import TagStyle
 
 
 def is_well_formed(completion: str, tags: TagStyle) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from data.formats import TagStyle
+from data.tags import TagStyle
 from rewards.format import is_well_formed
 from rollout.scoring import ScoredRollout
 from rollout.types import Completion, Rollout

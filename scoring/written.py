@@ -13,7 +13,8 @@ twice) is a problem with a reason, for there is no completion that it stands for
 
 from collections.abc import Sequence
 
-from data.formats import TAG_STYLES, PromptFormat
+from data.formats import PromptFormat
+from data.tags import TAG_STYLES
 
 
 class WrittenExplanationError(ValueError):

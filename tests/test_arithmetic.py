@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from data.arithmetic import STYLES, classify_explanation, explain, generate_rows
+from data.embedded.task import STYLES, classify_explanation, explain, generate_rows
 
 
 def test_a_solution_is_the_sum_modulo_ten_and_the_trace_leads_to_it_step_by_step():
@@ -65,5 +65,5 @@ def test_the_classifier_on_what_a_model_might_write(text, kind):
 
 
 def test_the_task_needs_no_torch():
-    code = "import sys, data.arithmetic; sys.exit('torch' in sys.modules)"
+    code = "import sys, data.embedded.task; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -19,8 +19,11 @@ from trl import GRPOConfig
 
 from core.errors import UserError
 from core.units import format_gb
-from planner.fit import card_gb
 from planner.plan import plan_run
+from planner.planned import plan_config
+from preflight.hardware import check_hardware_and_plan
+from preflight.loggers import prepare_loggers
+from preflight.verification import check_plan
 from schemas.compose import (
     CONFIG_ROOT,
     command_line,
@@ -35,11 +38,8 @@ from schemas.document import PAGE, page
 from schemas.ranges import RANGES
 from schemas.run import METHODS, ConfigError, load_run_config
 from schemas.trl_fields import argument_fields
-from test_config_85gb import check_plan, plan_config
 from trainers.grpo_args import build_grpo_args
-from trainers.loggers import prepare_loggers
 from trainers.masked_diffusion_run import build_training_args
-from trainers.preflight import check_hardware_and_plan
 
 ROOT = CONFIG_ROOT.parent
 MONO = "teacher_rlt_mono_85gb"
@@ -74,6 +74,15 @@ def test_run_configs_are_the_same_from_either_root(name):
         with initialize_config_dir(config_dir=str(root), version_base="1.3"):
             composed.append(to_values(compose(config_name=name, overrides=[f"++run_name={name}"])))
     assert composed[0] == composed[1]
+
+
+@pytest.mark.parametrize("name", run_config_names())
+def test_a_run_configuration_says_which_card_it_is_for(name):
+    """Its own file or its parent's; the name, where it holds a number, agrees."""
+    values = compose_run_config(name)
+    assert "card_gb" in values
+    in_name = re.search(r"_(\d+)gb", name)
+    assert in_name is None or values["card_gb"] == int(in_name[1])
 
 
 # name: (train_batch_size, per_device, num_generations, prompt, completion, utilization, aggregation)
@@ -306,7 +315,7 @@ def test_names_that_a_setting_may_have_are_those_that_trl_compares_it_with(name)
     ("version", "package"), [("flash_attention_2", "flash_attn"), ("flash_attention_3", "flash_attn_interface")]
 )
 def test_an_attention_kernel_that_is_not_installed_is_named_with_its_package(version, package, monkeypatch):
-    monkeypatch.setattr("trainers.preflight.is_installed", lambda name: name != package)
+    monkeypatch.setattr("preflight.hardware.is_installed", lambda name: name != package)
     config = load("teacher_rlt_tiny", f"model_args.attn_implementation={version}")
     with pytest.raises(UserError, match=f"(?s)attn_implementation` is {version}.*the Python package {package} .*=sdpa"):
         check_hardware_and_plan(config)
@@ -448,7 +457,7 @@ def test_a_refusal_the_verification_and_the_readme_name_the_same_peak(name, monk
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError) as refused:
         check_hardware_and_plan(load(name))
-    card = card_gb(name)
+    card = load(name).card_gb
     peak = f"{plan_run(load(name), int(card * 1e9)).max_bytes / 1e9:.1f}"
     assert re.findall(r"(\d+\.\d) GB", str(refused.value)) == [peak, f"{card:.1f}"]
     assert f"peaks at {peak} GB" in check_plan(plan_config(name, int(card * 1e9))).detail

@@ -11,7 +11,8 @@ from datasets import Dataset, DatasetDict
 from core.errors import UserError
 from core.log import log
 from data.dataset import load_rows, prepare_datasets
-from data.formats import TAG_STYLES, PromptFormat, encode
+from data.formats import PromptFormat, encode
+from data.tags import TAG_STYLES
 from schemas.data import DataConfig
 from tests.helpers.golden import golden_tokenizer
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from core.errors import UserError
-from data.arithmetic import generate_rows
+from data.embedded.task import generate_rows
+from data.embedded.tokenizer import build_tokenizer
 from examples.train_small import lr_factor, parse, text_batch, train
-from models.tiny import build_tokenizer
 from optimization import Efficient
 from optimization.memory_optim import checkpoint_blocks
 from optimization.optimizers import OPTIMIZERS

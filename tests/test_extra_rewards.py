@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.formats import TAG_STYLES
+from data.tags import TAG_STYLES
 from rewards.correctness import CorrectnessReward, final_answer, same_answer
 from rewards.format import FormatReward
 

@@ -6,7 +6,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
-from data.formats import PROMPT_STYLES, TAG_STYLES, PromptFormat
+from data.formats import PromptFormat
+from data.tags import PROMPT_STYLES, TAG_STYLES
 from schemas.compose import compose_run_config
 from schemas.data import DataConfig
 from schemas.run import load_run_config

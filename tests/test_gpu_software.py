@@ -9,14 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import test_config_85gb as verification
 from core import gpu_software
 from core.errors import UserError
 from core.gpu_software import compiler_obstacle, driver_obstacle, driver_version
-from planner import readiness
+from preflight import readiness, verification
+from preflight.hardware import check_hardware_and_plan
 from schemas.compose import CONFIG_ROOT, compose_run_config
 from schemas.run import load_run_config
-from trainers.preflight import check_hardware_and_plan
 
 ROOT = CONFIG_ROOT.parent
 
@@ -136,7 +135,7 @@ def test_a_run_is_refused_rather_than_put_on_the_cpu_for_an_old_driver(machine, 
 
 def test_a_run_that_needs_triton_needs_a_compiler(machine, monkeypatch):
     cuda_build(monkeypatch, sees_gpu=True)
-    monkeypatch.setattr("trainers.preflight.is_installed", lambda package: True)
+    monkeypatch.setattr("preflight.hardware.is_installed", lambda package: True)
     for words in (["generator=auto"], ["generator=transformers", "compile_models=true"]):
         with pytest.raises(UserError, match="no program gcc or clang"):
             check_hardware_and_plan(config_of(*words))

@@ -8,13 +8,13 @@ from core import hub
 from core.errors import UserError
 from models.load import load_tokenizer
 from planner.shapes import load_shape
+from preflight.inputs import check_hub, check_inputs
+from runs.run_folder import open_run_folder
 from schemas.compose import compose_run_config
 from schemas.model import ModelArgs
 from schemas.run import load_run_config
 from tests.helpers.command import run_train
 from tests.helpers.tiny_run import write_random_model
-from trainers.inputs import check_hub, check_inputs
-from trainers.run_folder import open_run_folder
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def no_hub(monkeypatch):
         asked.append(timeout_s)
         return "the hub cannot be reached (ConnectError)"
 
-    monkeypatch.setattr("trainers.inputs.hub_problem", problem)
+    monkeypatch.setattr("preflight.inputs.hub_problem", problem)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

@@ -16,9 +16,10 @@ from datasets import Dataset
 from core.errors import UserError
 from core.log import log
 from data.dataset import load_rows, prepare_datasets
-from data.formats import TAG_STYLES, PromptFormat
+from data.embedded.tokenizer import build_tokenizer
+from data.formats import PromptFormat
 from data.masked_diffusion import prepare_samples
-from models.tiny import build_tokenizer
+from data.tags import TAG_STYLES
 from schemas.compose import compose_run_config
 from schemas.data import DataConfig
 from schemas.run import ConfigError, load_run_config

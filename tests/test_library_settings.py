@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from core.errors import UserError
+from preflight.hardware import check_hardware_and_plan
 from schemas.compose import CONFIG_ROOT, compose_run_config
 from schemas.library_settings import GRPO_CONFIG, ONLY_WITH_VLLM_SERVER, TRAINING_ARGUMENTS
 from schemas.run import ConfigError, load_run_config
 from schemas.trl_fields import argument_fields
-from trainers.preflight import check_hardware_and_plan
 
 LIBRARIES = {library.arguments_class: library for library in (GRPO_CONFIG, TRAINING_ARGUMENTS)}
 RUN_OF = {"GRPOConfig": "teacher_rlt_tiny", "TrainingArguments": "llada_tiny"}
@@ -148,17 +148,17 @@ def test_the_order_of_a_masked_diffusion_runs_data_has_two_names():
     ],
 )
 def test_what_this_machine_lacks_is_said_before_anything_is_loaded(settings, message, monkeypatch):
-    monkeypatch.setattr("trainers.preflight.pick_device", lambda device_map: torch.device("cpu"))
-    monkeypatch.setattr("trainers.preflight.is_installed", lambda name: name != "liger_kernel")
-    monkeypatch.setattr("trainers.preflight.get_token", lambda: None)
-    monkeypatch.setattr("trainers.preflight.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("preflight.hardware.pick_device", lambda device_map: torch.device("cpu"))
+    monkeypatch.setattr("preflight.hardware.is_installed", lambda name: name != "liger_kernel")
+    monkeypatch.setattr("preflight.hardware.get_token", lambda: None)
+    monkeypatch.setattr("preflight.hardware.HF_HUB_OFFLINE", False)
     with pytest.raises(UserError) as error:
         check_hardware_and_plan(load(**settings))
     assert message in str(error.value) and "remedy:" in str(error.value)
 
 
 def test_the_hub_is_not_asked_where_it_is_switched_off(monkeypatch):
-    monkeypatch.setattr("trainers.preflight.pick_device", lambda device_map: torch.device("cpu"))
-    monkeypatch.setattr("trainers.preflight.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("preflight.hardware.pick_device", lambda device_map: torch.device("cpu"))
+    monkeypatch.setattr("preflight.hardware.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="`push_to_hub` is set, and HF_HUB_OFFLINE is on"):
         check_hardware_and_plan(load(push_to_hub=True))

@@ -3,8 +3,8 @@ import os
 import pytest
 
 from core.errors import UserError
+from preflight.loggers import prepare_loggers
 from tests.helpers.tiny_run import make_trainer, write_random_model
-from trainers.loggers import prepare_loggers
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from core.errors import UserError
 from core.log import log
 from generation import SamplingSettings, make_generator, prepare_base, trainer_precision
 from generation.transformers_engine import TransformersGenerator
-from generation.vllm_engine import _start_engine, lora_rank_slot
+from generation.vllm_engine import _start_engine
+from planner.constants import lora_rank_slot
 from schemas.generation import GenerationConfig
 from tests.helpers.planted_outliers import load_quantised, word_tokenizer, write_planted_model
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data.masked_diffusion import Sample
+from data.samples import Sample
 from models.masked_diffusion import (
     MIN_LEVEL,
     attention_mask,

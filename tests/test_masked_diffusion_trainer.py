@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from core.errors import UserError
 from data.formats import PromptFormat
-from data.masked_diffusion import Sample, pack, prepare_samples
+from data.masked_diffusion import pack, prepare_samples
+from data.samples import Sample
 from models.llada import LladaModel, new_llada
 from schemas.compose import CONFIG_ROOT
 from schemas.run import ConfigError, load_run_config

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from runs import usage
+from runs.model_card import _header
 from schemas.compose import CONFIG_ROOT, compose_run_config
 from schemas.run import load_run_config
 from tests.helpers.tiny_diffusion import make_diffusion_trainer
 from tests.helpers.tiny_run import make_trainer, write_random_model
 from tests.test_masked_diffusion_trainer import SMALL_BATCH, counting_samples, saved_nano
-from trainers import usage
-from trainers.model_card import _header
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ import torch
 
 from core import one_gpu
 from core.errors import UserError
+from core.gpu import find_gpu
 from core.one_gpu import show_one_gpu
 from models.device import pick_device
-from planner import readiness
+from preflight.hardware import check_hardware_and_plan
 from schemas.compose import CONFIG_ROOT, compose_run_config
 from schemas.run import load_run_config
 from trainers.grpo_args import build_grpo_args
-from trainers.preflight import check_hardware_and_plan
 
 ROOT = CONFIG_ROOT.parent
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "RLT_ONE_GPU", "LOCAL_RANK")
@@ -127,11 +127,11 @@ def test_the_check_before_a_run_looks_at_the_same_gpu(tmp_path, monkeypatch):
     program.write_text('#!/bin/sh\ncase "$*" in *--id=GPU-b*) echo "B, 580, 2, 1";; *) echo "A, 580, 1, 0";; esac\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert readiness.find_gpu().name == "A"
+    assert find_gpu().name == "A"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-b,GPU-a")
-    assert readiness.find_gpu().name == "B"
+    assert find_gpu().name == "B"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert readiness.find_gpu() is None
+    assert find_gpu() is None
 
 
 _UP_TO_TORCH = """

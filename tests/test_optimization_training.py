@@ -19,7 +19,7 @@ from optimization import (
 from optimization import training_optim as training_optim_module
 from optimization.apply import optimized
 from optimization.catalogue import MODELS
-from optimization.training_optim import check_optimizer
+from optimization.training_optim import check_optimizer, planned_card
 from planner.fit import divisors
 from planner.plan import plan_run, usable_bytes
 from planner.shapes import load_shape
@@ -36,6 +36,11 @@ MORE_OPTIMIZERS = ("lion_8bit", "paged_lion_8bit", "ademamix_8bit", "adafactor")
 
 def config_of(*words, run=RUN):
     return load_run_config(compose_run_config(run, words))
+
+
+def test_without_a_gpu_the_batch_is_chosen_for_the_card_of_the_configuration():
+    assert planned_card(config_of("card_gb=48.5"), None)[0] == int(48.5e9)
+    assert planned_card(config_of("card_gb=48.5"), H100)[0] == H100.total_bytes
 
 
 @pytest.mark.parametrize("gpu_gb", [48, 85, 141])

@@ -26,6 +26,7 @@ from planner.fit import (
 )
 from planner.host_memory import pinned_bytes, vllm_tensors
 from planner.plan import MemoryPlan, plan, plan_run, usable_bytes
+from planner.planned import plan_config
 from planner.readme_table import END, START, main, with_table
 from planner.report import lever_lines, plan_table, summary_lines
 from planner.settings import Precision, settings_from_config
@@ -335,6 +336,16 @@ def test_why_not_names_the_binding_phase(values: dict) -> None:
 # Run configurations and README
 
 
+def test_without_a_gpu_a_run_is_planned_for_the_card_of_its_configuration_whatever_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("planner.planned.find_gpu", lambda: None)
+    name = "teacher_rlt_mono_24gb"
+    assert plan_config(name, None).plan.gpu_bytes == int(24e9)
+    assert plan_config(name, None, ["card_gb=48.5"]).plan.gpu_bytes == int(48.5e9)
+    assert plan_config(name, None, ["card_gb=48.5", "gpu_gb=80"]).plan.gpu_bytes == int(80e9)
+
+
 @pytest.mark.parametrize("card_gb", [8, 12, 16, 24, 48])
 def test_small_card_files_say_model_context_and_predicted_peak(card_gb: int) -> None:
     name = f"teacher_rlt_mono_{card_gb}gb"
@@ -411,7 +422,8 @@ def test_readme_has_the_present_table() -> None:
 
 
 def test_the_embedded_model_has_the_built_in_shape() -> None:
-    from models.tiny import _model_config, build_tokenizer
+    from data.embedded.model import _model_config
+    from data.embedded.tokenizer import build_tokenizer
 
     config = _model_config(build_tokenizer()).to_dict()
     assert replace(shape_from_config("tiny", config), name="tiny") == load_shape("tiny")

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from preflight.hardware import check_hardware_and_plan
 from schemas.compose import compose_run_config
 from schemas.run import load_run_config
-from trainers.preflight import check_hardware_and_plan
 
 
 def config_of(*words, run="teacher_rlt_tiny"):

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from core.errors import NonFiniteError, UserError
+from runs.run_folder import last_checkpoint, publish_checkpoint
 from tests.helpers.tiny_run import make_trainer, write_random_model
 from trainers.recovery import last_good_checkpoint
-from trainers.run_folder import last_checkpoint, publish_checkpoint
 
 RATE = 2e-3
 RUN = ("max_steps=7", "save_steps=2", "eval_strategy=no", f"learning_rate={RATE}", "recover_from_nan=true")

@@ -1,25 +1,30 @@
 """The run folder: an unfinished run is found again, nothing is lost, two runs never share it."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
+from transformers.trainer_utils import get_last_checkpoint
 
 from core.errors import UserError
 from planner.fit import resolve_auto
-from schemas.compose import compose_run_config
-from schemas.run import load_run_config, resolved_values
-from trainers.build import check_before_loading
-from trainers.preflight import check_hardware_and_plan
-from trainers.run_folder import (
-    METRICS_FILE,
+from preflight.hardware import check_hardware_and_plan
+from runs.metrics import METRICS_FILE
+from runs.run_folder import (
     SUMMARY_FILE,
+    last_checkpoint,
     open_run_folder,
     publish_checkpoint,
     write_evaluation,
     write_summary,
 )
-from trainers.summary import memory_table, summarise, summary_table
+from runs.summary import memory_table, summarise, summary_table
+from schemas.compose import CONFIG_ROOT, compose_run_config
+from schemas.run import load_run_config, resolved_values
+from trainers.build import check_before_loading
 
 VALUES = {"learning_rate": 1e-3, "resume": "auto"}
 
@@ -36,7 +41,7 @@ def make_unfinished_run(path, *, steps=(2, 4), logged=6):
 
 def test_an_unfinished_run_continues_from_its_last_checkpoint_and_drops_later_metrics(tmp_path):
     make_unfinished_run(tmp_path / "run")
-    folder = open_run_folder({**VALUES, "gpu_gb": 80}, str(tmp_path / "run"), "auto")
+    folder = open_run_folder({**VALUES, "gpu_gb": 80, "card_gb": 85}, str(tmp_path / "run"), "auto")
     assert folder.checkpoint == tmp_path / "run" / "checkpoint-4"
     assert [json.loads(line)["step"] for line in folder.metrics_file.read_text().splitlines()] == [1, 2, 3, 4]
 
@@ -146,6 +151,24 @@ def test_a_run_that_cannot_work_leaves_an_unfinished_run_in_its_folder_alone(wor
     with pytest.raises(UserError, match=message):
         check_before_loading(config, values, *check_hardware_and_plan(config))
     assert (tmp_path / "run" / "config.yaml").read_text() == before and not (tmp_path / "run.1").exists()
+
+
+@pytest.mark.parametrize("folders", [(), ("checkpoint-0",), ("checkpoint-9", "checkpoint-10"), ("checkpoint-x", "x")])
+def test_the_last_checkpoint_is_the_one_that_transformers_would_take_but_for_that_of_step_0(folders, tmp_path):
+    for name in folders:
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-11").write_text("a file")
+    (tmp_path / "checkpoint-12.partial").mkdir()
+    theirs = get_last_checkpoint(str(tmp_path))
+    expected = None if theirs is None or theirs.endswith("checkpoint-0") else tmp_path / Path(theirs).name
+    assert last_checkpoint(tmp_path) == expected
+
+
+def test_a_run_is_read_back_without_torch():
+    code = "import sys, runs.model_card, runs.run_folder, runs.summary, runs.usage; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=CONFIG_ROOT.parent, capture_output=True, text=True)
+    assert "runs.metrics" in loaded.stdout.split()
+    assert not {"torch", "transformers", "trl"} & set(loaded.stdout.split())
 
 
 def test_a_half_written_checkpoint_is_never_seen(tmp_path):

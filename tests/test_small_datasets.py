@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from core.log import log
+from preflight.hardware import check_hardware_and_plan
+from runs.metrics import METRICS_FILE
+from runs.summary import summarise
 from schemas.run import load_run_config
 from tests.helpers.tiny_diffusion import diffusion_values
 from tests.helpers.tiny_run import make_trainer, write_random_model
 from trainers.masked_diffusion_run import train_masked_diffusion
-from trainers.preflight import check_hardware_and_plan
-from trainers.run_folder import METRICS_FILE
-from trainers.summary import summarise
 
 FOUR_QUESTIONS = [{"question": f"{i}+{i}", "solution": f"={2 * i}"} for i in range(4)]
 ONE_QUESTION_OFTEN = [{"question": "1+1", "solution": "=2"}] * 12

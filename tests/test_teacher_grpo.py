@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from core.types import Phase, Role
-from data.arithmetic import classify_explanation, solve
+from data.embedded.task import classify_explanation, solve
 from models.host import REFERENCE_ADAPTER
 from rewards.format import is_well_formed
 from rollout.tables import format_rate
 from rollout.types import Completion, Group
+from runs.summary import memory_by_phase, summarise
 from tests.helpers.tiny_run import make_trainer, write_random_model
 from trainers import build
 from trainers.callbacks import TEACHER_SHOWN, mix_into_reference
-from trainers.summary import memory_by_phase, summarise
 from trainers.teacher_grpo import EpochRepeatSampler, sampling_seeds
 
 

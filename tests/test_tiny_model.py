@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.arithmetic import generate_rows
+from data.embedded import model as tiny
+from data.embedded.task import generate_rows
 from data.formats import PromptFormat, encode
-from models import tiny
 
 FORMAT = PromptFormat.from_styles("bespoke", "short")
 ROW = generate_rows(1, 0, "eval")[0]

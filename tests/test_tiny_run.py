@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from data.embedded.tokenizer import build_tokenizer
 from data.formats import encode
-from models.tiny import build_tokenizer
 from schemas.compose import CONFIG_ROOT
 
 pytestmark = pytest.mark.slow

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-import test_config_85gb as verification
-from planner import readiness
+from core.gpu import Gpu, find_gpu
 from planner.plan import plan_run
-from planner.readiness import Gpu, check_disk, check_gpu, check_loggers, check_packages
-from schemas.compose import compose_run_config, run_config_names
+from planner.planned import plan_config
+from preflight import readiness, verification
+from preflight.readiness import check_disk, check_gpu, check_loggers, check_packages
+from schemas.compose import CONFIG_ROOT, compose_run_config, run_config_names
 from schemas.run import load_run_config
 
-SCRIPT = Path(verification.__file__)
+SCRIPT = CONFIG_ROOT.parent / "test_config_85gb.py"
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_missing_and_old_packages_come_with_the_pip_line(monkeypatch: pytest.Mon
 
 
 def test_gpu_checks_compare_free_memory_with_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = verification.plan_config("teacher_rlt_mono_85gb", int(85e9)).plan
+    plan = plan_config("teacher_rlt_mono_85gb", int(85e9)).plan
     monkeypatch.setattr(readiness, "_torch_cuda_version", lambda: "13.0")
     free = Gpu(name="card", driver="580", total_bytes=int(85e9), used_bytes=0)
     taken = Gpu(name="card", driver="580", total_bytes=int(85e9), used_bytes=int(60e9))
@@ -104,14 +105,14 @@ def test_nvidia_smi_is_read_as_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     program.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 580.65, 81559, 4'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    gpu = readiness.find_gpu()
+    gpu = find_gpu()
     assert gpu == Gpu(name="NVIDIA H100 80GB HBM3", driver="580.65", total_bytes=81559 * 2**20, used_bytes=4 * 2**20)
     monkeypatch.setenv("PATH", "")
-    assert readiness.find_gpu() is None
+    assert find_gpu() is None
 
 
 def test_a_full_disk_and_a_missing_login_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    planned = verification.plan_config("teacher_rlt_mono_85gb", int(85e9))
+    planned = plan_config("teacher_rlt_mono_85gb", int(85e9))
     monkeypatch.setattr(readiness.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9}))
     assert check_disk(planned.values, planned.plan).status == "failure"
     monkeypatch.setenv("HOME", str(tmp_path))

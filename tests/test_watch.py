@@ -14,11 +14,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from core.log import CopyingConsole
 from core.types import Phase
+from runs.metrics import METRICS_FILE
+from runs.run_folder import open_run_folder, write_summary
 from tests.helpers.command import ROOT
 from trainers import callbacks, watch
 from trainers.callbacks import TEACHER_SHOWN, ConsoleProgress
 from trainers.memory_line import MemoryLine
-from trainers.run_folder import METRICS_FILE, open_run_folder, write_summary
 
 PEAKS = {Phase.LOAD: 0, Phase.GENERATE: int(47.1e9), Phase.SCORE: int(26e9), Phase.TRAIN: int(37.2e9)}
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from core.errors import UserError
 from core.log import console
 from core.types import Phase
-from data.arithmetic import classify_explanation
 from data.dataset import prepare_datasets
+from data.embedded.task import classify_explanation
 from data.formats import PromptFormat
 from generation import Canary, Generator, Precision, SamplingSettings, check_generator, make_generator
 from models.device import memory_of
@@ -21,14 +21,14 @@ from models.host import ModelHost
 from models.load import check_adapter, load_tokenizers, quiet_libraries, resolve_model_path
 from optimization import optimize_models, preallocate_planned, records_table
 from planner.plan import MemoryPlan
+from preflight.loggers import prepare_loggers
 from rollout.scoring import RolloutScorer, check_scoring
+from runs.run_folder import RunFolder, open_run_folder
 from schemas.data import ARITHMETIC
 from schemas.run import RunConfig
 from trainers.callbacks import TEACHER_SHOWN, ConsoleProgress, MemoryWatch, MetricsFile
 from trainers.grpo_args import build_grpo_args
-from trainers.loggers import prepare_loggers
 from trainers.memory_line import MemoryLine
-from trainers.run_folder import RunFolder, open_run_folder
 from trainers.teacher_grpo import TeacherGRPOTrainer
 
 EXPORT_FOLDER = "generator_base"

@@ -1,6 +1,5 @@
 """What happens beside the training loop: metrics file, progress on the console, reference that follows, Ctrl-C."""
 
-import json
 import signal
 import threading
 import time
@@ -29,12 +28,13 @@ from core.log import can_animate, console, log
 from core.units import format_duration
 from models.host import REFERENCE_ADAPTER, PhaseUse
 from planner.watchdog import GrowthWatchdog
+from runs.metrics import append_metrics
+from runs.run_folder import last_checkpoint
 from trainers.memory_line import MemoryLine
-from trainers.run_folder import last_checkpoint
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every logged dictionary to `metrics.jsonl`, one JSON object with its `step` a line."""
+    """Appends every logged dictionary to the metrics file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,8 +42,7 @@ class MetricsFile(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        append_metrics(self.path, state.global_step, logs)
 
 
 class SyncReferenceAdapter(TrainerCallback):

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.trainer import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from trainers.run_folder import STAGING_FOLDER, publish_checkpoint
+from runs.run_folder import STAGING_FOLDER, publish_checkpoint
 
 
 class WholeCheckpoints(Trainer):

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 
-from data.formats import TagStyle
-from data.masked_diffusion import Sample
+from data.samples import Sample
+from data.tags import TagStyle
 from generation.masked_diffusion import generate_responses
 from models.evaluation import evaluation_mode
 from models.masked_diffusion import (

@@ -13,21 +13,22 @@ from core.log import console, log
 from core.types import Phase
 from core.units import gb
 from data.formats import PromptFormat
-from data.masked_diffusion import Sample, pack, prepare_samples
+from data.masked_diffusion import pack, prepare_samples
+from data.samples import Sample
 from models.device import memory_of
 from models.host import PhaseUse
 from models.llada import MASK_TOKEN, LladaModel, new_llada
 from models.load import add_adapter, load_base, load_tokenizer, quiet_libraries
 from optimization import optimize_models, preallocate_planned, records_table
 from planner.plan import MemoryPlan
+from preflight.loggers import prepare_loggers
+from runs.run_folder import RunFolder, open_run_folder
+from runs.summary import DIFFUSION_REPORT, FinishedRun, summarise
 from schemas.llada import MaskedDiffusionRunConfig
 from schemas.run import ConfigError
 from trainers.callbacks import DIFFUSION_SHOWN, ConsoleProgress, MemoryWatch, MetricsFile
-from trainers.loggers import prepare_loggers
 from trainers.masked_diffusion import MaskedDiffusionTrainer
 from trainers.memory_line import MemoryLine
-from trainers.run_folder import RunFolder, open_run_folder
-from trainers.summary import DIFFUSION_REPORT, FinishedRun, summarise
 
 
 class PeakMeter:

@@ -1,22 +1,14 @@
-"""README.md of a run's result and of each checkpoint, in place of the libraries' templates."""
+"""The model card of a result and of each checkpoint, in place of the libraries' templates."""
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer import Trainer
 
 from models.load import resolve_model_path
-from schemas.data import DataConfig
-from schemas.llada import DiffusionSamplingConfig, MaskedDiffusionRunConfig
-from schemas.model import EMBEDDED_MODEL, ModelArgs
-from schemas.reward import as_list
+from runs.model_card import DiffusionCard, TeacherCard
+from schemas.llada import MaskedDiffusionRunConfig
 from schemas.run import RunConfig
-from trainers.summary import DIFFUSION_REPORT, TEACHER_REPORT, Report
-from trainers.usage import Usage, literal, quantisation
-
-_MAX_EXAMPLE_CHARS = 600
-_LIBRARIES = ("transformers", "trl", "peft", "torch", "datasets", "bitsandbytes")
 
 
 class WritesModelCard(Trainer):
@@ -39,155 +31,34 @@ class WritesModelCard(Trainer):
 
 
 def teacher_card(config: RunConfig, trainer: Any) -> str:
-    base, grpo = config.model_name_or_path, config.grpo
     row = trainer.train_dataset[0]
-    question, solution = _shortened(row["question"]), _shortened(row["solution"])
-    usage = Usage(config=config, folder=".", base=_resolved(base), question=question, solution=solution)
-    student = config.student_model or "the base without the adapter"
-    extra = ", ".join(config.extra_rewards)
-    return f"""{_header(base, ["rlt", "grpo", "trl", "lora"], "peft")}
-# {Path(grpo.output_dir).name}
-
-A LoRA adapter on `{base}` in {_precision(config.model_args)}: a Reinforcement Learning Teacher (RLT, arXiv 2506.08388).
-Given a question and its solution it writes an explanation from which a student reaches that solution.
-
-## Use
-
-The example is a row of the training data{_base_note(base)}. The code is to run in the folder of this file.
-
-{usage.markdown()}
-
-## Training
-
-{_data(config)}, {len(trainer.train_dataset)} rows. {trainer.state.global_step} of {trainer.state.max_steps} steps of \
-{config.train_batch_size} completions ({grpo.num_generations} a question) with GRPO: learning rate \
-{grpo.learning_rate:g}, beta {grpo.beta:g}, sampling temperature {grpo.temperature:g}, seed {grpo.seed}.
-
-The reward, under the student `{student}` at temperature {config.unbias_student_log_probs_temp:g}:
-
-- log-prob of the solution's tokens: {_weighted(config.answer_log_prob_coeff, config.reduction_log_prob_fn)}
-- minus KL of the explanation's tokens: {_weighted(config.kl_penalty_reward_coeff, config.reduction_kl_fn)}
-- explanation never closed: {config.not_matched_penalty:g}{f"{chr(10)}- more rewards: {extra}" if extra else ""}
-{_figures(trainer.state.log_history, TEACHER_REPORT)}{_versions()}"""
+    return TeacherCard(
+        config=config,
+        base_path=_resolved(config.model_name_or_path),
+        question=row["question"],
+        solution=row["solution"],
+        num_rows=len(trainer.train_dataset),
+        **_so_far(trainer),
+    ).markdown()
 
 
 def masked_diffusion_card(config: MaskedDiffusionRunConfig, trainer: Any) -> str:
-    base, args, is_adapter = config.model_name_or_path, config.args, config.trainable_weights == "adapter"
-    sample = (trainer.eval_samples or trainer.train_dataset.rows[0])[0]
-    prompt = trainer.processing_class.decode(sample.prompt_ids or sample.token_ids[:8])
-    settings = {name: getattr(config, name) for name in DiffusionSamplingConfig.__dataclass_fields__}
-    usage = f"""import models.llada  # makes the model type known to transformers
-from generation.masked_diffusion import generate_responses
-from schemas.llada import DiffusionSamplingConfig
-{_loading(base, config.model_args, is_adapter=is_adapter)}
-prompt = {literal(prompt)}
-settings = DiffusionSamplingConfig(**{settings})
-(response,) = generate_responses(
-    model,
-    [tokenizer(prompt, add_special_tokens=False)["input_ids"]],
-    settings,
-    mask_token_id=model.config.mask_token_id,
-    filler_token_id=tokenizer.eos_token_id,
-    max_rows=1,
-    seed=0,
-)
-print(tokenizer.decode(response))"""
-    trained = {"sft": "the response is masked and learned", "pretrain": "the whole text is masked and learned"}
-    start = f"trained from `{base}`" if base is not None else "trained from scratch"
-    what = f"A LoRA adapter on `{base}` in" if is_adapter else f"A language model, {start} in"
-    libraries = ["llada", "masked-diffusion", *(["lora"] if is_adapter else [])]
-    return f"""{_header(base, libraries, "peft" if is_adapter else "transformers")}
-# {Path(args.output_dir).name}
-
-{what} {_precision(config.model_args)}: masked diffusion (LLaDA, arXiv 2502.09992), which fills masked tokens in any \
-order instead of writing from left to right.
-
-## Use
-
-With the root of the framework that trained it on `PYTHONPATH`. The prompt is one of the run's data{_base_note(base)}.
-
-```python
-{usage}
-```
-
-## Training
-
-{_data(config)}. Objective `{config.objective}`: {trained[config.objective]}. {trainer.state.global_step} of \
-{trainer.state.max_steps} steps of {config.train_batch_size} rows, \
-{"Muon and AdamW" if config.use_muon else trainer.args.optim.value}, \
-learning rate {args.learning_rate:g}, seed {args.seed}.
-{_figures(trainer.state.log_history, DIFFUSION_REPORT)}{_versions()}"""
+    base, sample = config.model_name_or_path, (trainer.eval_samples or trainer.train_dataset.rows[0])[0]
+    return DiffusionCard(
+        config=config,
+        base_path=_resolved(base) if base is not None else None,
+        prompt=trainer.processing_class.decode(sample.prompt_ids or sample.token_ids[:8]),
+        optimizer=trainer.args.optim.value,
+        **_so_far(trainer),
+    ).markdown()
 
 
-def _header(base: str | None, tags: list[str], library: str) -> str:
-    """The Hub takes a hub id alone as `base_model`."""
-    is_hub_id = base is not None and base != EMBEDDED_MODEL and not Path(base).exists()
-    lines = [
-        *([f"base_model: {base}"] if is_hub_id else []),
-        f"library_name: {library}",
-        "pipeline_tag: text-generation",
-    ]
-    return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""])
-
-
-def _loading(base: str | None, args: ModelArgs, *, is_adapter: bool) -> str:
-    quantised = quantisation(args) if is_adapter else ""
-    imports = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantised else "")
-    keywords = f'dtype="{args.torch_dtype}"' + (f", quantization_config={quantised}" if quantised else "")
-    keywords += ", trust_remote_code=True" if args.trust_remote_code else ""
-    lines = [f"from transformers import {imports}", "", 'folder = "."  # that of this file']
-    if is_adapter:
-        assert base is not None  # an adapter has one
-        path = _resolved(base)
-        lines.insert(0, "from peft import PeftModel")
-        lines += [
-            f"base = AutoModelForCausalLM.from_pretrained({literal(path)}, {keywords})",
-            "model = PeftModel.from_pretrained(base, folder).eval()",
-        ]
-    else:
-        lines.append(f"model = AutoModelForCausalLM.from_pretrained(folder, {keywords}).eval()")
-    return "\n".join([*lines, "tokenizer = AutoTokenizer.from_pretrained(folder)", ""])
+def _so_far(trainer: Any) -> dict[str, Any]:
+    state = trainer.state
+    return {"step": state.global_step, "max_steps": state.max_steps, "history": state.log_history}
 
 
 def _resolved(base: str) -> str:
     """A hub id, or the absolute path of a folder."""
     path = resolve_model_path(base)
     return str(Path(path).resolve()) if Path(path).exists() else path
-
-
-def _precision(args: ModelArgs) -> str:
-    if args.load_in_8bit:
-        return "8-bit (LLM.int8)"
-    return f"4-bit ({args.bnb_4bit_quant_type})" if args.load_in_4bit else args.torch_dtype
-
-
-def _base_note(base: str | None) -> str:
-    return f"; `{base}` is the small model that this framework makes itself" if base == EMBEDDED_MODEL else ""
-
-
-def _data(config: DataConfig) -> str:
-    subset = f", subset `{config.dataset_config_name}`" if config.dataset_config_name else ""
-    return f"Data: `{config.dataset_id_or_path}`{subset}, split `{config.dataset_split}`"
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _MAX_EXAMPLE_CHARS else text[:_MAX_EXAMPLE_CHARS] + " [...]"
-
-
-def _weighted(coefficients: Any, reductions: Any) -> str:
-    return ", ".join(f"{c:g} x {r}" for c, r in zip(as_list(coefficients), as_list(reductions), strict=True))
-
-
-def _figures(history: list[dict[str, Any]], report: Report) -> str:
-    """The first and the last evaluation so far; nothing where there was none."""
-    evaluations = [line for line in history if any(key in line for key in report.eval_rows)]
-    if not evaluations:
-        return ""
-    first, last = evaluations[0], evaluations[-1]
-    rows = [f"| {name} | {first[k]:.3f} | {last[k]:.3f} |" for k, name in report.eval_rows.items() if k in first]
-    head = [f"| | step {first['step']} | step {last['step']} |", "| --- | ---: | ---: |"]
-    return "\n".join(["", "## Held-out figures", "", *head, *rows, ""])
-
-
-def _versions() -> str:
-    return "\n## Versions\n\n" + ", ".join(f"{name} {version(name)}" for name in _LIBRARIES) + "\n"

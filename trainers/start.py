@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from core.log import console
+from preflight.hardware import check_hardware_and_plan, load_for_this_machine
 from schemas.run import resolved_values
-from trainers.preflight import check_hardware_and_plan, load_for_this_machine
 
 if TYPE_CHECKING:
-    from trainers.summary import FinishedRun
+    from runs.summary import FinishedRun
 
 
 def train_runs(

@@ -27,7 +27,7 @@ from trl.trainer.utils import RepeatSampler
 
 from core.types import Phase, Role
 from core.units import gb
-from data.formats import TEACHER_PROMPT_FILE
+from data.tags import TEACHER_PROMPT_FILE
 from generation.base import Generator
 from generation.canary import Canary
 from models.host import REFERENCE_ADAPTER, ModelHost
@@ -48,12 +48,12 @@ from rollout.tables import (
     term_columns,
 )
 from rollout.types import Completion, Group, Rollout, ScoringRow
+from runs.run_folder import write_evaluation
 from schemas.run import RunConfig
 from trainers.callbacks import StopOnSignal, SyncReferenceAdapter
 from trainers.checkpoints import WholeCheckpoints
 from trainers.model_card import WritesModelCard, teacher_card
 from trainers.recovery import RecoveryMixin
-from trainers.run_folder import write_evaluation
 from trainers.step_metrics import StepMetrics, rollout_metrics
 
 _TRAIN_STREAM, _EVAL_STREAM = 0, 1

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from planner.plan import MemoryPlan
+from runs.summary import FinishedRun, memory_by_phase, summarise
 from schemas.run import RunConfig
 from trainers.build import build_trainer, check_before_loading
-from trainers.summary import FinishedRun, memory_by_phase, summarise
 
 
 def train_teacher(

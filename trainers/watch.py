@@ -18,12 +18,12 @@ from rich.live import Live
 from rich.text import Text
 
 from core.errors import UserError
+from core.gpu import find_gpu
 from core.log import console
-from core.run_files import CONFIG_FILE
 from core.types import Phase
 from core.units import gb
-from planner.readiness import find_gpu
-from trainers.run_folder import LOCK_FILE, METRICS_FILE, SUMMARY_FILE
+from runs.metrics import METRICS_FILE
+from runs.run_folder import CONFIG_FILE, LOCK_FILE, SUMMARY_FILE
 
 _EVERY_S = 2.0
 

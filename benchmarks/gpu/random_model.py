@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from core.log import log
 from core.units import format_gb
-from data.formats import TAG_STYLES, PromptFormat, encode
+from data.formats import PromptFormat, encode
+from data.tags import TAG_STYLES
 from planner.shapes import ModelShape, load_shape
 
 TINY = ModelShape(

@@ -42,12 +42,12 @@ from generation.vllm_engine import VLLMGenerator
 from models.device import memory_of
 from models.host import ModelHost
 from optimization import optimized
-from planner.fit import card_gb
+from planner.fit import own_card_bytes
 from planner.plan import MemoryPlan, plan_run
+from preflight.hardware import check_hardware_and_plan, load_for_this_machine
 from rollout.scoring import RolloutScorer
 from schemas.compose import compose_run_config
 from schemas.run import RunConfig, load_run_config, resolved_values
-from trainers.preflight import check_hardware_and_plan, load_for_this_machine
 from trainers.teacher_grpo import TeacherGRPOTrainer
 
 # No evaluation, no checkpoints. The rate is high so that the canary can tell whether a swapped adapter arrived.
@@ -123,7 +123,7 @@ def small_card(setup: Setup, figures: Figures) -> None:
 
 def measure_run(setup: Setup, figures: Figures, config_name: str, shape: str, *, capped: bool = False) -> None:
     on_card = torch.cuda.is_available()
-    card_bytes = int(card_gb(config_name) * 1e9)
+    card_bytes = own_card_bytes(compose_run_config(config_name))
     if on_card and not setup.is_tiny and memory_of(torch.device("cuda:0")) < 0.97 * card_bytes:
         raise SkipCell(f"{config_name} is for {format_gb(card_bytes)}, and this card has less")
     for left_behind in setup.scratch.glob(f"{setup.cell}*"):  # by a call that was killed: as large as the model

@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from data.formats import TAG_STYLES, PromptFormat
+from data.formats import PromptFormat
+from data.tags import TAG_STYLES
 
 GOLDEN_FOLDER = Path(__file__).parents[1] / "golden"
 

@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 
-from data.masked_diffusion import Sample
+from data.samples import Sample
 from models.llada import LladaConfig, LladaModel
 from models.masked_diffusion import DiffusionBatch
 from planner.plan import plan_run
+from runs.run_folder import open_run_folder
 from schemas.compose import compose_run_config
 from schemas.llada import MaskedDiffusionRunConfig
 from schemas.run import load_run_config
 from trainers.masked_diffusion import DiffusionCollator, MaskedDiffusionTrainer
 from trainers.masked_diffusion_run import PeakMeter, build_diffusion_trainer, load_diffusion_tokenizer
-from trainers.run_folder import open_run_folder
 
 MASK = 11
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from models.tiny import build_tokenizer
+from data.embedded.tokenizer import build_tokenizer
+from preflight.hardware import check_hardware_and_plan, load_for_this_machine
 from schemas.compose import compose_run_config
 from trainers.build import build_trainer, check_before_loading
-from trainers.preflight import check_hardware_and_plan, load_for_this_machine
 from trainers.teacher_grpo import TeacherGRPOTrainer
 
 SMALL = (

@@ -1,20 +1,20 @@
 """The end of a run: before and after, from its metrics file, as a table and as `summary.json`."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import RenderableType
 from rich.table import Table
 
 from core.shown import Shown
+from core.types import Phase
 from core.units import gb
-from models.host import ModelHost
 from planner.plan import MemoryPlan
-from trainers.run_folder import METRICS_FILE, write_summary
+from runs.metrics import METRICS_FILE, read_metrics
+from runs.run_folder import write_summary
 
 _WINDOW = 5
 
@@ -62,7 +62,26 @@ class FinishedRun(Shown):
         return [summary_table(self.summary, self.report), memory_table(self.summary)]
 
 
-def memory_by_phase(plan: MemoryPlan, host: ModelHost) -> dict[str, Any]:
+class PhasePeak(Protocol):
+    """Measured peak memory of a phase, bytes."""
+
+    @property
+    def peak_reserved_bytes(self) -> int: ...
+
+    @property
+    def peak_driver_bytes(self) -> int: ...
+
+
+class MeteredHost(Protocol):
+    """What is asked of `models.host.ModelHost`."""
+
+    @property
+    def device(self) -> Any: ...
+
+    def checkpoint_use(self) -> Mapping[Phase, PhasePeak]: ...
+
+
+def memory_by_phase(plan: MemoryPlan, host: MeteredHost) -> dict[str, Any]:
     """Predicted and measured peak of each phase in decimal GB; on a CPU the measured one is the process's RSS.
 
     `driver_gb`: what the driver reported as used on the card, CUDA's context and other processes included.
@@ -84,7 +103,7 @@ def summarise(run_dir: Path, memory: dict[str, Any], report: Report = TEACHER_RE
     Training figures are means of the first and the last five logged steps (fewer in a short run); held-out ones are
     those of the first and the last evaluation.
     """
-    lines = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+    lines = read_metrics(run_dir / METRICS_FILE)
     logged = _values(lines, report.train_key)
     differences = _values(lines, "sampling/logp_difference")
     window = min(_WINDOW, max(1, len(logged) // 2))

@@ -7,7 +7,6 @@ import netrc
 import os
 import re
 import shutil
-import subprocess
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,17 +17,18 @@ import psutil
 from packaging.requirements import Requirement
 
 from core.errors import UserError
+from core.gpu import Gpu
 from core.gpu_software import CUDA_OF_PACKAGES, compiler_obstacle, driver_obstacle
 from core.hub import hub_problem, model_is_cached
-from core.one_gpu import visible_gpus
 from core.units import format_gb
 from planner.components import num_lora_params, optimizer_bytes_per_param, weight_bytes
 from planner.plan import MemoryPlan
+from schemas.compose import CONFIG_ROOT
 from schemas.llada import MaskedDiffusionRunConfig
 from schemas.model import EMBEDDED_MODEL
 from schemas.run import AnyRunConfig
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = CONFIG_ROOT.parent
 _HUB_TIMEOUT_S = 2.0
 
 
@@ -41,30 +41,6 @@ class Check:
 
     def to_dict(self) -> dict[str, str]:
         return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
-    name: str
-    driver: str
-    total_bytes: int
-    used_bytes: int
-
-
-def find_gpu() -> Gpu | None:
-    """The first GPU that CUDA_VISIBLE_DEVICES leaves, as its driver reports it; None without a driver or a GPU."""
-    visible = visible_gpus()
-    if (program := shutil.which("nvidia-smi")) is None or visible == []:
-        return None
-    query = "name,driver_version,memory.total,memory.used"
-    command = [program, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
-    if visible and not visible[0].startswith("MIG"):  # nvidia-smi reports the whole GPU of a part
-        command.append(f"--id={visible[0]}")
-    result = subprocess.run(command, capture_output=True, text=True, timeout=5)
-    if result.returncode or not result.stdout.strip():
-        return None
-    name, driver, total_mib, used_mib = (cell.strip() for cell in result.stdout.splitlines()[0].split(","))
-    return Gpu(name=name, driver=driver, total_bytes=int(total_mib) * 2**20, used_bytes=int(used_mib) * 2**20)
 
 
 def check_packages() -> Iterator[Check]:

@@ -24,19 +24,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rich.progress import Progress
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from core.log import can_animate, console, log
-from data.arithmetic import (
-    STUDENT_SYSTEM_SHORT,
-    TEACHER_SYSTEM_SHORT,
-    Style,
-    classify_explanation,
-    explain,
-    generate_rows,
-)
-from data.formats import PromptFormat, encode
+from data.embedded.task import Style, classify_explanation, explain, generate_facts, generate_rows
+from data.embedded.tokenizer import EMBEDDED_FORMAT, build_tokenizer
+from data.formats import encode
 
 MODEL_FOLDER = "arithmetic-qwen2-v4"
 """Folder name in the cache. The number changes with anything that changes the weights."""
@@ -59,14 +52,6 @@ _NUM_WARMUP_STEPS = 20
 _DECAY_FRAC = 0.3
 _MAX_NEW_TOKENS = 48
 _IGNORED = -100  # label of a token without loss
-
-_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_FORMAT = PromptFormat.from_styles(tag_format="bespoke", prompt_style="short")
-_CHAT_PHRASES = ("system\n", "user\n", "assistant\n", "\n\n")
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 Row = dict[str, str]
 Example = tuple[str, str]
@@ -120,35 +105,12 @@ def build_tiny_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, ChatML, and one token for each tag and fixed phrase of the prompts.
-
-    Tags are no special tokens: decoding with `skip_special_tokens=True` must keep them.
-    """
-    bytes_vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=bytes_vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in _SPECIAL_TOKENS])
-    phrases = (*_FORMAT.tags.all_tags, TEACHER_SYSTEM_SHORT, STUDENT_SYSTEM_SHORT, *_CHAT_PHRASES)
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in phrases])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=_CHAT_TEMPLATE,
-        padding_side="left",
-        model_max_length=2048,
-        clean_up_tokenization_spaces=False,
-    )
-
-
 def student_accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> float:
     """Share of `rows` in which the student, given the honest explanation, finds every solution token the likeliest."""
     examples = []
     for row in rows:
-        head = _FORMAT.student_head_text(tokenizer, row["question"])
-        tail = _FORMAT.student_tail(tokenizer, row["question"], row["solution"])
+        head = EMBEDDED_FORMAT.student_head_text(tokenizer, row["question"])
+        tail = EMBEDDED_FORMAT.student_tail(tokenizer, row["question"], row["solution"])
         prompt = head + row["reasoning_trace"] + tail.text[: tail.solution_start]
         examples.append((prompt, row["solution"]))
     ids_BT, labels_BT = _collate(tokenizer, examples)
@@ -160,7 +122,7 @@ def student_accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase
 
 def teacher_honest_frac(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> float:
     """Share of `rows` for which the teacher, sampled at temperature 1, writes the honest explanation."""
-    prompts = [_FORMAT.teacher_prompt_text(tokenizer, row["question"], row["solution"]) for row in rows]
+    prompts = [EMBEDDED_FORMAT.teacher_prompt_text(tokenizer, row["question"], row["solution"]) for row in rows]
     prompt_ids_BT = torch.tensor([encode(tokenizer, prompt) for prompt in prompts])  # all prompts have one length
     sampled_BT = model.generate(
         prompt_ids_BT,
@@ -172,7 +134,7 @@ def teacher_honest_frac(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerB
     completions = tokenizer.batch_decode(sampled_BT[:, prompt_ids_BT.shape[1] :], skip_special_tokens=True)
     num_honest = 0
     for row, completion in zip(rows, completions, strict=True):
-        explanation = completion.partition(_FORMAT.tags.explanation.closing)[0]
+        explanation = completion.partition(EMBEDDED_FORMAT.tags.explanation.closing)[0]
         num_honest += classify_explanation(row["question"], row["solution"], explanation) == "honest"
     return num_honest / len(rows)
 
@@ -234,26 +196,19 @@ def _train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
                 f"{honest_frac:.2f} honest explanations (needed: {min_honest_frac}) in {_MAX_ROUNDS * num_steps} steps"
             )
 
-        run_stage(_NUM_FACTS_STEPS, _facts)
+        run_stage(_NUM_FACTS_STEPS, generate_facts)
         run_rounds(_NUM_HONEST_STEPS, honest_teacher, _MIN_HONEST_FRAC_BEFORE_CARELESS)
         run_rounds(_NUM_CARELESS_STEPS, careless_teacher, MIN_HONEST_FRAC)
 
 
-def _facts() -> list[Example]:
-    """All sums of two digits: `3-7=` -> `6`."""
-    return [
-        (f"{a}{sign}{b}=", str((a + int(f"{sign}{b}")) % 10)) for a in range(10) for sign in "+-" for b in range(10)
-    ]
-
-
 def _student_example(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
-    tail = _FORMAT.student_tail(tokenizer, row["question"], row["solution"])
-    return _FORMAT.student_head_text(tokenizer, row["question"]), row["reasoning_trace"] + tail.text
+    tail = EMBEDDED_FORMAT.student_tail(tokenizer, row["question"], row["solution"])
+    return EMBEDDED_FORMAT.student_head_text(tokenizer, row["question"]), row["reasoning_trace"] + tail.text
 
 
 def _teacher_example(tokenizer: PreTrainedTokenizerBase, row: Row, explanation: str) -> Example:
-    prompt = _FORMAT.teacher_prompt_text(tokenizer, row["question"], row["solution"])
-    return prompt, _FORMAT.teacher_completion_text(tokenizer, row["question"], explanation)
+    prompt = EMBEDDED_FORMAT.teacher_prompt_text(tokenizer, row["question"], row["solution"])
+    return prompt, EMBEDDED_FORMAT.teacher_completion_text(tokenizer, row["question"], explanation)
 
 
 def _optimize(

@@ -1,7 +1,7 @@
 """How a trained teacher is used: the code that model cards and README.md show, from one source.
 
-python -m trainers.usage            write it into README.md, for the embedded run
-python -m trainers.usage --check    status 1 where README.md says something else
+python -m runs.usage            write it into README.md, for the embedded run
+python -m runs.usage --check    status 1 where README.md says something else
 """
 
 import argparse
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from core.log import console
-from data.formats import TEACHER_PROMPT_FILE, PromptFormat
-from generation.vllm_engine import lora_rank_slot
+from data.tags import TAG_STYLES, TEACHER_PROMPT_FILE
+from planner.constants import lora_rank_slot
 from schemas.compose import CONFIG_ROOT, compose_run_config
 from schemas.model import ModelArgs
 from schemas.run import RunConfig, load_run_config
@@ -38,7 +38,7 @@ class Usage:
 
     def markdown(self) -> str:
         """Three ways, each complete: transformers and peft, vLLM, one merged checkpoint."""
-        closing = PromptFormat.from_config(self.config).tags.explanation.closing
+        closing = self._closing_tag()
         rounding = "\n" + _ROUNDING if quantisation(self.config.model_args) else ""
         return f"""\
 `{TEACHER_PROMPT_FILE}` beside the adapter is the prompt: it holds question and solution and ends with the opened
@@ -89,7 +89,7 @@ output = model.generate(
 {_lines(["**inputs", "do_sample=True", *(f"{name}={value}" for name, value in sampling.items())])}
 )
 text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-print(text.partition({self._closing()})[0])"""
+print(text.partition({literal(self._closing_tag())})[0])"""
 
     def with_vllm(self) -> str:
         config = self.config
@@ -99,7 +99,7 @@ print(text.partition({self._closing()})[0])"""
         sampling = {
             **self._sampling(),
             "max_tokens": config.grpo.max_completion_length,
-            "stop": self._closing(),
+            "stop": literal(self._closing_tag()),
         }
         imports = ("from peft import PeftConfig", "from transformers import AutoTokenizer")
         vllm = ("from vllm import LLM, SamplingParams", "from vllm.lora.request import LoRARequest")
@@ -139,8 +139,8 @@ prompt = template.replace("{{question}}", question).replace("{{solution}}", solu
         names = ("temperature", "top_p", "top_k", "repetition_penalty", *(["min_p"] if grpo.min_p else []))
         return {name: getattr(grpo, name) for name in names}
 
-    def _closing(self) -> str:
-        return literal(PromptFormat.from_config(self.config).tags.explanation.closing)
+    def _closing_tag(self) -> str:
+        return TAG_STYLES[self.config.tag_format].explanation.closing
 
 
 _ROUNDING = """\
@@ -211,7 +211,7 @@ def main(words: list[str] | None = None, readme: Path = CONFIG_ROOT.parent / "RE
     new = with_usage(old)
     if arguments.check:
         if old != new:
-            console.print("README.md: its use of a teacher is out of date; run python -m trainers.usage")
+            console.print("README.md: its use of a teacher is out of date; run python -m runs.usage")
         return int(old != new)
     readme.write_text(new, encoding="utf-8")
     return 0

@@ -8,11 +8,11 @@ from core.hub import check_model_path, dataset_is_cached, hub_problem, is_hub_id
 from core.log import log
 from data.sources import check_dataset_path
 from planner.fit import resolve_auto
-from planner.readiness import model_names
+from preflight.readiness import model_names
+from runs.run_folder import check_output_dir
 from schemas.data import ARITHMETIC
 from schemas.model import EMBEDDED_MODEL
 from schemas.run import AnyRunConfig, load_run_config
-from trainers.run_folder import check_output_dir
 
 
 def check_inputs(values: Mapping[str, Any]) -> None:

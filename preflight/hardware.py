@@ -15,10 +15,10 @@ from core.units import format_gb
 from models.device import memory_of, pick_device
 from optimization.card import is_installed
 from optimization.cuda_optim import switch_cudnn_attention_off
-from planner.fit import card_gb, resolve_auto
+from planner.fit import resolve_auto
 from planner.plan import MemoryPlan, plan_run
+from preflight.inputs import check_hub
 from schemas.run import AnyRunConfig, load_run_config
-from trainers.inputs import check_hub
 
 MAX_CPU_AUTO_BYTES = 4_000_000_000
 """`device_map: auto` falls back to the CPU only for runs that plan to stay below this: a 7B run there takes months."""
@@ -104,12 +104,12 @@ def _require_gpu_software(config: AnyRunConfig) -> None:
 
 
 def _card_bytes(config: AnyRunConfig, device: torch.device) -> int:
-    """The card to plan for; where there is none, the one that the configuration is named after."""
+    """The card to plan for; where there is none, the one that the configuration is for."""
     if config.gpu_gb is not None:
         return int(config.gpu_gb * 1e9)
     if device.type == "cuda":
         return memory_of(device)
-    card_bytes = int(card_gb(config.run_name) * 1e9)
+    card_bytes = int(config.card_gb * 1e9)
     return min(card_bytes, memory_of(device)) if config.model_args.device_map == "cpu" else card_bytes
 
 

@@ -25,12 +25,14 @@ import yaml
 
 from core.errors import UserError
 from core.log import console, log
-from core.run_files import CONFIG_FILE
+from runs.files import write_whole
+from runs.metrics import METRICS_FILE, drop_metrics_after
 
-METRICS_FILE, SUMMARY_FILE, STAGING_FOLDER = "metrics.jsonl", "summary.json", ".saving"
+CONFIG_FILE, SUMMARY_FILE, STAGING_FOLDER = "config.yaml", "summary.json", ".saving"
 COMPLETIONS_FOLDER, EVALUATIONS_FOLDER = "completions", "evaluations"
 LOG_FILE, LOCK_FILE = "logs/training.log", ".lock"
-_KEYS_THAT_MAY_DIFFER = {"resume", "gpu_gb", "allow_oversubscription"}
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_KEYS_THAT_MAY_DIFFER = {"resume", "card_gb", "gpu_gb", "allow_oversubscription"}
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,9 @@ def _reopen(path: Path, values: Mapping[str, Any], checkpoint: Path | None) -> R
     lock = _lock(path)
     console.copy_to(path / LOG_FILE)
     shutil.rmtree(path / STAGING_FOLDER, ignore_errors=True)
-    _write_whole(path / CONFIG_FILE, yaml.safe_dump(dict(values), sort_keys=True))
+    write_whole(path / CONFIG_FILE, yaml.safe_dump(dict(values), sort_keys=True))
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
-    _drop_metrics_after(path / METRICS_FILE, step)
+    drop_metrics_after(path / METRICS_FILE, step)
     _drop_tables_after(path, step)
     if checkpoint is not None:
         log.info("continuing %s after step %d", path, step)
@@ -162,18 +164,9 @@ def _is_unfinished_run_of(path: Path, values: Mapping[str, Any]) -> bool:
 
 def last_checkpoint(path: Path) -> Path | None:
     """The last one after step 0; going on from that would be starting anew without the first evaluation."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    last = get_last_checkpoint(str(path))
-    return Path(last) if last is not None and Path(last).name != "checkpoint-0" else None
-
-
-def _drop_metrics_after(metrics_file: Path, step: int) -> None:
-    """Lines of steps that the resumed run will make again."""
-    if metrics_file.exists():
-        lines = [line for line in metrics_file.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if step and json.loads(line)["step"] <= step]
-        _write_whole(metrics_file, "".join(f"{line}\n" for line in kept))
+    steps = {int(match[1]): folder for folder in path.iterdir() if (match := _CHECKPOINT.fullmatch(folder.name))}
+    whole = [step for step, folder in steps.items() if step and folder.is_dir()]
+    return steps[max(whole)] if whole else None
 
 
 def _drop_tables_after(path: Path, step: int) -> None:
@@ -187,7 +180,7 @@ def _drop_tables_after(path: Path, step: int) -> None:
 
 def write_evaluation(path: Path, step: int, table: Mapping[str, list[Any]]) -> None:
     """Write `evaluations/evaluation_STEP.parquet` of the run in `path`, over an earlier one of the step."""
-    import pandas as pd  # with transformers below: seconds that a wrong output folder need not wait
+    import pandas as pd  # a second that a wrong output folder need not wait
 
     folder = path / EVALUATIONS_FOLDER
     folder.mkdir(exist_ok=True)
@@ -196,15 +189,8 @@ def write_evaluation(path: Path, step: int, table: Mapping[str, list[Any]]) -> N
     os.replace(partial, folder / f"evaluation_{step:05d}.parquet")
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a file's content so that a reader sees the old or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    _write_whole(path / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+    write_whole(path / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
 
 
 def publish_checkpoint(staged: Path, target: Path) -> None:
