@@ -15,7 +15,6 @@ from optimization.cuda_optim import (
     print_gpu_stats,
     setup_cuda_optimizations,
 )
-from optimization.efficient import Efficient, Helpers
 from optimization.fp8_optim import check_fp8_support, quantise_to_fp8
 from optimization.memory_optim import (
     clean_memory,
@@ -25,8 +24,9 @@ from optimization.memory_optim import (
     tile_mlps,
 )
 from optimization.optimizers import get_optimizer
-from optimization.recommend import Recommendation, recommend_config
 from optimization.record import AppliedOptimization, Change, records_table, undo_all
+from optimization.small.efficient import Efficient, Helpers
+from optimization.small.recommend import Recommendation, recommend_config
 from optimization.training_optim import (
     AsyncDataLoader,
     BatchChoice,

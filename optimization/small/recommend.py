@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from core.errors import UserError
 from core.units import gb
-from optimization.small_models import SIZES, model_config
+from optimization.small.models import SIZES, model_config
 from planner.components import kv_bytes_per_token, weight_bytes
 from planner.constants import CUDA_CONTEXT_BYTES
 from planner.full_training import FullTraining, FullTrainingPlan, plan_full_training
