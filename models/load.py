@@ -16,10 +16,9 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from core.errors import UserError
 from core.hub import check_model_path, is_hub_id
-from models.int8_checkpointing import release_int8_activations
 from models.tiny import build_tokenizer, ensure_tiny_model
+from optimization.bitsandbytes_patches import fix_cpu_dequantization, release_int8_activations
 from optimization.fp8_optim import check_fp8_support, quantise_to_fp8
-from optimization.nf4_cpu import fix_cpu_dequantization
 from schemas.model import EMBEDDED_MODEL, ModelArgs, ModelConfig
 
 
