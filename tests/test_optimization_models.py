@@ -264,7 +264,7 @@ def test_fp8_changes_what_the_card_and_the_precision_allow(words, settings):
 
 
 def test_an_fp8_cache_is_refused_on_a_cpu(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("generation._vllm_obstacle", lambda device: None)
+    monkeypatch.setattr("generation.choose._vllm_obstacle", lambda device: None)
     with pytest.raises(UserError, match="kv_cache_dtype=fp8: the teacher is on a CPU"):
         make_generator(
             GenerationConfig(generator="vllm", kv_cache_dtype="fp8"),

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from transformers import AutoTokenizer, TrainerCallback
 
-import generation
+import generation.choose
 import trainers.build
 from benchmarks.gpu.cell import Setup, SkipCell
 from benchmarks.gpu.memory import (
@@ -86,7 +86,7 @@ class Stopwatch:
 
 _TIMED: tuple[tuple[str, Any, str], ...] = (
     ("load", ModelHost, "__init__"),
-    ("export", generation, "export_for_vllm"),
+    ("export", generation.choose, "export_for_vllm"),
     ("engine start", VLLMGenerator, "__init__"),
     ("adapter swap", VLLMGenerator, "sync_adapter"),
     ("canary", Canary, "check"),
