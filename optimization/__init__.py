@@ -24,7 +24,15 @@ from optimization.memory_optim import (
     tile_mlps,
 )
 from optimization.optimizers import get_optimizer
-from optimization.record import AppliedOptimization, Change, records_table, undo_all
+from optimization.record import (
+    AppliedOptimization,
+    Change,
+    ChosenSettings,
+    Obstacle,
+    Record,
+    records_table,
+    undo_all,
+)
 from optimization.small.efficient import Efficient, Helpers
 from optimization.small.recommend import Recommendation, recommend_config
 from optimization.training_optim import (
@@ -41,9 +49,12 @@ __all__ = [
     "AsyncDataLoader",
     "BatchChoice",
     "Change",
+    "ChosenSettings",
     "Efficient",
     "Helpers",
+    "Obstacle",
     "Recommendation",
+    "Record",
     "apply_optimizations",
     "autoconfigure_environment",
     "check_fp8_support",
