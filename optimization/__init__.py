@@ -7,7 +7,6 @@ from optimization.apply import (
     optimized,
     preallocate_planned,
 )
-from optimization.card import get_vram
 from optimization.cuda_optim import (
     autoconfigure_environment,
     enable_flash_attention,
@@ -16,6 +15,7 @@ from optimization.cuda_optim import (
     setup_cuda_optimizations,
 )
 from optimization.fp8_optim import check_fp8_support, quantise_to_fp8
+from optimization.gpu import get_vram
 from optimization.memory_optim import (
     clean_memory,
     offload_checkpoints,

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from core.log import console
-from optimization.card import Card, find_card
 from optimization.cuda_optim import autoconfigure_environment, enable_flash_attention, setup_cuda_optimizations
 from optimization.fp8_optim import choose_fp8
+from optimization.gpu import Card, find_card
 from optimization.memory_optim import (
     offload_checkpoints,
     optimize_memory_for_device,

@@ -109,7 +109,7 @@ def _word(value: Any) -> str:
 
 def choose_batch(config: AnyRunConfig) -> list[str]:
     """The planned micro-batch as a word, said with its accumulation and peak."""
-    from optimization.card import find_card
+    from optimization.gpu import find_card
     from optimization.training_optim import choose_batch_size, planned_card
 
     choice = choose_batch_size(config, *planned_card(config, find_card()))

@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.errors import UserError
 from core.log import console
+from core.packages import is_installed
 from core.units import format_gb
-from optimization.card import NO_CARD, Card, find_card, is_installed
+from optimization.gpu import AMPERE, HOPPER, NO_CARD, Card, find_card, free_and_total_bytes
 from optimization.record import AppliedOptimization, Change, ChosenSettings, Obstacle, nothing, together
 
 SdpaBackend = Literal["torch", "auto", "cudnn", "flash", "efficient"]
@@ -26,7 +27,6 @@ _BACKENDS = {
     "math": SDPBackend.MATH,
 }
 """In torch's own order."""
-_AMPERE, _HOPPER = (8, 0), (9, 0)
 
 
 def setup_cuda_optimizations(
@@ -41,7 +41,7 @@ def setup_cuda_optimizations(
 def _allow_tf32(card: Card | None) -> AppliedOptimization | Obstacle:
     if card is None:
         return nothing("tf32", NO_CARD)
-    if card.capability < _AMPERE:
+    if card.capability < AMPERE:
         return nothing("tf32", f"{card} has no TF32 (compute 8.0 and above)")
     before = torch.get_float32_matmul_precision()
     if before != "highest":
@@ -92,7 +92,7 @@ def optimize_attention_operations(
 
 
 def _without_cudnn(card: Card) -> AppliedOptimization | Obstacle:
-    if card.capability < _HOPPER:
+    if card.capability < HOPPER:
         return nothing("attention", f"torch's own order is kept below compute 9.0, and this is {card}")
     if not torch.backends.cuda.cudnn_sdp_enabled():
         return nothing("attention", "cuDNN's kernel is off already; torch's own order is kept")
@@ -125,12 +125,12 @@ def enable_flash_attention(*, current: str = "sdpa", card: Card | None = None) -
     if card is None:
         return nothing("flash attention", f"{NO_CARD}; sdpa stays")
     wanted: AttentionImplementation
-    if card.capability[0] == _HOPPER[0] and is_installed("flash_attn_interface"):
+    if card.capability[0] == HOPPER[0] and is_installed("flash_attn_interface"):
         wanted = "flash_attention_3"
-    elif card.capability >= _AMPERE and is_installed("flash_attn"):
+    elif card.capability >= AMPERE and is_installed("flash_attn"):
         wanted = "flash_attention_2"
     else:
-        reason = "compute 8.0 or above" if card.capability < _AMPERE else "the package flash_attn"
+        reason = "compute 8.0 or above" if card.capability < AMPERE else "the package flash_attn"
         return nothing("flash attention", f"it needs {reason}, and this is {card}; sdpa stays")
     return ChosenSettings(
         name="flash attention",
@@ -175,7 +175,7 @@ def print_gpu_stats() -> None:
     if card is None:
         console.print(f"GPU: none ({NO_CARD})")
         return
-    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    free_bytes, total_bytes = free_and_total_bytes()
     lines = {
         "GPU": str(card),
         "free": f"{format_gb(free_bytes)} of {format_gb(total_bytes)}",

@@ -6,12 +6,10 @@ Letters: N tokens, K in features, O out features.
 import torch
 from torch import Tensor, nn
 
-from optimization.card import NO_CARD, Card, find_card
+from optimization.gpu import ADA, NO_CARD, Card, find_card
 from optimization.record import AppliedOptimization, Change, ChosenSettings, Obstacle, nothing
 from schemas.run import AnyRunConfig, RunConfig
 
-FP8_CAPABILITY = (8, 9)
-"""Ada and Hopper are the first NVIDIA generations with fp8 matrix units."""
 _E4M3 = torch.float8_e4m3fn
 _MAX = torch.finfo(_E4M3).max
 
@@ -21,7 +19,7 @@ def check_fp8_support(*, card: Card | None = None) -> ChosenSettings | Obstacle:
     card = card or find_card()
     if card is None:
         return nothing("fp8", f"not on this card: {NO_CARD}")
-    if card.capability < FP8_CAPABILITY:
+    if card.capability < ADA:
         return nothing("fp8", f"not on this card: {card} has no fp8 units (compute 8.9 and above: Ada, Hopper, later)")
     return ChosenSettings(name="fp8", settings={"use_fp8": True}, reason=f"{card} multiplies in fp8")
 

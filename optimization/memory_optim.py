@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core.errors import UserError
 from core.units import format_gb
-from optimization.card import NO_CARD, Card, find_card
+from optimization.gpu import NO_CARD, Card, find_card, free_and_total_bytes, has_gpu
 from optimization.record import (
     AppliedOptimization,
     Change,
@@ -66,7 +66,7 @@ def _set_allocator(variable: str, value: str | None, live: str | None = None) ->
         os.environ.pop(variable, None)
     else:
         os.environ[variable] = value
-    if torch.cuda.is_available():
+    if has_gpu():
         torch._C._accelerator_setAllocatorSettings(live or value or "")
 
 
@@ -82,7 +82,7 @@ def _drop_unreachable_objects() -> AppliedOptimization | Obstacle:
 
 
 def _give_blocks_back() -> AppliedOptimization | Obstacle:
-    if not torch.cuda.is_available():
+    if not has_gpu():
         return nothing("blocks", f"no blocks to give back: {NO_CARD}")
     before = torch.cuda.memory_reserved()
     torch.cuda.empty_cache()
@@ -106,9 +106,9 @@ def preallocate_cuda_memory(num_bytes: int, *, keep: bool = False) -> AppliedOpt
     Raises:
         UserError: the card has less than that free.
     """
-    if not torch.cuda.is_available():
+    if not has_gpu():
         return nothing("preallocation", NO_CARD)
-    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    free_bytes, total_bytes = free_and_total_bytes()
     if num_bytes > free_bytes + torch.cuda.memory_reserved() - torch.cuda.memory_allocated():
         raise UserError(
             f"{format_gb(num_bytes)} to preallocate, and the card has {format_gb(free_bytes)} free",
@@ -232,7 +232,7 @@ class CheckpointOffload:
 
 def offload_checkpoints(*, gradient_checkpointing: bool) -> ChosenSettings | Obstacle:
     """Whether layer inputs can go to host memory here; the trainer's `CheckpointOffload` moves them."""
-    if not torch.cuda.is_available():
+    if not has_gpu():
         return nothing("checkpoint offload", f"{NO_CARD}; the layer inputs are in host memory already")
     if not gradient_checkpointing:
         return nothing("checkpoint offload", "gradient_checkpointing is off, so there are no checkpoints")

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from core.errors import UserError
+from core.packages import is_installed
 from core.units import format_gb
-from optimization.card import NO_CARD, Card, find_card, is_installed
 from optimization.catalogue import TEACHER_RUN, run_for_model
+from optimization.gpu import NO_CARD, Card, find_card
 from optimization.record import AppliedOptimization, Change, ChosenSettings, Obstacle, announce, nothing
 from planner.fit import card_gb, largest_micro_batch
 from planner.masked_diffusion import MaskedDiffusionSettings

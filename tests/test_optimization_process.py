@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import weakref
 from dataclasses import fields
 from pathlib import Path
@@ -29,7 +30,7 @@ from optimization import (
     undo_all,
 )
 from optimization import cuda_optim as cuda_optim_module
-from optimization.card import Card
+from optimization.gpu import Card
 from optimization.record import records_table
 from schemas.compose import CONFIG_ROOT, compose_run_config
 from schemas.optimization import OptimizationConfig
@@ -286,3 +287,10 @@ def test_the_readme_names_every_function_and_every_setting():
 def test_the_old_names_are_mapped(script):
     rows = (CONFIG_ROOT.parent / "docs" / "optimisations.md").read_text().splitlines()
     assert any(script in row and "./optimize.sh --" in row for row in rows)
+
+
+def test_one_place_asks_torch_what_the_gpu_is():
+    asked = re.compile(r"torch\.cuda\.(is_available|get_device\w*|device_count|is_bf16_supported|mem_get_info)\b")
+    folders = ("optimization", "generation", "rollout", "rewards", "scoring", "data")
+    sources = [path for name in folders for path in (CONFIG_ROOT.parent / name).rglob("*.py")]
+    assert [path.name for path in sources if asked.search(path.read_text())] == ["gpu.py"]

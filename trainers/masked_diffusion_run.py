@@ -14,11 +14,11 @@ from core.types import Phase
 from core.units import gb
 from data.formats import PromptFormat
 from data.masked_diffusion import Sample, pack, prepare_samples
-from models.device import memory_of
 from models.host import PhaseUse
 from models.llada import MASK_TOKEN, LladaModel, new_llada
 from models.load import add_adapter, load_base, load_tokenizer, quiet_libraries
 from optimization import optimize_models, preallocate_planned, records_table
+from optimization.gpu import memory_of
 from planner.plan import MemoryPlan
 from schemas.llada import MaskedDiffusionRunConfig
 from schemas.run import ConfigError

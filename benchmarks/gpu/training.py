@@ -39,9 +39,9 @@ from core.types import Phase
 from core.units import format_gb, gb
 from generation import Canary
 from generation.vllm_engine import VLLMGenerator
-from models.device import memory_of
 from models.host import ModelHost
 from optimization import optimized
+from optimization.gpu import memory_of
 from planner.fit import card_gb
 from planner.plan import MemoryPlan, plan_run
 from rollout.scoring import RolloutScorer

@@ -11,7 +11,7 @@
 examples/train_small.py is a whole run.
 """
 
-from optimization.card import get_vram
+from optimization.gpu import get_vram
 from optimization.memory_optim import enable_checkpointing
 from optimization.optimizers import get_optimizer
 from optimization.small import models
