@@ -22,8 +22,8 @@ from optimization.catalogue import MODELS
 from optimization.training_optim import check_optimizer
 from planner.fit import divisors
 from planner.plan import plan_run, usable_bytes
-from planner.shapes import load_shape
-from schemas.compose import compose_run_config
+from planner.shapes import known_shapes
+from schemas.compose import CONFIG_ROOT, compose_run_config
 from schemas.run import load_run_config
 from tests.helpers.tiny_run import make_trainer, write_random_model
 from tests.test_optimization_process import H100
@@ -57,12 +57,25 @@ def test_a_smaller_model_or_a_larger_card_takes_more_at_once():
     assert sizes == sorted(sizes) and cards == sorted(cards) and sizes[0] < sizes[-1] and cards[0] < cards[-1]
 
 
-def test_every_model_of_the_catalogue_has_a_shape():
-    assert all(load_shape(hub_id).num_params > 0 for sizes in MODELS.values() for hub_id in sizes.values())
+def test_every_model_of_the_catalogue_is_a_known_shape_of_about_its_size():
+    for sizes in MODELS.values():
+        num_params = [known_shapes()[hub_id.lower()].num_params for hub_id in sizes.values()]
+        assert num_params == sorted(num_params)
+        said = [1e9 * float(size.removesuffix("b")) for size in sizes]
+        assert num_params == pytest.approx(said, rel=0.25)
+
+
+def test_hub_ids_of_the_offered_models_are_listed_once():
+    """In planner/known_shapes.json; a default, an example or a single run configuration may name one of them."""
+    root = CONFIG_ROOT.parent
+    sources = [path for name in ("optimization", "planner", "models") for path in (root / name).rglob("*.py")]
+    ids = [hub_id for sizes in MODELS.values() for hub_id in sizes.values()]
+    for path in sources:
+        assert sum(hub_id in path.read_text() for hub_id in ids) <= 1, path
 
 
 def test_unknown_models_are_refused_with_the_known_ones():
-    with pytest.raises(UserError, match=r"qwen2.5 \(0.5b, 1.5b, 3b, 7b, 14b, 32b\); llama"):
+    with pytest.raises(UserError, match=r"qwen2.5 \(0.5b, 1.5b, 3b, 7b, 14b, 32b, 72b\); llama \(1b, 3b, 8b, 70b\)"):
         get_optimal_batch_size_for_gpu("gpt", "medium")
 
 
