@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from core.log import console
 from optimization import check_fp8_support, compile_forward, quantise_to_fp8, setup_cuda_optimizations
-from optimization.card import NO_CARD, find_card
 from optimization.cuda_optim import optimize_attention_operations
+from optimization.gpu import NO_CARD, find_card
 
 NUM_CALLS = 10
 

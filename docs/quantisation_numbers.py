@@ -26,7 +26,7 @@ from quantisation_examples import NUM_PARAMS, OUTLIER_WEIGHT, table  # noqa: E40
 
 from core.units import gb  # noqa: E402
 from data.embedded.model import ensure_tiny_model  # noqa: E402
-from optimization.nf4_cpu import fix_cpu_dequantization  # noqa: E402
+from optimization.bitsandbytes_patches import fix_cpu_dequantization  # noqa: E402
 from planner.components import weight_bytes  # noqa: E402
 from planner.shapes import load_shape  # noqa: E402
 

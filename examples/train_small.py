@@ -29,7 +29,7 @@ from data.embedded.tokenizer import build_tokenizer
 from data.formats import encode
 from optimization import Efficient
 from optimization.optimizers import OPTIMIZERS
-from optimization.small_models import BUILDERS, Size, model_config
+from optimization.small.models import BUILDERS, Size, model_config
 
 TOY = Size(hidden=64, intermediate=160, num_layers=2, num_heads=2)
 """Far below nano; enough for the sums."""

@@ -11,9 +11,9 @@ from core.log import can_animate, console, log
 from data.formats import PromptFormat, encode
 from generation.base import SamplingSettings
 from generation.transformers_engine import TransformersGenerator
-from models.device import pick_device
 from models.load import add_adapter, load_base, load_tokenizer, quiet_libraries
 from models.trained import TrainedRun, open_run
+from optimization.gpu import pick_device
 from rollout.spans import find_explanation
 from rollout.token_text import TokenText
 

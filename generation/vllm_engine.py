@@ -25,6 +25,7 @@ from core.log import log, long_work
 from core.types import UnmappedMemory
 from core.units import format_gb
 from generation.base import ProgressCallback, SamplingSettings, check_rows, prompts_in_a_call
+from optimization.gpu import free_and_total_bytes
 from planner.constants import VLLM_BATCHED_TOKENS
 from rollout.types import Completion
 
@@ -158,7 +159,7 @@ class VLLMGenerator:
         self._scratch.cleanup()
         if self._asleep:
             torch.cuda.empty_cache()
-            needed_bytes, (free_bytes, _) = self._unmapped.reserved_bytes, torch.cuda.mem_get_info()
+            needed_bytes, (free_bytes, _) = self._unmapped.reserved_bytes, free_and_total_bytes()
             if free_bytes < needed_bytes:
                 needed, free = format_gb(needed_bytes), format_gb(free_bytes)
                 log.warning("vLLM ends with this process: waking it to free it takes %s, and %s are free", needed, free)
@@ -287,7 +288,7 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
     gpu_memory_utilization = config.gpu_memory_utilization
     if config.on_gpu:
         # vLLM refuses to start where less than this share is free, although the cache's size is given in bytes.
-        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        free_bytes, total_bytes = free_and_total_bytes()
         gpu_memory_utilization = min(gpu_memory_utilization, 0.99 * free_bytes / total_bytes)
     # A GPU: what the plan counts, since vLLM's own choice grows with the card. A CPU: vLLM rewinds the seeded generator
     # of a row whose prompt it reads in pieces, and a CPU generator cannot be rewound.

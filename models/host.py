@@ -18,9 +18,9 @@ from trl.trainer.utils import use_adapter
 
 from core.log import log
 from core.types import Phase, Role, UnmappedMemory
-from models.device import pick_device
 from models.evaluation import evaluation_mode
 from models.load import add_adapter, load_base, load_frozen
+from optimization.gpu import pick_device
 from rollout.logprobs import score_spans
 from rollout.types import ScoringRow
 from schemas.model import ModelConfig

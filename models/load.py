@@ -18,9 +18,8 @@ from core.errors import UserError
 from core.hub import check_model_path, is_hub_id
 from data.embedded.model import ensure_tiny_model
 from data.embedded.tokenizer import build_tokenizer
-from models.int8_checkpointing import release_int8_activations
+from optimization.bitsandbytes_patches import fix_cpu_dequantization, release_int8_activations
 from optimization.fp8_optim import check_fp8_support, quantise_to_fp8
-from optimization.nf4_cpu import fix_cpu_dequantization
 from schemas.model import EMBEDDED_MODEL, ModelArgs, ModelConfig
 
 

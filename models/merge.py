@@ -24,10 +24,10 @@ from core.log import configure_logging, console, log
 from core.units import format_gb
 from data.formats import PromptFormat
 from data.tags import TEACHER_PROMPT_FILE
-from models.device import pick_device
 from models.export import exported_tensors, quantised_or_plain_weight, write_checkpoint
 from models.load import add_adapter, load_base, load_tokenizer, quiet_libraries
 from models.trained import open_run
+from optimization.gpu import pick_device
 from schemas.run import ConfigError
 
 

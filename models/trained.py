@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -13,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from core.errors import UserError
 from core.log import log
-from models.device import memory_of
+from optimization.gpu import gpu_bytes
 from planner.fit import resolve_auto
 from runs.run_folder import CONFIG_FILE
 from schemas.compose import compose_run_config, run_config_names
@@ -53,8 +52,7 @@ def open_run(run: str | Path, *, needs_adapter: bool = False) -> TrainedRun:
         values, adapter = _read_config(folder), _adapter_in(folder)
     else:
         values, adapter = _compose(str(run)), None
-    gpu_bytes = memory_of(torch.device("cuda:0")) if torch.cuda.is_available() else None
-    config = load_run_config(resolve_auto(values, gpu_bytes))
+    config = load_run_config(resolve_auto(values, gpu_bytes()))
     if not isinstance(config, RunConfig):
         raise UserError(
             f"{str(run)!r} is a run of the method {config.method}",

@@ -7,7 +7,6 @@ from optimization.apply import (
     optimized,
     preallocate_planned,
 )
-from optimization.card import get_vram
 from optimization.cuda_optim import (
     autoconfigure_environment,
     enable_flash_attention,
@@ -15,8 +14,8 @@ from optimization.cuda_optim import (
     print_gpu_stats,
     setup_cuda_optimizations,
 )
-from optimization.efficient import Efficient, Helpers
 from optimization.fp8_optim import check_fp8_support, quantise_to_fp8
+from optimization.gpu import get_vram
 from optimization.memory_optim import (
     clean_memory,
     offload_checkpoints,
@@ -25,8 +24,17 @@ from optimization.memory_optim import (
     tile_mlps,
 )
 from optimization.optimizers import get_optimizer
-from optimization.recommend import Recommendation, recommend_config
-from optimization.record import AppliedOptimization, Change, records_table, undo_all
+from optimization.record import (
+    AppliedOptimization,
+    Change,
+    ChosenSettings,
+    Obstacle,
+    Record,
+    records_table,
+    undo_all,
+)
+from optimization.small.efficient import Efficient, Helpers
+from optimization.small.recommend import Recommendation, recommend_config
 from optimization.training_optim import (
     AsyncDataLoader,
     BatchChoice,
@@ -41,9 +49,12 @@ __all__ = [
     "AsyncDataLoader",
     "BatchChoice",
     "Change",
+    "ChosenSettings",
     "Efficient",
     "Helpers",
+    "Obstacle",
     "Recommendation",
+    "Record",
     "apply_optimizations",
     "autoconfigure_environment",
     "check_fp8_support",

@@ -1,23 +1,23 @@
 """The optimisations of a run configuration, in order: on the process, then on the models once they are loaded."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from core.log import console
-from optimization.card import Card, find_card
 from optimization.cuda_optim import autoconfigure_environment, enable_flash_attention, setup_cuda_optimizations
 from optimization.fp8_optim import choose_fp8
+from optimization.gpu import Card, find_card
 from optimization.memory_optim import (
     offload_checkpoints,
     optimize_memory_for_device,
     preallocate_cuda_memory,
     tile_mlps,
 )
-from optimization.record import AppliedOptimization, Change, nothing, records_table, undo_all
+from optimization.record import ChosenSettings, Obstacle, Record, nothing, records_table, undo_all
 from optimization.training_optim import (
     DEFAULT_RUN,
     check_optimizer,
@@ -25,6 +25,7 @@ from optimization.training_optim import (
     compile_forward,
     compile_obstacle,
     planned_card,
+    recover_from_nan,
 )
 from planner.constants import CUDA_CONTEXT_BYTES
 from planner.plan import MemoryPlan, plan_run
@@ -35,9 +36,7 @@ from schemas.run import AnyRunConfig, RunConfig, load_run_config
 _NO_FROZEN_MODEL = "a masked-diffusion run has no student and no reference"
 
 
-def apply_optimizations(
-    config: AnyRunConfig, *, card: Card | None = None
-) -> tuple[AnyRunConfig, list[AppliedOptimization]]:
+def apply_optimizations(config: AnyRunConfig, *, card: Card | None = None) -> tuple[AnyRunConfig, list[Record]]:
     """What can be done before the memory plan is made: settings of torch and its allocator, choices of the card.
 
     Returns the configuration with those choices (attention kernel, fp8) and one record for each knob that is on; undo
@@ -48,14 +47,14 @@ def apply_optimizations(
     """
     card = card or find_card()
     check_optimizer(config)
-    records = []
+    records: list[Record] = []
     if config.expandable_segments:
         records.append(optimize_memory_for_device(card=card))
     if config.allow_tf32 or config.sdpa_backend != "torch":
         records.append(
             setup_cuda_optimizations(allow_tf32=config.allow_tf32, sdpa_backend=config.sdpa_backend, card=card)
         )
-    choices = []
+    choices: list[ChosenSettings | Obstacle] = []
     if config.use_flash_attention:
         if isinstance(config, MaskedDiffusionRunConfig) and config.packing:
             choices.append(
@@ -66,8 +65,9 @@ def apply_optimizations(
     if config.use_fp8:
         choices.append(choose_fp8(config, card=card))
     for choice in choices:
-        config = with_settings(config, choice.settings)
-    return config, records + choices
+        if isinstance(choice, ChosenSettings):
+            config = with_settings(config, choice.settings)
+    return config, [*records, *choices]
 
 
 @contextlib.contextmanager
@@ -82,7 +82,7 @@ def optimized(config: AnyRunConfig) -> Iterator[AnyRunConfig]:
         undo_all(records)
 
 
-def with_settings(config: AnyRunConfig, settings: dict[str, Any]) -> AnyRunConfig:
+def with_settings(config: AnyRunConfig, settings: Mapping[str, Any]) -> AnyRunConfig:
     """The configuration with some of our own settings changed, those of `model_args` by their dotted name."""
     section = "model_args."
     args = {key.removeprefix(section): value for key, value in settings.items() if key.startswith(section)}
@@ -90,7 +90,7 @@ def with_settings(config: AnyRunConfig, settings: dict[str, Any]) -> AnyRunConfi
     return replace(config, model_args=replace(config.model_args, **args), **own)
 
 
-def preallocate_planned(config: AnyRunConfig, plan: MemoryPlan) -> list[AppliedOptimization]:
+def preallocate_planned(config: AnyRunConfig, plan: MemoryPlan) -> list[Record]:
     """Take the plan's peak before anything is loaded, where `preallocate_memory` is on."""
     if not config.preallocate_memory:
         return []
@@ -100,7 +100,7 @@ def preallocate_planned(config: AnyRunConfig, plan: MemoryPlan) -> list[AppliedO
 
 def optimize_models(
     config: AnyRunConfig, teacher: nn.Module, student: nn.Module | None, reference: nn.Module | None
-) -> list[AppliedOptimization]:
+) -> list[Record]:
     """What is done to the loaded models; None for a role that the teacher's own base plays.
 
     A masked-diffusion run has one model, in the teacher's place.
@@ -108,7 +108,7 @@ def optimize_models(
     own = {"teacher": teacher, "student": student, "reference": reference}
     if isinstance(config, MaskedDiffusionRunConfig):
         own = {"model": teacher}
-    records = []
+    records: list[Record] = []
     if config.mlp_tile_tokens is not None:
         records += [_named(tile_mlps(m, config.mlp_tile_tokens), role) for role, m in own.items() if m is not None]
     if config.offload_checkpoints:
@@ -120,16 +120,15 @@ def optimize_models(
     return records
 
 
-def _named(record: AppliedOptimization, role: str) -> AppliedOptimization:
-    record.name = f"{record.name}, {role}"
-    return record
+def _named(record: Record, role: str) -> Record:
+    return replace(record, name=f"{record.name}, {role}")
 
 
-def announce_models(config: AnyRunConfig) -> list[AppliedOptimization]:
-    """What `optimize_models` will do on this machine, before anything is loaded."""
-    records = []
+def announce_models(config: AnyRunConfig) -> list[Record]:
+    """The settings that `optimize_models` and the trainer will act on here, before anything is loaded."""
+    records: list[Record] = []
     if config.mlp_tile_tokens is not None:
-        records.append(_once_loaded("tiled MLP", "tokens at a time in the MLPs", "all", config.mlp_tile_tokens))
+        records.append(_once_loaded("tiled MLP", mlp_tile_tokens=config.mlp_tile_tokens))
     if config.offload_checkpoints:
         records.append(offload_checkpoints(gradient_checkpointing=config.arguments.gradient_checkpointing))
     if config.compile_models:
@@ -142,19 +141,17 @@ def announce_models(config: AnyRunConfig) -> list[AppliedOptimization]:
             )
         else:
             obstacle = _NO_FROZEN_MODEL
-        compiled = _once_loaded("torch.compile", "forward of frozen models", "eager", "compiled")
+        compiled = _once_loaded("torch.compile", compile_models=True)
         records.append(compiled if obstacle is None else nothing("torch.compile", obstacle))
     if config.preallocate_memory and find_card() is None:
         records.append(preallocate_cuda_memory(0))
     if config.recover_from_nan:
-        records.append(_once_loaded("recovery from NaN", "bad steps that are forgiven", 0, config.max_recoveries))
+        records.append(recover_from_nan(max_recoveries=config.max_recoveries, lr_backoff=config.lr_backoff))
     return records
 
 
-def _once_loaded(name: str, what: str, before: object, after: object) -> AppliedOptimization:
-    return AppliedOptimization(
-        name=name, changes=(Change(what=what, before=before, after=after),), effect="done once the models are loaded"
-    )
+def _once_loaded(name: str, **settings: Any) -> ChosenSettings:
+    return ChosenSettings(name=name, settings=settings, reason="done once the models are loaded")
 
 
 def configure_all_optimizations(
@@ -191,14 +188,18 @@ def configure_all_optimizations(
         **({"gpu_gb": gpu_gb} if gpu_gb is not None else {}),
     }
     config = load_run_config(compose_run_config(run) | settings)
-    applied = [autoconfigure_environment(card=card)]
+    applied: list[Record] = [autoconfigure_environment(card=card)]
     config, records = apply_optimizations(config, card=card)
     applied += records
     micro_batch, accumulation = config.arguments.per_device_train_batch_size, config.gradient_accumulation_steps
     if optimize_batch:
         choice = choose_batch_size(config, *planned_card(config, card))
         micro_batch, accumulation = choice.batch_size, choice.gradient_accumulation_steps
-        applied.append(AppliedOptimization(name="batch size", effect=f"{choice.reason}: {micro_batch} at a time"))
+        applied.append(
+            ChosenSettings(
+                name="batch size", settings={"per_device_train_batch_size": micro_batch}, reason=choice.reason
+            )
+        )
     applied += preallocate_planned(config, plan_run(config, card.total_bytes if card else None))
     return {
         "batch_size": micro_batch,

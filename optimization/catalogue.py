@@ -1,16 +1,13 @@
 """Models by family and size, as `--model` and `--size` name them."""
 
 from core.errors import UserError
+from planner.shapes import model_sizes
 
+_FAMILIES = {"qwen2.5": "Qwen2.5", "llama": "Llama 3"}
 MODELS: dict[str, dict[str, str]] = {
-    "qwen2.5": {size: f"Qwen/Qwen2.5-{size.upper()}-Instruct" for size in ("0.5b", "1.5b", "3b", "7b", "14b", "32b")},
-    "llama": {
-        "1b": "meta-llama/Llama-3.2-1B-Instruct",
-        "3b": "meta-llama/Llama-3.2-3B-Instruct",
-        "8b": "meta-llama/Llama-3.1-8B-Instruct",
-        "70b": "meta-llama/Llama-3.1-70B-Instruct",
-    },
+    name: {size.lower(): hub_id for size, hub_id in model_sizes(family).items()} for name, family in _FAMILIES.items()
 }
+"""Family -> size -> hub id of a teacher."""
 LLADA_RUNS: dict[str, tuple[str, list[str]]] = {
     "nano": ("llada_tiny", []),
     "small": ("llada_pretrain", ["model_cfg=llada_small"]),

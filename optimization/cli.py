@@ -54,6 +54,9 @@ _KEY_VALUE = re.compile(r"^[A-Za-z_][\w.@]*=")
 
 def parser() -> argparse.ArgumentParser:
     """Flags as in --help; unknown ones end with a message and status 2."""
+    from optimization.catalogue import MODELS
+
+    families = f"a family: {', '.join(MODELS)} (teachers), llada (masked diffusion)"
     parse = argparse.ArgumentParser(
         prog="./optimize.sh",
         description=__doc__,
@@ -69,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--setup-only", action="store_true", help="install what is missing, and stop")
     parse.add_argument("--train", action="store_true", help="start train.py with the result")
     parse.add_argument("--dry-run", action="store_true", help="only show what --train would start")
-    parse.add_argument("--model", metavar="M", help="a family: qwen2.5, llama (teachers), llada (masked diffusion)")
+    parse.add_argument("--model", metavar="M", help=families)
     parse.add_argument("--size", metavar="S", help="size in the family, e.g. 7b")
     parse.add_argument("--output-dir", metavar="D", help="folder of the run")
     return parse
@@ -109,7 +112,7 @@ def _word(value: Any) -> str:
 
 def choose_batch(config: AnyRunConfig) -> list[str]:
     """The planned micro-batch as a word, said with its accumulation and peak."""
-    from optimization.card import find_card
+    from optimization.gpu import find_card
     from optimization.training_optim import choose_batch_size, planned_card
 
     choice = choose_batch_size(config, *planned_card(config, find_card()))

@@ -13,9 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from core.errors import UserError
 from core.log import console
+from core.packages import is_installed
 from core.units import format_gb
-from optimization.card import NO_CARD, Card, find_card, is_installed
-from optimization.record import AppliedOptimization, Change, nothing
+from optimization.gpu import AMPERE, HOPPER, NO_CARD, Card, find_card, free_and_total_bytes
+from optimization.record import AppliedOptimization, Change, ChosenSettings, Obstacle, nothing, together
 
 SdpaBackend = Literal["torch", "auto", "cudnn", "flash", "efficient"]
 AttentionImplementation = Literal["sdpa", "flash_attention_2", "flash_attention_3"]
@@ -26,32 +27,25 @@ _BACKENDS = {
     "math": SDPBackend.MATH,
 }
 """In torch's own order."""
-_AMPERE, _HOPPER = (8, 0), (9, 0)
 
 
 def setup_cuda_optimizations(
     *, allow_tf32: bool = True, sdpa_backend: SdpaBackend = "auto", card: Card | None = None
-) -> AppliedOptimization:
+) -> AppliedOptimization | Obstacle:
     """TF32 for float32 products and the order of attention kernels. `card`: the one to choose for, found if None."""
     card = card or find_card()
     parts = [_allow_tf32(card)] if allow_tf32 else []
-    parts.append(optimize_attention_operations(sdpa_backend, card=card))
-    reasons = list(dict.fromkeys(part.skipped for part in parts if part.skipped))
-    return AppliedOptimization(
-        name="cuda",
-        changes=tuple(change for part in parts for change in part.changes),
-        effect="; ".join(part.effect for part in parts if part.effect),
-        skipped="; ".join(reasons) or None,
-        undo_steps=[part.undo for part in parts],
-    )
+    return together("cuda", [*parts, optimize_attention_operations(sdpa_backend, card=card)])
 
 
-def _allow_tf32(card: Card | None) -> AppliedOptimization:
+def _allow_tf32(card: Card | None) -> AppliedOptimization | Obstacle:
     if card is None:
         return nothing("tf32", NO_CARD)
-    if card.capability < _AMPERE:
+    if card.capability < AMPERE:
         return nothing("tf32", f"{card} has no TF32 (compute 8.0 and above)")
     before = torch.get_float32_matmul_precision()
+    if before != "highest":
+        return nothing("tf32", f"float32 products are {before} already")
     torch.set_float32_matmul_precision("high")
     return AppliedOptimization(
         name="tf32",
@@ -61,7 +55,9 @@ def _allow_tf32(card: Card | None) -> AppliedOptimization:
     )
 
 
-def optimize_attention_operations(backend: SdpaBackend = "auto", *, card: Card | None = None) -> AppliedOptimization:
+def optimize_attention_operations(
+    backend: SdpaBackend = "auto", *, card: Card | None = None
+) -> AppliedOptimization | Obstacle:
     """Which kernel `scaled_dot_product_attention` tries first; one that cannot take the inputs hands on to the next.
 
     `flash` and `efficient` put that kernel first. `auto` keeps torch's own order (flash, memory-efficient, plain) less
@@ -95,8 +91,8 @@ def optimize_attention_operations(backend: SdpaBackend = "auto", *, card: Card |
     )
 
 
-def _without_cudnn(card: Card) -> AppliedOptimization:
-    if card.capability < _HOPPER:
+def _without_cudnn(card: Card) -> AppliedOptimization | Obstacle:
+    if card.capability < HOPPER:
         return nothing("attention", f"torch's own order is kept below compute 9.0, and this is {card}")
     if not torch.backends.cuda.cudnn_sdp_enabled():
         return nothing("attention", "cuDNN's kernel is off already; torch's own order is kept")
@@ -118,7 +114,7 @@ def switch_cudnn_attention_off() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def enable_flash_attention(*, current: str = "sdpa", card: Card | None = None) -> AppliedOptimization:
+def enable_flash_attention(*, current: str = "sdpa", card: Card | None = None) -> ChosenSettings | Obstacle:
     """The setting `model_args.attn_implementation` for this machine: Flash Attention 3, 2, or what is set already.
 
     3 needs a Hopper card and the package flash_attn_interface, 2 needs Ampere or later and flash_attn.
@@ -129,21 +125,21 @@ def enable_flash_attention(*, current: str = "sdpa", card: Card | None = None) -
     if card is None:
         return nothing("flash attention", f"{NO_CARD}; sdpa stays")
     wanted: AttentionImplementation
-    if card.capability[0] == _HOPPER[0] and is_installed("flash_attn_interface"):
+    if card.capability[0] == HOPPER[0] and is_installed("flash_attn_interface"):
         wanted = "flash_attention_3"
-    elif card.capability >= _AMPERE and is_installed("flash_attn"):
+    elif card.capability >= AMPERE and is_installed("flash_attn"):
         wanted = "flash_attention_2"
     else:
-        reason = "compute 8.0 or above" if card.capability < _AMPERE else "the package flash_attn"
+        reason = "compute 8.0 or above" if card.capability < AMPERE else "the package flash_attn"
         return nothing("flash attention", f"it needs {reason}, and this is {card}; sdpa stays")
-    return AppliedOptimization(
+    return ChosenSettings(
         name="flash attention",
-        changes=(Change(what="model_args.attn_implementation", before=current, after=wanted),),
-        effect="padding is not computed, no mask in memory",
+        settings={"model_args.attn_implementation": wanted},
+        reason="padding is not computed, no mask in memory",
     )
 
 
-def autoconfigure_environment(*, card: Card | None = None) -> AppliedOptimization:
+def autoconfigure_environment(*, card: Card | None = None) -> AppliedOptimization | Obstacle:
     """Environment variables that torch, tokenizers and OpenMP read in this process and its children.
 
     Call before torch computes anything: OpenMP reads its policy when its threads start. Variables that are already set
@@ -173,13 +169,13 @@ def autoconfigure_environment(*, card: Card | None = None) -> AppliedOptimizatio
     )
 
 
-def print_gpu_stats() -> AppliedOptimization:
+def print_gpu_stats() -> None:
     """Name, memory and allocator state of the GPU on the console; changes nothing."""
     card = find_card()
     if card is None:
         console.print(f"GPU: none ({NO_CARD})")
-        return nothing("gpu stats", NO_CARD)
-    free_bytes, total_bytes = torch.cuda.mem_get_info()
+        return
+    free_bytes, total_bytes = free_and_total_bytes()
     lines = {
         "GPU": str(card),
         "free": f"{format_gb(free_bytes)} of {format_gb(total_bytes)}",
@@ -189,4 +185,3 @@ def print_gpu_stats() -> AppliedOptimization:
     }
     for label, value in lines.items():
         console.print(f"{label}: {value}", highlight=False)
-    return AppliedOptimization(name="gpu stats", effect=lines["free"] + " free")

@@ -6,27 +6,25 @@ Letters: N tokens, K in features, O out features.
 import torch
 from torch import Tensor, nn
 
-from optimization.card import NO_CARD, Card, find_card
-from optimization.record import AppliedOptimization, Change, nothing
+from optimization.gpu import ADA, NO_CARD, Card, find_card
+from optimization.record import AppliedOptimization, Change, ChosenSettings, Obstacle, nothing
 from schemas.run import AnyRunConfig, RunConfig
 
-FP8_CAPABILITY = (8, 9)
-"""Ada and Hopper are the first NVIDIA generations with fp8 matrix units."""
 _E4M3 = torch.float8_e4m3fn
 _MAX = torch.finfo(_E4M3).max
 
 
-def check_fp8_support(*, card: Card | None = None) -> AppliedOptimization:
-    """Whether this card multiplies in fp8 (compute 8.9 and above); `skipped` is the reason where it does not."""
+def check_fp8_support(*, card: Card | None = None) -> ChosenSettings | Obstacle:
+    """Whether this card multiplies in fp8 (compute 8.9 and above): `use_fp8`, or in `skipped` the reason against it."""
     card = card or find_card()
     if card is None:
         return nothing("fp8", f"not on this card: {NO_CARD}")
-    if card.capability < FP8_CAPABILITY:
+    if card.capability < ADA:
         return nothing("fp8", f"not on this card: {card} has no fp8 units (compute 8.9 and above: Ada, Hopper, later)")
-    return AppliedOptimization(name="fp8", effect=f"{card} multiplies in fp8")
+    return ChosenSettings(name="fp8", settings={"use_fp8": True}, reason=f"{card} multiplies in fp8")
 
 
-def choose_fp8(config: AnyRunConfig, *, card: Card | None = None) -> AppliedOptimization:
+def choose_fp8(config: AnyRunConfig, *, card: Card | None = None) -> ChosenSettings | Obstacle:
     """The settings that fp8 brings to this run on this card; nothing is loaded yet.
 
     The generator's weights change only where the teacher is not quantised: a quantised teacher's own values serve its
@@ -35,27 +33,30 @@ def choose_fp8(config: AnyRunConfig, *, card: Card | None = None) -> AppliedOpti
     if not isinstance(config, RunConfig):
         return nothing("fp8", "this run has neither a generator nor a frozen model of its own")
     support = check_fp8_support(card=card)
-    if support.skipped:
+    if isinstance(support, Obstacle):
         return support
     quantised = config.model_args.load_in_8bit or config.model_args.load_in_4bit
-    changes, reasons = [], []
+    settings: dict[str, str] = {}
+    reasons = []
     samples_with_vllm = config.generator != "transformers"
     if not samples_with_vllm:
         reasons.append("KV cache and generator weights: generator=transformers samples from the trainer itself")
     elif config.kv_cache_dtype == "auto":
-        changes.append(Change(what="kv_cache_dtype", before="auto", after="fp8"))
+        settings["kv_cache_dtype"] = "fp8"
     if samples_with_vllm and quantised:
         reasons.append("generator weights: they are the quantised teacher's own values, and stay so")
     elif samples_with_vllm and config.generator_weights == "auto":
-        changes.append(Change(what="generator_weights", before="auto", after="fp8"))
+        settings["generator_weights"] = "fp8"
     if config.student_model is None and config.reference_model == "shared":
         reasons.append("scoring: student and reference are the teacher's own base")
     elif config.scoring_weights == "auto":
-        changes.append(Change(what="scoring_weights", before="auto", after="fp8"))
-    return AppliedOptimization(
+        settings["scoring_weights"] = "fp8"
+    if not settings:
+        return nothing("fp8", "; ".join(reasons) or "the configuration sets what it would choose already")
+    return ChosenSettings(
         name="fp8",
-        changes=tuple(changes),
-        effect="KV cache: half the bytes a token; scoring of frozen models: not measured",
+        settings=settings,
+        reason="KV cache: half the bytes a token; scoring of frozen models: not measured",
         skipped="; ".join(reasons) or None,
     )
 
@@ -96,7 +97,7 @@ def _quantise_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (matrix / scale).to(_E4M3), scale
 
 
-def quantise_to_fp8(model: nn.Module) -> AppliedOptimization:
+def quantise_to_fp8(model: nn.Module) -> AppliedOptimization | Obstacle:
     """Replace the linears of a frozen model's blocks (not its head) by `Fp8Linear`; undo puts the old ones back."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found = [

@@ -15,8 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 from core.errors import UserError
 from core.units import format_gb
-from optimization.card import NO_CARD, Card, find_card
-from optimization.record import AppliedOptimization, Change, announce, nothing
+from optimization.gpu import NO_CARD, Card, find_card, free_and_total_bytes, has_gpu
+from optimization.record import (
+    AppliedOptimization,
+    Change,
+    ChosenSettings,
+    Obstacle,
+    announce,
+    nothing,
+    together,
+)
 
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _EXPANDABLE = "expandable_segments"
@@ -25,7 +33,9 @@ _MIN_OFFLOADED_BYTES = 1 << 20
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
-def optimize_memory_for_device(*, expandable_segments: bool = True, card: Card | None = None) -> AppliedOptimization:
+def optimize_memory_for_device(
+    *, expandable_segments: bool = True, card: Card | None = None
+) -> AppliedOptimization | Obstacle:
     """Let the trainer's allocator map pages into growing segments instead of keeping blocks of every size it ever saw.
 
     vLLM's sleeping memory is a pool of its own, for which vLLM switches the setting off where it finds it, so the two
@@ -56,31 +66,38 @@ def _set_allocator(variable: str, value: str | None, live: str | None = None) ->
         os.environ.pop(variable, None)
     else:
         os.environ[variable] = value
-    if torch.cuda.is_available():
+    if has_gpu():
         torch._C._accelerator_setAllocatorSettings(live or value or "")
 
 
-def clean_memory() -> AppliedOptimization:
+def clean_memory() -> AppliedOptimization | Obstacle:
     """Drop unreachable objects and give the allocator's unused blocks back to the driver."""
-    collected = gc.collect()
-    if not torch.cuda.is_available():
-        return AppliedOptimization(
-            name="cleaning",
-            changes=(Change(what="unreachable objects", before=collected, after=0),) if collected else (),
-            skipped=f"no blocks to give back: {NO_CARD}",
-        )
+    return together("cleaning", [_drop_unreachable_objects(), _give_blocks_back()])
+
+
+def _drop_unreachable_objects() -> AppliedOptimization | Obstacle:
+    if not (collected := gc.collect()):
+        return nothing("objects", "no object is unreachable")
+    return AppliedOptimization(name="objects", changes=(Change(what="unreachable objects", before=collected, after=0),))
+
+
+def _give_blocks_back() -> AppliedOptimization | Obstacle:
+    if not has_gpu():
+        return nothing("blocks", f"no blocks to give back: {NO_CARD}")
     before = torch.cuda.memory_reserved()
     torch.cuda.empty_cache()
     torch.cuda.ipc_collect()
     after = torch.cuda.memory_reserved()
+    if after == before:
+        return nothing("blocks", "no block of the allocator is unused")
     return AppliedOptimization(
-        name="cleaning",
+        name="blocks",
         changes=(Change(what="reserved by torch", before=format_gb(before), after=format_gb(after)),),
         effect=f"{format_gb(before - after)} given back (measured just now)",
     )
 
 
-def preallocate_cuda_memory(num_bytes: int, *, keep: bool = False) -> AppliedOptimization:
+def preallocate_cuda_memory(num_bytes: int, *, keep: bool = False) -> AppliedOptimization | Obstacle:
     """Take `num_bytes` from the card in one piece, to find out at once whether they are there.
 
     `keep` leaves them in torch's cache, so that nobody else takes them. A vLLM in this process is somebody else: it
@@ -89,9 +106,9 @@ def preallocate_cuda_memory(num_bytes: int, *, keep: bool = False) -> AppliedOpt
     Raises:
         UserError: the card has less than that free.
     """
-    if not torch.cuda.is_available():
+    if not has_gpu():
         return nothing("preallocation", NO_CARD)
-    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    free_bytes, total_bytes = free_and_total_bytes()
     if num_bytes > free_bytes + torch.cuda.memory_reserved() - torch.cuda.memory_allocated():
         raise UserError(
             f"{format_gb(num_bytes)} to preallocate, and the card has {format_gb(free_bytes)} free",
@@ -102,16 +119,16 @@ def preallocate_cuda_memory(num_bytes: int, *, keep: bool = False) -> AppliedOpt
     del block
     if not keep:
         torch.cuda.empty_cache()
-    what = "kept in torch's cache" if keep else "taken and given back"
+        return nothing("preallocation", f"{format_gb(num_bytes)} are there; given back, since vLLM takes them itself")
     return AppliedOptimization(
         name="preallocation",
-        changes=(Change(what="memory of the card", before="free", after=f"{format_gb(num_bytes)} {what}"),),
+        changes=(Change(what=format_gb(num_bytes), before="free", after="kept in torch's cache"),),
         effect="a card that is too full fails now; saves no memory",
         undo_steps=[torch.cuda.empty_cache],
     )
 
 
-def checkpoint_blocks(model: Any) -> AppliedOptimization:
+def checkpoint_blocks(model: Any) -> AppliedOptimization | Obstacle:
     """Keep each block's input only and compute the rest again in backward: less memory, about a third more time.
 
     `model` is a transformers model; what it saves: `Efficient.estimate_training_savings`.
@@ -136,7 +153,7 @@ def enable_checkpointing(model: Any) -> Any:
     return model
 
 
-def tile_mlps(model: nn.Module, tile_tokens: int) -> AppliedOptimization:
+def tile_mlps(model: nn.Module, tile_tokens: int) -> AppliedOptimization | Obstacle:
     """Run every gated MLP of `model` on `tile_tokens` tokens at a time.
 
     An MLP works on each token alone, so the result is that of the whole (LLM.int8 looks for outlier columns in each
@@ -213,14 +230,15 @@ class CheckpointOffload:
             yield
 
 
-def offload_checkpoints(*, gradient_checkpointing: bool) -> AppliedOptimization:
-    """Whether layer inputs can go to host memory here; `CheckpointOffload` does it around each micro-batch."""
-    if not torch.cuda.is_available():
+def offload_checkpoints(*, gradient_checkpointing: bool) -> ChosenSettings | Obstacle:
+    """Whether layer inputs can go to host memory here; the trainer's `CheckpointOffload` moves them."""
+    if not has_gpu():
         return nothing("checkpoint offload", f"{NO_CARD}; the layer inputs are in host memory already")
     if not gradient_checkpointing:
         return nothing("checkpoint offload", "gradient_checkpointing is off, so there are no checkpoints")
-    return AppliedOptimization(
+    return ChosenSettings(
         name="checkpoint offload",
-        changes=(Change(what="layer inputs", before="on the card", after="in pinned host memory"),),
-        effect="2 * hidden * layers bytes a token less on the card; time not measured",
+        settings={"offload_checkpoints": True},
+        reason="layer inputs wait in pinned host memory during each micro-batch: 2 * hidden * layers bytes per token "
+        "less on the card; time not measured",
     )

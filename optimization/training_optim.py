@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from core.errors import UserError
+from core.packages import is_installed
 from core.units import format_gb
-from optimization.card import NO_CARD, Card, find_card, is_installed
 from optimization.catalogue import TEACHER_RUN, run_for_model
-from optimization.record import AppliedOptimization, Change, announce, nothing
+from optimization.gpu import NO_CARD, Card, find_card
+from optimization.record import AppliedOptimization, Change, ChosenSettings, Obstacle, announce, nothing
 from planner.fit import largest_micro_batch
 from planner.masked_diffusion import MaskedDiffusionSettings
 from planner.plan import plan_run
@@ -142,7 +143,7 @@ def enable_torch_compile(model: ModelT, *, backend: str = "inductor") -> ModelT:
     return model
 
 
-def compile_forward(model: nn.Module | None, *, backend: str = "inductor") -> AppliedOptimization:
+def compile_forward(model: nn.Module | None, *, backend: str = "inductor") -> AppliedOptimization | Obstacle:
     """Compile the forward of a frozen model's body in place, for any length (`dynamic`).
 
     Not for a model with an adapter that is trained or switched: each switch would compile anew. On a CPU nothing is
@@ -174,8 +175,8 @@ def _finds_outliers(module: nn.Module) -> bool:
     return isinstance(module, bnb.nn.Linear8bitLt) and module.state.threshold > 0
 
 
-def check_optimizer(config: AnyRunConfig) -> AppliedOptimization:
-    """Whether `optim` can work here; changes nothing.
+def check_optimizer(config: AnyRunConfig) -> None:
+    """Refuse an `optim` that cannot work here.
 
     Raises:
         UserError: its library is not installed, or it cannot accumulate gradients and the step is split.
@@ -194,19 +195,14 @@ def check_optimizer(config: AnyRunConfig) -> AppliedOptimization:
             expected="one micro-batch a step: it updates inside backward and keeps no gradient to add up",
             remedy=f"per_device_train_batch_size={config.train_batch_size}, or optim=paged_adamw_8bit",
         )
-    return AppliedOptimization(name="optimizer", effect=f"{optimizer}: nothing is missing")
 
 
-def recover_from_nan(*, max_recoveries: int = 8, lr_backoff: float = 0.5) -> AppliedOptimization:
+def recover_from_nan(*, max_recoveries: int = 8, lr_backoff: float = 0.5) -> ChosenSettings:
     """The settings with which the trainer gets past non-finite values (`trainers/recovery.py` does it)."""
-    return AppliedOptimization(
+    return ChosenSettings(
         name="recovery from NaN",
-        changes=(
-            Change(what="recover_from_nan", before=False, after=True),
-            Change(what="max_recoveries", before=None, after=max_recoveries),
-            Change(what="lr_backoff", before=None, after=lr_backoff),
-        ),
-        effect="one bad step no longer ends a run; one check of loss and gradient norm a step",
+        settings={"recover_from_nan": True, "max_recoveries": max_recoveries, "lr_backoff": lr_backoff},
+        reason="one bad step no longer ends a run; one check of loss and gradient norm a step",
     )
 
 

@@ -15,17 +15,17 @@ from core.units import gb
 from planner.masked_diffusion import MaskedDiffusionSettings
 from planner.plan import MemoryPlan, plan, plan_run, usable_bytes
 from planner.settings import PlanSettings
-from planner.shapes import known_shapes
+from planner.shapes import known_shapes, model_sizes
 from schemas.run import ConfigError, load_run_config
 
 AUTO = "auto"
 _CONTEXT_STEP = 256
-_FAMILY = "Qwen/Qwen2.5-{}-Instruct"
+_FAMILY = "Qwen2.5"
+"""Whose sizes are proposed."""
 _WORTH_BYTES = 1e8
 """What a change must save to be spoken of."""
 _LEAST_ROW_LEN = 4096
 """Contexts are halved down to this before the student or the model changes, and further after that."""
-_SIZES = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
 
 
 def resolve_auto(values: Mapping[str, Any], gpu_bytes: int | None) -> dict[str, Any]:
@@ -83,12 +83,11 @@ def largest_model(settings: PlanSettings, gpu_bytes: int) -> str | None:
     if isinstance(settings, MaskedDiffusionSettings):
         return None
 
-    def with_size(size: str) -> PlanSettings:
-        shape = known_shapes()[_FAMILY.format(size).lower()]
+    def with_model(hub_id: str) -> PlanSettings:
+        shape = known_shapes()[hub_id.lower()]
         return replace(settings, teacher=shape, student=shape if settings.student else None)
 
-    size = _last_that_fits(_SIZES, with_size, gpu_bytes)
-    return size and _FAMILY.format(size)
+    return _last_that_fits(list(model_sizes(_FAMILY).values()), with_model, gpu_bytes)
 
 
 def _last_that_fits(candidates: Any, settings_of: Callable[[Any], PlanSettings], gpu_bytes: int) -> Any:
@@ -182,8 +181,8 @@ def _changes(values: Mapping[str, Any], settings: PlanSettings) -> Iterator[tupl
         yield shorter
     if settings.student is not None:
         yield "the teacher's own base as student", {"student_model": None}
-    for size in reversed(_SIZES if not isinstance(settings, MaskedDiffusionSettings) else ()):
-        name = _FAMILY.format(size)
+    models = [*model_sizes(_FAMILY).values()] if not isinstance(settings, MaskedDiffusionSettings) else []
+    for name in reversed(models):
         if known_shapes()[name.lower()].num_params < 0.8 * settings.teacher.num_params:
             student = {"student_model": name} if settings.student else {}
             yield f"model {settings.teacher.name} -> {name}", {"model_name_or_path": name, **student}

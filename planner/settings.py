@@ -65,7 +65,7 @@ class PlanSettings:
     max_completion_len: int
     checkpointing: Checkpointing = "layers"
     int8_inputs_released: bool = True
-    """The int8 linears drop their inputs (models/int8_checkpointing.py); False: stock bitsandbytes."""
+    """The int8 linears drop their inputs (optimization/bitsandbytes_patches.py); False: stock bitsandbytes."""
     int8_threshold: float = 6.0
     full_logits: bool = False
     """The head's [tokens, vocabulary] logits are materialised in the training step."""

@@ -174,9 +174,24 @@ def _unreadable(path: Path, reason: str) -> UserError:
 
 
 @functools.cache
+def _known_families() -> dict[str, Any]:
+    return json.loads((Path(__file__).parent / "known_shapes.json").read_text())
+
+
+@functools.cache
+def model_sizes(family: str) -> Mapping[str, str]:
+    """Sizes of a built-in family, the smallest first -> hub id of the model for chats: `7B` of `Qwen2.5`.
+
+    The one list of models that are offered by their size; an entry's first id is the one for chats.
+    """
+    (models,) = (entry["models"] for entry in _known_families()["families"] if entry["family"] == family)
+    return {model["size"]: model["ids"][0] for model in models}
+
+
+@functools.cache
 def known_shapes() -> Mapping[str, ModelShape]:
     """Lower-case hub id -> shape of the built-in families (planner/known_shapes.json)."""
-    table = json.loads((Path(__file__).parent / "known_shapes.json").read_text())
+    table = _known_families()
     shapes = {}
     for family in table["families"]:
         for model in family["models"]:

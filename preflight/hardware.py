@@ -11,10 +11,10 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from core.errors import UserError
 from core.gpu_software import compiler_obstacle, driver_obstacle, driver_version
 from core.one_gpu import visible_gpus
+from core.packages import is_installed
 from core.units import format_gb
-from models.device import memory_of, pick_device
-from optimization.card import is_installed
 from optimization.cuda_optim import switch_cudnn_attention_off
+from optimization.gpu import memory_of, pick_device
 from planner.fit import resolve_auto
 from planner.plan import MemoryPlan, plan_run
 from preflight.inputs import check_hub

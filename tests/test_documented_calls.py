@@ -24,10 +24,10 @@ from optimization import (
     get_vram,
     recommend_config,
 )
-from optimization.estimates import estimate_memory
-from optimization.mixed_precision import MixedPrecision
-from optimization.quantize import quantised_bytes
-from optimization.small_models import Size
+from optimization.small.estimates import estimate_memory
+from optimization.small.mixed_precision import MixedPrecision
+from optimization.small.models import Size
+from optimization.small.quantize import quantised_bytes
 from schemas.compose import CONFIG_ROOT, compose_run_config
 from schemas.run import load_run_config
 from tests.helpers.full_step import small_model
@@ -284,7 +284,7 @@ def docstring_blocks(thing: object) -> list[str]:
 
 
 EXPLAINED = (
-    optimization.efficient,
+    optimization.small.efficient,
     MixedPrecision,
     get_optimal_batch_size_for_gpu,
     recommend_config,

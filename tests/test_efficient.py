@@ -15,8 +15,8 @@ from examples.train_small import lr_factor, parse, text_batch, train
 from optimization import Efficient
 from optimization.memory_optim import checkpoint_blocks
 from optimization.optimizers import OPTIMIZERS
-from optimization.quantize import quantised_bytes
-from optimization.small_models import BUILDERS, Size
+from optimization.small.models import BUILDERS, Size
+from optimization.small.quantize import quantised_bytes
 from planner.full_training import FullTraining, plan_full_training
 from planner.plan import plan_run
 from planner.shapes import load_shape, shape_from_config

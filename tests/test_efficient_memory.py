@@ -3,7 +3,7 @@
 import pytest
 
 from optimization import Efficient
-from optimization.small_models import Size
+from optimization.small.models import Size
 from tests.helpers.full_step import measured_peak_bytes, small_model
 
 NARROW, NANO = Size(128, 320, 4, 4), Size(192, 512, 8, 6)

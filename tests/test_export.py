@@ -175,7 +175,7 @@ def test_a_4_bit_base_of_other_widths_goes_to_a_gpu_dequantised(tmp_path, monkey
         export.export_for_vllm(teacher, word_tokenizer(), tmp_path / "packed", "packed_int8")
     on_gpu = mock.Mock(wraps=teacher, device=torch.device("cuda"), modules=teacher.modules, spec=teacher)
     forms = []
-    monkeypatch.setattr("generation.export_for_vllm", lambda *words: forms.append(words[-1]) or tmp_path)
+    monkeypatch.setattr("generation.choose.export_for_vllm", lambda *words: forms.append(words[-1]) or tmp_path)
     assert "dequantised" in prepare_base("auto", on_gpu, word_tokenizer(), "unused", tmp_path / "export").weights
     assert forms == ["dequantized"]
 

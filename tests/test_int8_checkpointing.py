@@ -10,7 +10,7 @@ from bitsandbytes.autograd import _functions as bnb
 from bitsandbytes.functional import int8_vectorwise_quant
 from torch.utils.checkpoint import checkpoint
 
-from models.int8_checkpointing import release_int8_activations
+from optimization.bitsandbytes_patches import release_int8_activations
 
 NUM_LINEARS, WIDTH, NUM_TOKENS = 6, 32, 16
 

@@ -13,7 +13,7 @@ from core import one_gpu
 from core.errors import UserError
 from core.gpu import find_gpu
 from core.one_gpu import show_one_gpu
-from models.device import pick_device
+from optimization.gpu import pick_device
 from preflight.hardware import check_hardware_and_plan
 from schemas.compose import CONFIG_ROOT, compose_run_config
 from schemas.run import load_run_config
@@ -76,9 +76,9 @@ def test_the_one_that_is_left(visible, device_map, left, monkeypatch):
 @pytest.mark.parametrize("device_map", ["auto", "cuda", "cuda:1"])
 def test_torch_then_counts_one_and_the_batch_is_that_of_the_configuration(device_map, two_cards):
     config = load_run_config(compose_run_config("teacher_rlt_tiny"))
-    assert build_grpo_args(config, use_cpu=False).train_batch_size == 2 * config.grpo.per_device_train_batch_size
+    assert build_grpo_args(config, use_cpu=False).train_batch_size == 2 * config.train_batch_size
     show_one_gpu([run_on(device_map)])
-    assert build_grpo_args(config, use_cpu=False).train_batch_size == config.grpo.per_device_train_batch_size
+    assert build_grpo_args(config, use_cpu=False).train_batch_size == config.train_batch_size
     assert pick_device(device_map if device_map != "auto" else "cuda") == torch.device("cuda:0")
 
 

@@ -18,7 +18,7 @@ from trl.models.activation_offloading import OffloadActivations
 from core.errors import UserError
 from generation import make_generator
 from models.load import load_base, load_frozen
-from optimization import check_fp8_support, compile_forward, quantise_to_fp8, tile_mlps
+from optimization import ChosenSettings, Obstacle, check_fp8_support, compile_forward, quantise_to_fp8, tile_mlps
 from optimization.apply import announce_models
 from optimization.fp8_optim import Fp8Linear, _quantise_rows, choose_fp8
 from optimization.memory_optim import CheckpointOffload
@@ -260,11 +260,11 @@ def test_a_student_of_its_own_is_scored_in_fp8_on_request(tmp_path):
 def test_fp8_changes_what_the_card_and_the_precision_allow(words, settings):
     config = load_run_config(compose_run_config("teacher_rlt_mono_85gb", words))
     assert choose_fp8(config, card=H100).settings == settings
-    assert choose_fp8(config, card=A100).settings == {}
+    assert isinstance(choose_fp8(config, card=A100), Obstacle)
 
 
 def test_an_fp8_cache_is_refused_on_a_cpu(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("generation._vllm_obstacle", lambda device: None)
+    monkeypatch.setattr("generation.choose._vllm_obstacle", lambda device: None)
     with pytest.raises(UserError, match="kv_cache_dtype=fp8: the teacher is on a CPU"):
         make_generator(
             GenerationConfig(generator="vllm", kv_cache_dtype="fp8"),
@@ -342,6 +342,18 @@ def test_the_obstacle_is_said_before_anything_is_loaded(words, compiled, monkeyp
     words = ["compile_models=true", "model_args.load_in_8bit=true", *words]
     (record,) = announce_models(load_run_config(compose_run_config("teacher_rlt_mono_85gb", words)))
     assert record.name == "torch.compile" and (record.skipped is None) == compiled
+
+
+def test_what_is_announced_before_loading_is_chosen_not_changed(monkeypatch):
+    monkeypatch.setattr("optimization.apply.find_card", lambda: H100)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = load_run_config(compose_run_config("teacher_rlt_mono_85gb", ["optimization_cfg=all"]))
+    records = announce_models(config)
+    assert not any(record.applied for record in records)
+    chosen = [record.settings for record in records if isinstance(record, ChosenSettings)]
+    merged = {key: value for settings in chosen for key, value in settings.items()}
+    assert {"mlp_tile_tokens", "offload_checkpoints", "recover_from_nan"} < set(merged)
+    assert all(getattr(config, key) == value for key, value in merged.items())
 
 
 def test_a_non_finite_activation_stays_visible_through_fp8():

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import weakref
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +15,8 @@ from core.errors import UserError
 from optimization import (
     AppliedOptimization,
     Change,
+    ChosenSettings,
+    Obstacle,
     autoconfigure_environment,
     check_fp8_support,
     clean_memory,
@@ -27,7 +30,7 @@ from optimization import (
     undo_all,
 )
 from optimization import cuda_optim as cuda_optim_module
-from optimization.card import Card
+from optimization.gpu import Card
 from optimization.record import records_table
 from schemas.compose import CONFIG_ROOT, compose_run_config
 from schemas.optimization import OptimizationConfig
@@ -46,6 +49,7 @@ def environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     torch.backends.cuda.enable_cudnn_sdp(True)  # as torch starts; a run on a GPU may have been before
+    torch.set_float32_matmul_precision("highest")
 
 
 def test_tf32_and_attention_without_cudnn_change_and_come_back():
@@ -59,12 +63,20 @@ def test_tf32_and_attention_without_cudnn_change_and_come_back():
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_a_record_does_not_claim_what_was_off_already():
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        assert "off already" in optimize_attention_operations("auto", card=H100).skipped
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(True)
+def test_a_record_does_not_claim_what_was_so_already():
+    first = setup_cuda_optimizations(sdpa_backend="auto", card=H100)
+    second = setup_cuda_optimizations(sdpa_backend="auto", card=H100)
+    assert isinstance(second, Obstacle) and "off already" in second.skipped and "high already" in second.skipped
+    second.undo()
+    assert torch.get_float32_matmul_precision() == "high"
+    first.undo()
+
+
+def test_cleaning_a_second_time_claims_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+    record = clean_memory()
+    assert isinstance(record, Obstacle) and "no object is unreachable" in record.skipped
 
 
 def test_cudnn_is_no_choice():
@@ -132,8 +144,8 @@ def test_the_live_allocator_has_expandable_segments_until_undone():
 def test_flash_attention_follows_card_and_package(card, packages, wanted, monkeypatch):
     monkeypatch.setattr(cuda_optim_module, "is_installed", packages.__contains__)
     record = enable_flash_attention(card=card)
-    assert record.settings == ({"model_args.attn_implementation": wanted} if wanted else {})
-    assert bool(record.skipped) == (wanted is None)
+    assert not record.applied and bool(record.skipped) == (wanted is None)
+    assert wanted is None or record.settings == {"model_args.attn_implementation": wanted}
 
 
 def test_an_attention_kernel_of_the_configuration_is_kept():
@@ -201,7 +213,6 @@ def test_preallocation_keeps_or_gives_back_and_refuses_what_is_not_there():
         optimize_memory_for_device,
         enable_flash_attention,
         check_fp8_support,
-        print_gpu_stats,
         lambda: preallocate_cuda_memory(1),
     ],
 )
@@ -219,8 +230,9 @@ def test_stats_without_a_gpu_say_so(capsys):
 
 @pytest.mark.gpu
 def test_stats_name_the_card_and_what_is_free(capsys):
-    assert "free" in print_gpu_stats().effect
-    assert torch.cuda.get_device_name() in capsys.readouterr().out
+    print_gpu_stats()
+    text = capsys.readouterr().out
+    assert torch.cuda.get_device_name() in text and "free: " in text
 
 
 def test_recovery_settings_are_those_of_a_run_configuration():
@@ -231,7 +243,11 @@ def test_recovery_settings_are_those_of_a_run_configuration():
 
 def test_undo_goes_backwards_once():
     seen: list[int] = []
-    records = [AppliedOptimization(name=str(i), undo_steps=[lambda i=i: seen.append(i)]) for i in range(3)]
+    changes = (Change(what="x", before=1, after=2),)
+    records = [
+        AppliedOptimization(name=str(i), changes=changes, undo_steps=[lambda i=i: seen.append(i)]) for i in range(3)
+    ]
+    records.insert(1, Obstacle(name="between", skipped="nothing to undo"))
     undo_all(records)
     undo_all(records)
     assert seen == [2, 1, 0]
@@ -239,8 +255,18 @@ def test_undo_goes_backwards_once():
 
 def test_the_table_says_what_changed_and_why_not():
     done = AppliedOptimization(name="one", changes=(Change(what="x", before=1, after=2),), effect="3 GB")
-    text = shown(records_table([done, AppliedOptimization(name="two", skipped="no card")]))
+    chosen = ChosenSettings(name="three", settings={"use_fp8": True}, reason="it can")
+    text = shown(records_table([done, Obstacle(name="two", skipped="no card"), chosen]))
     assert "x: 1 -> 2" in text and "3 GB" in text and "no card" in text
+    assert "chosen: use_fp8=True" in text and "it can" in text
+    assert str(chosen) == "three: chosen: use_fp8=True" and not chosen.applied
+
+
+def test_a_record_of_a_change_has_a_change_and_a_choice_a_setting():
+    with pytest.raises(ValueError, match="an Obstacle says why"):
+        AppliedOptimization(name="one", changes=())
+    with pytest.raises(ValueError, match="an Obstacle says why"):
+        ChosenSettings(name="one", settings={}, reason="none")
 
 
 OLD_SCRIPTS = (
@@ -252,7 +278,7 @@ OLD_SCRIPTS = (
 def test_the_readme_names_every_function_and_every_setting():
     text = (Path(optimization.__file__).parent / "README.md").read_text()
     helpers = {"AppliedOptimization", "BatchChoice", "Change", "records_table", "optimized", "optimize_models"}
-    helpers |= {"apply_optimizations", "preallocate_planned", "Recommendation"}
+    helpers |= {"apply_optimizations", "preallocate_planned", "Recommendation", "Record"}
     for name in set(optimization.__all__) - helpers | {field.name for field in fields(OptimizationConfig)}:
         assert name in text, name
 
@@ -261,3 +287,10 @@ def test_the_readme_names_every_function_and_every_setting():
 def test_the_old_names_are_mapped(script):
     rows = (CONFIG_ROOT.parent / "docs" / "optimisations.md").read_text().splitlines()
     assert any(script in row and "./optimize.sh --" in row for row in rows)
+
+
+def test_one_place_asks_torch_what_the_gpu_is():
+    asked = re.compile(r"torch\.cuda\.(is_available|get_device\w*|device_count|is_bf16_supported|mem_get_info)\b")
+    folders = ("optimization", "generation", "rollout", "rewards", "scoring", "data")
+    sources = [path for name in folders for path in (CONFIG_ROOT.parent / name).rglob("*.py")]
+    assert [path.name for path in sources if asked.search(path.read_text())] == ["gpu.py"]

@@ -22,8 +22,8 @@ from optimization.catalogue import MODELS
 from optimization.training_optim import check_optimizer, planned_card
 from planner.fit import divisors
 from planner.plan import plan_run, usable_bytes
-from planner.shapes import load_shape
-from schemas.compose import compose_run_config
+from planner.shapes import known_shapes
+from schemas.compose import CONFIG_ROOT, compose_run_config
 from schemas.run import load_run_config
 from tests.helpers.tiny_run import make_trainer, write_random_model
 from tests.test_optimization_process import H100
@@ -62,12 +62,25 @@ def test_a_smaller_model_or_a_larger_card_takes_more_at_once():
     assert sizes == sorted(sizes) and cards == sorted(cards) and sizes[0] < sizes[-1] and cards[0] < cards[-1]
 
 
-def test_every_model_of_the_catalogue_has_a_shape():
-    assert all(load_shape(hub_id).num_params > 0 for sizes in MODELS.values() for hub_id in sizes.values())
+def test_every_model_of_the_catalogue_is_a_known_shape_of_about_its_size():
+    for sizes in MODELS.values():
+        num_params = [known_shapes()[hub_id.lower()].num_params for hub_id in sizes.values()]
+        assert num_params == sorted(num_params)
+        said = [1e9 * float(size.removesuffix("b")) for size in sizes]
+        assert num_params == pytest.approx(said, rel=0.25)
+
+
+def test_hub_ids_of_the_offered_models_are_listed_once():
+    """In planner/known_shapes.json; a default, an example or a single run configuration may name one of them."""
+    root = CONFIG_ROOT.parent
+    sources = [path for name in ("optimization", "planner", "models") for path in (root / name).rglob("*.py")]
+    ids = [hub_id for sizes in MODELS.values() for hub_id in sizes.values()]
+    for path in sources:
+        assert sum(hub_id in path.read_text() for hub_id in ids) <= 1, path
 
 
 def test_unknown_models_are_refused_with_the_known_ones():
-    with pytest.raises(UserError, match=r"qwen2.5 \(0.5b, 1.5b, 3b, 7b, 14b, 32b\); llama"):
+    with pytest.raises(UserError, match=r"qwen2.5 \(0.5b, 1.5b, 3b, 7b, 14b, 32b, 72b\); llama \(1b, 3b, 8b, 70b\)"):
         get_optimal_batch_size_for_gpu("gpt", "medium")
 
 
@@ -99,8 +112,8 @@ def test_everything_at_once_answers_with_a_batch_and_can_be_undone(monkeypatch):
         ("sdpa_backend=auto", "cuda", "cuDNN's attention"),
         ("sdpa_backend=efficient", "cuda", "first attention kernel"),
         ("expandable_segments=true", "allocator", "PYTORCH_ALLOC_CONF"),
-        ("use_fp8=true", "fp8", "kv_cache_dtype"),
-        ("use_flash_attention=true", "flash attention", "model_args.attn_implementation"),
+        ("use_fp8=true", "fp8", "chosen: kv_cache_dtype=fp8"),
+        ("use_flash_attention=true", "flash attention", "chosen: model_args.attn_implementation=flash_attention_3"),
     ],
 )
 def test_a_knob_of_the_process_is_applied_and_undone_with_the_run(words, name, change, monkeypatch):
@@ -109,10 +122,12 @@ def test_a_knob_of_the_process_is_applied_and_undone_with_the_run(words, name, c
     monkeypatch.setattr("optimization.cuda_optim.is_installed", lambda package: True)
     monkeypatch.setattr("optimization.apply.find_card", lambda: H100)
     torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.set_float32_matmul_precision("highest")
     precision, order = torch.get_float32_matmul_precision(), torch._C._get_sdp_priority_order()
     config, records = apply_optimizations(config_of(words))
     undo_all(records)
-    assert [(r.name, [c.what for c in r.changes][:1]) for r in records] == [(name, [change])]
+    assert [r.name for r in records] == [name] and records[0].done()[0].startswith(change)
+    assert records[0].applied != change.startswith("chosen")
     chosen = {"use_fp8=true": config.kv_cache_dtype == "fp8" and config.scoring_weights == "fp8"}
     chosen["use_flash_attention=true"] = config.model_args.attn_implementation == "flash_attention_3"
     assert chosen.get(words, True)

@@ -16,10 +16,10 @@ from data.dataset import prepare_datasets
 from data.embedded.task import classify_explanation
 from data.formats import PromptFormat
 from generation import Canary, Generator, Precision, SamplingSettings, check_generator, make_generator
-from models.device import memory_of
 from models.host import ModelHost
 from models.load import check_adapter, load_tokenizers, quiet_libraries, resolve_model_path
 from optimization import optimize_models, preallocate_planned, records_table
+from optimization.gpu import memory_of
 from planner.plan import MemoryPlan
 from preflight.loggers import prepare_loggers
 from rollout.scoring import RolloutScorer, check_scoring

@@ -15,11 +15,11 @@ from core.units import gb
 from data.formats import PromptFormat
 from data.masked_diffusion import pack, prepare_samples
 from data.samples import Sample
-from models.device import memory_of
 from models.host import PhaseUse
 from models.llada import MASK_TOKEN, LladaModel, new_llada
 from models.load import add_adapter, load_base, load_tokenizer, quiet_libraries
 from optimization import optimize_models, preallocate_planned, records_table
+from optimization.gpu import memory_of
 from planner.plan import MemoryPlan
 from preflight.loggers import prepare_loggers
 from runs.run_folder import RunFolder, open_run_folder

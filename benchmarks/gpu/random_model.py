@@ -19,7 +19,7 @@ from core.log import log
 from core.units import format_gb
 from data.formats import PromptFormat, encode
 from data.tags import TAG_STYLES
-from planner.shapes import ModelShape, load_shape
+from planner.shapes import ModelShape, load_shape, model_sizes
 
 TINY = ModelShape(
     name="tiny",
@@ -50,7 +50,7 @@ _TEXT = "the sum of two numbers is one more than what we had so we go on and add
 
 def shape_named(name: str) -> ModelShape:
     """`tiny`, or a size of Qwen2.5."""
-    return TINY if name == "tiny" else load_shape(f"Qwen/Qwen2.5-{name}-Instruct")
+    return TINY if name == "tiny" else load_shape(model_sizes("Qwen2.5")[name])
 
 
 def ensure_random_model(name: str, folder: Path) -> Path:

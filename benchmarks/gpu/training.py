@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from transformers import AutoTokenizer, TrainerCallback
 
-import generation
+import generation.choose
 import trainers.build
 from benchmarks.gpu.cell import Setup, SkipCell
 from benchmarks.gpu.memory import (
@@ -39,9 +39,9 @@ from core.types import Phase
 from core.units import format_gb, gb
 from generation import Canary
 from generation.vllm_engine import VLLMGenerator
-from models.device import memory_of
 from models.host import ModelHost
 from optimization import optimized
+from optimization.gpu import memory_of
 from planner.fit import own_card_bytes
 from planner.plan import MemoryPlan, plan_run
 from preflight.hardware import check_hardware_and_plan, load_for_this_machine
@@ -86,7 +86,7 @@ class Stopwatch:
 
 _TIMED: tuple[tuple[str, Any, str], ...] = (
     ("load", ModelHost, "__init__"),
-    ("export", generation, "export_for_vllm"),
+    ("export", generation.choose, "export_for_vllm"),
     ("engine start", VLLMGenerator, "__init__"),
     ("adapter swap", VLLMGenerator, "sync_adapter"),
     ("canary", Canary, "check"),

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from optimization.optimizers import get_optimizer
-from optimization.small_models import Size, model_config
+from optimization.small.models import Size, model_config
 from tests.helpers.memory_simulator import MemoryTracker
 
 

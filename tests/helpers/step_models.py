@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from models.int8_checkpointing import release_int8_activations
+from optimization.bitsandbytes_patches import release_int8_activations
 from optimization.fp8_optim import quantise_to_fp8
 from planner.settings import PlanSettings
 

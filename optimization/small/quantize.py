@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
-from optimization.nf4_cpu import fix_cpu_dequantization
+from optimization.bitsandbytes_patches import avoid_cpu_layout, fix_cpu_dequantization
 
 _OUTLIER_THRESHOLD = 6.0  # LLM.int8: activation columns with a larger magnitude are multiplied in 16 bits
 _NF4_BLOCK = 64
-_CPU_KERNEL_ROWS = 32
 # NF4 with double quantisation in bitsandbytes: a byte a block, a float32 for 256 of those bytes, two tables.
 _NF4_BLOCKS_PER_SCALE = 256
 _NF4_TABLE_BYTES = 4 * (16 + 256)
@@ -173,6 +172,5 @@ def _nf4(linear: nn.Linear) -> nn.Module:
     )
     nf4.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
     nf4.bias = linear.bias
-    if linear.in_features % _NF4_BLOCK or linear.out_features % _CPU_KERNEL_ROWS:
-        nf4.support_avx512bf16_for_cpu = False  # dequantise instead: the CPU kernel's layout takes no such shape
+    avoid_cpu_layout(nf4)
     return nf4.to(linear.weight.device)  # quantises

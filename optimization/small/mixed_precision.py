@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UserError
+from optimization.gpu import computes_in_bf16
 
 
 class LossScaler(torch.amp.GradScaler):
@@ -124,6 +125,4 @@ class MixedPrecision:
 
 
 def _best_dtype(device: torch.device) -> torch.dtype:
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+    return torch.bfloat16 if computes_in_bf16(device) else torch.float16

@@ -1,5 +1,6 @@
 """Decoders that are small enough to train from scratch on one small card."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -80,13 +81,7 @@ def medium_llm(vocab_size: int, device: str = "cpu") -> Any:
     return build("medium", vocab_size, device)
 
 
-BUILDERS: dict[str, Callable[..., Any]] = {
-    "nano": nano_llm,
-    "micro": micro_llm,
-    "tiny": tiny_llm,
-    "small": small_llm,
-    "medium": medium_llm,
-}
+BUILDERS: dict[str, Callable[..., Any]] = {name: functools.partial(build, name) for name in SIZES}
 
 
 def count_params(model: nn.Module, *, trainable_only: bool = False) -> int:

@@ -11,25 +11,25 @@
 examples/train_small.py is a whole run.
 """
 
-from optimization import small_models
-from optimization.card import get_vram
-from optimization.estimates import estimate_memory, estimate_savings, estimate_training_savings
+from optimization.gpu import get_vram
 from optimization.memory_optim import enable_checkpointing
-from optimization.mixed_precision import MixedPrecision
 from optimization.optimizers import get_optimizer
-from optimization.quantize import Quantize
-from optimization.recommend import Recommendation, recommend_config
+from optimization.small import models
+from optimization.small.estimates import estimate_memory, estimate_savings, estimate_training_savings
+from optimization.small.mixed_precision import MixedPrecision
+from optimization.small.quantize import Quantize
+from optimization.small.recommend import Recommendation, recommend_config
 
 
 class Efficient:
     """The functions below under one name; it holds no state."""
 
-    nano_llm = staticmethod(small_models.nano_llm)
-    micro_llm = staticmethod(small_models.micro_llm)
-    tiny_llm = staticmethod(small_models.tiny_llm)
-    small_llm = staticmethod(small_models.small_llm)
-    medium_llm = staticmethod(small_models.medium_llm)
-    count_params = staticmethod(small_models.count_params)
+    nano_llm = staticmethod(models.nano_llm)
+    micro_llm = staticmethod(models.micro_llm)
+    tiny_llm = staticmethod(models.tiny_llm)
+    small_llm = staticmethod(models.small_llm)
+    medium_llm = staticmethod(models.medium_llm)
+    count_params = staticmethod(models.count_params)
     enable_checkpointing = staticmethod(enable_checkpointing)
     mixed_precision = MixedPrecision
     quantize = Quantize
@@ -44,7 +44,7 @@ class Efficient:
 class Helpers:
     """Questions to ask before training; each is also a function of `Efficient`."""
 
-    count_params = staticmethod(small_models.count_params)
+    count_params = staticmethod(models.count_params)
     get_vram = staticmethod(get_vram)
     recommend_config = staticmethod(recommend_config)
     estimate_memory = staticmethod(estimate_memory)

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from core.errors import UserError
 from core.units import gb
-from optimization.small_models import SIZES, model_config
+from optimization.small.models import SIZES, model_config
 from planner.components import kv_bytes_per_token, weight_bytes
 from planner.constants import CUDA_CONTEXT_BYTES
 from planner.full_training import FullTraining, FullTrainingPlan, plan_full_training
 from planner.plan import plan, usable_bytes
 from planner.settings import PlanSettings, Precision, settings_from_config
-from planner.shapes import ModelShape, known_shapes, shape_from_config
+from planner.shapes import ModelShape, known_shapes, model_sizes, shape_from_config
 from schemas.compose import compose_run_config
 from schemas.run import RunConfig, load_run_config
 
@@ -213,7 +213,7 @@ def _serving(gpu_bytes: int) -> Recommendation:
 
 
 def _served_shapes() -> list[ModelShape]:
-    return [shape for hub_id, shape in known_shapes().items() if hub_id.startswith("qwen/qwen2.5-")]
+    return [known_shapes()[hub_id.lower()] for hub_id in model_sizes("Qwen2.5").values()]
 
 
 def _describe_serving(shape: ModelShape, precision: str, predicted_gb: float | None) -> Recommendation:

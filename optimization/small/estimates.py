@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from core.units import gb, sizes_line
-from optimization.quantize import bytes_when_quantised, quantised_bytes
+from optimization.small.quantize import bytes_when_quantised, quantised_bytes
 from planner.full_training import FullTraining, FullTrainingPlan, TrainingPrecision, plan_full_training
 from planner.shapes import ModelShape, load_shape, shape_from_config
 
