@@ -173,7 +173,7 @@ def test_a_run_whose_completions_are_all_truncated_and_masked_ends_with_its_summ
     trainer.finish()
     step = next(line for line in metrics_of(trainer) if "loss" in line)
     assert step["completions/clipped_ratio"] == 1 and step["loss"] == 0
-    assert summarise(tmp_path / "run", memory_by_phase(trainer.plan, trainer.host))["logp_difference"] is None
+    assert summarise(tmp_path / "run", memory_by_phase(trainer.plan, trainer.host.meter))["logp_difference"] is None
     assert (tmp_path / "run" / "summary.json").exists()
 
 
@@ -318,9 +318,9 @@ def test_engine_is_awake_in_the_generate_phase_only(finished):
 
 def test_the_drivers_figure_stands_beside_what_torch_reserved_where_there_is_one(finished, monkeypatch):
     assert not any("driver" in name for name in finished._phase_metrics())
-    monkeypatch.setattr(finished.host.use[Phase.TRAIN], "peak_driver_bytes", 5_000_000_000)
+    monkeypatch.setattr(finished.host.meter.use[Phase.TRAIN], "peak_driver_bytes", 5_000_000_000)
     assert finished._phase_metrics()["memory/train_driver_gb"] == 5.0
-    phases = memory_by_phase(finished.plan, finished.host)["phases"]
+    phases = memory_by_phase(finished.plan, finished.host.meter)["phases"]
     assert phases["train"]["driver_gb"] == 5.0 and "driver_gb" not in phases["score"]
 
 
@@ -329,7 +329,7 @@ def test_the_generator_is_started_within_the_loading_phase(model, tmp_path, monk
     open_phases = []
 
     def start(run, host):
-        open_phases.append(list(host._open_phases))
+        open_phases.append(list(host.meter.open_phases))
         return start_generator(run, host)
 
     start_generator = build._start_generator
@@ -339,10 +339,10 @@ def test_the_generator_is_started_within_the_loading_phase(model, tmp_path, monk
 
 
 def test_phase_seconds_go_to_the_innermost_phase(finished):
-    host, before = finished.host, finished.host.checkpoint_use()
+    host, before = finished.host, finished.host.meter.checkpoint_use()
     with host.phase(Phase.TRAIN), host.phase(Phase.SCORE):
         time.sleep(0.05)
-    after = host.checkpoint_use()
+    after = host.meter.checkpoint_use()
     assert after[Phase.SCORE].seconds - before[Phase.SCORE].seconds >= 0.05
     assert after[Phase.TRAIN].seconds - before[Phase.TRAIN].seconds < 0.04
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from core.errors import UserError
 from core.log import console
-from core.types import Phase
+from core.types import Phase, Role
 from data.arithmetic import classify_explanation
 from data.dataset import prepare_datasets
 from data.formats import PromptFormat
@@ -98,15 +98,25 @@ def check_before_loading(
 
 
 def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
-    """Load the models, start the generator, put the trainer together."""
+    """Load the models, start the generator, put the trainer together; `close()` of the trainer frees them."""
     config = run.config
     quiet_libraries()
     set_seed(config.grpo.seed)  # the adapter's initial values
     optimisations = preallocate_planned(config, run.plan)
-    host = ModelHost(config, max_score_tokens=run.plan.settings.score_batch_tokens)
-    optimisations += optimize_models(config, host.teacher, host.student, host.reference)
-    if optimisations:
-        console.print(records_table(optimisations, "optimisations of the models"))
+    roles = [Role.TEACHER, Role.STUDENT, *([Role.REFERENCE] if config.grpo.beta else [])]
+    host = ModelHost(config, roles=roles, max_score_tokens=run.plan.settings.score_batch_tokens)
+    try:
+        optimisations += optimize_models(config, host.teacher, host.student, host.reference)
+        if optimisations:
+            console.print(records_table(optimisations, "optimisations of the models"))
+        return _assemble(run, host)
+    except BaseException:
+        host.close()
+        raise
+
+
+def _assemble(run: PreparedRun, host: ModelHost) -> TeacherGRPOTrainer:
+    config = run.config
     scorer = RolloutScorer(
         tokenizer=run.tokenizer,
         prompt_format=run.prompt_format,
@@ -117,9 +127,9 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
     )
     with host.phase(Phase.LOAD):
         generator = None if config.use_vllm_server else _start_generator(run, host)
-    memory = MemoryLine(device=run.device, planned_bytes=run.plan.max_bytes, peaks=host.peaks)
+    memory = MemoryLine(device=run.device, planned_bytes=run.plan.max_bytes, peaks=host.meter.peaks)
     progress = ConsoleProgress(TEACHER_SHOWN, memory)
-    watch = MemoryWatch(host, limit_bytes=memory_of(run.device), max_warnings=config.max_growth_warnings)
+    watch = MemoryWatch(host.meter, limit_bytes=memory_of(run.device), max_warnings=config.max_growth_warnings)
     return TeacherGRPOTrainer(
         config=config,
         args=build_grpo_args(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 
+from core.types import Phase
 from data.formats import TagStyle
 from data.masked_diffusion import Sample
 from generation.masked_diffusion import generate_responses
@@ -27,8 +28,10 @@ from models.masked_diffusion import (
     low_discrepancy_levels,
     mask_by_level,
 )
+from models.meter import PhaseMeter
 from optimization.memory_optim import CheckpointOffload
 from optimization.optimizers import MuonWithAdamW
+from planner.plan import MemoryPlan
 from schemas.llada import MaskedDiffusionRunConfig
 from trainers.callbacks import StopOnSignal
 from trainers.checkpoints import WholeCheckpoints
@@ -93,6 +96,8 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard):
     What is masked is a function of (seed, step, micro-batch), so a resumed run repeats an uninterrupted one.
 
     Args:
+        plan: the memory plan that the run is held to.
+        meter: seconds and peak memory of its phases.
         eval_samples: held-out samples for the likelihood bound and, where they have solutions, for exact match.
         tags: how a response marks its solution.
         on_progress: called with (what, done, total) while an evaluation works.
@@ -103,6 +108,8 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard):
         *,
         config: MaskedDiffusionRunConfig,
         args: TrainingArguments,
+        plan: MemoryPlan,
+        meter: PhaseMeter,
         model: Any,
         mask_token_id: int,
         train_rows: Sequence[Sequence[Sample]],
@@ -112,7 +119,8 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard):
         callbacks: Sequence[TrainerCallback] = (),
         on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> None:
-        self.config, self.mask_token_id, self.tags = config, mask_token_id, tags
+        self.config, self.plan, self.meter = config, plan, meter
+        self.mask_token_id, self.tags = mask_token_id, tags
         self.eval_samples, self._on_progress = eval_samples, on_progress
         self._micro_batch = (-1, 0)
         self._evaluated_step = -1
@@ -143,7 +151,7 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard):
         return super().create_optimizer(model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with self._stop.handling(Path(self.args.output_dir), self.config.resume):
+        with self.meter.phase(Phase.TRAIN), self._stop.handling(Path(self.args.output_dir), self.config.resume):
             return super().train(*args, **kwargs)
 
     # Loss
@@ -190,10 +198,12 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard):
         sampling seed are the same at every evaluation.
         """
         with torch.no_grad(), evaluation_mode(self.model), self.compute_loss_context_manager():
-            metrics = {f"{metric_key_prefix}_nll_bound": self._nll_bound()}
+            with self.meter.phase(Phase.SCORE):
+                metrics = {f"{metric_key_prefix}_nll_bound": self._nll_bound()}
             sampled = self.eval_samples[: self.config.num_sampled_prompts]
             if self.config.objective == "sft" and sampled:
-                metrics[f"{metric_key_prefix}_exact_match"] = self._exact_match(sampled)
+                with self.meter.phase(Phase.GENERATE):
+                    metrics[f"{metric_key_prefix}_exact_match"] = self._exact_match(sampled)
         self._evaluated_step = self.state.global_step
         self.log(dict(metrics))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from core.shown import Shown
 from core.units import gb
-from models.host import ModelHost
+from models.meter import PhaseMeter
 from planner.plan import MemoryPlan
 from trainers.run_folder import METRICS_FILE, write_summary
 
@@ -62,17 +62,17 @@ class FinishedRun(Shown):
         return [summary_table(self.summary, self.report), memory_table(self.summary)]
 
 
-def memory_by_phase(plan: MemoryPlan, host: ModelHost) -> dict[str, Any]:
+def memory_by_phase(plan: MemoryPlan, meter: PhaseMeter) -> dict[str, Any]:
     """Predicted and measured peak of each phase in decimal GB; on a CPU the measured one is the process's RSS.
 
     `driver_gb`: what the driver reported as used on the card, CUDA's context and other processes included.
     """
     return {
-        "measured": "reserved on the GPU" if host.device.type == "cuda" else "RSS of the process (no GPU)",
+        "measured": "reserved on the GPU" if meter.device.type == "cuda" else "RSS of the process (no GPU)",
         "phases": {
             str(phase): {"predicted_gb": gb(plan.peak_bytes(phase)), "measured_gb": gb(use.peak_reserved_bytes)}
             | ({"driver_gb": gb(use.peak_driver_bytes)} if use.peak_driver_bytes else {})
-            for phase, use in host.checkpoint_use().items()
+            for phase, use in meter.checkpoint_use().items()
             if use.peak_reserved_bytes
         },
     }

@@ -118,7 +118,7 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         self._rollout: Rollout | None = None
         self._num_uses = 0
         self._num_tokens = dict.fromkeys((Phase.GENERATE, Phase.SCORE, Phase.TRAIN), 0)
-        self._reported_use = host.checkpoint_use()
+        self._reported_use = host.meter.checkpoint_use()
         trained = {name: p.data for name, p in host.teacher.named_parameters() if p.requires_grad}
         super().__init__(
             model=host.teacher,
@@ -404,7 +404,7 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         On a GPU the measured memory is what torch reserved, a sleeping vLLM left out, and beside it what the driver
         reports as used. On a CPU it is this process's resident set (`rss`), and the plan's stays that of a GPU.
         """
-        use, before = self.host.checkpoint_use(), self._reported_use
+        use, before = self.host.meter.checkpoint_use(), self._reported_use
         self._reported_use = use
         seconds = {phase: use[phase].seconds - before[phase].seconds for phase in use}
         metrics = {f"time/{phase}_s": seconds[phase] for phase in use if seconds[phase] > 0}
@@ -433,9 +433,8 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         return {TEACHER_PROMPT_FILE: self.scorer.format.teacher_prompt_template(self.processing_class)}
 
     def close(self) -> None:
-        """Free the generator."""
-        if self.generator is not None:
-            self.generator.close()
+        """Free the generator and all weights."""
+        self.host.close()
 
     # Data order and checkpoints
 

@@ -29,7 +29,7 @@ def train_teacher(
     try:
         trainer.train(resume_from_checkpoint=prepared.resume_from)
         trainer.finish()
-        summary = summarise(prepared.folder.path, memory_by_phase(plan, trainer.host))
+        summary = summarise(prepared.folder.path, memory_by_phase(plan, trainer.host.meter))
         finished = FinishedRun(folder=prepared.folder.path, summary=summary)
         on_results(finished)
         return finished
