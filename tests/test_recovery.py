@@ -145,7 +145,7 @@ def test_a_third_rolls_back_to_the_last_good_checkpoint_and_the_run_finishes(mod
             for name, parameter in run.trainer.host.teacher.named_parameters():
                 if ".default." in name:
                     assert torch.equal(parameter, saved[name.replace(".default", "")])
-            assert run.trainer._synced_step == -1
+            assert run.trainer.sampler.synced_version is None
         return begins(args, state, control)
 
     run.trainer.callback_handler.on_train_begin = watched

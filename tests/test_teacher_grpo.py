@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from core.types import Phase, Role
 from data.arithmetic import classify_explanation, solve
+from generation.policy import PolicySampler, sampling_seeds
 from models.host import REFERENCE_ADAPTER
 from rewards.format import is_well_formed
 from rollout.tables import format_rate
@@ -22,7 +23,7 @@ from tests.helpers.tiny_run import make_trainer, write_random_model
 from trainers import build
 from trainers.callbacks import TEACHER_SHOWN, mix_into_reference
 from trainers.summary import memory_by_phase, summarise
-from trainers.teacher_grpo import EpochRepeatSampler, sampling_seeds
+from trainers.teacher_grpo import EpochRepeatSampler
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +282,7 @@ def test_student_null_is_the_teachers_base(model, tmp_path):
 
 
 def test_importance_sampling_is_off_where_the_generator_has_the_trainers_weights(finished):
-    assert finished.generator.shares_trainer_weights
+    assert finished.sampler.generator.shares_trainer_weights
     assert not finished.vllm_importance_sampling_correction and not finished.use_vllm
 
 
@@ -394,7 +395,7 @@ def test_a_vllm_server_samples_through_trls_client(model, tmp_path, monkeypatch)
         "num_eval_prompts=0",
     )
     trainer.train()
-    assert trainer.generator is None
+    assert trainer.sampler is None
     assert (trainer.vllm_generation.mode, trainer.vllm_generation.num_syncs) == ("server", 2)
     steps = [line for line in metrics_of(trainer) if "loss" in line]
     assert [step["completions/mean_length"] for step in steps] == [3.0, 3.0]
@@ -418,11 +419,11 @@ def test_prompts_are_generated_in_groups_in_the_order_of_the_batch(finished):
         def check(self):
             pass
 
-    generator, canary = finished.generator, finished.canary
-    finished.generator, finished.canary = Recorder(), NoCanary()
+    sampler = finished.sampler
+    finished.sampler = PolicySampler(finished.host, Recorder(), NoCanary(), seed=0)
     groups = [Group(question="q", solution="s", prompt_ids=[i]) for i in (1, 2)]
     rollout = finished._sample(groups, 2, stream=0)
-    finished.generator, finished.canary = generator, canary
+    finished.sampler = sampler
     assert calls == [([[1], [2]], 2, 4)]
     assert [group.prompt_ids for group in rollout.groups] == [[1], [2]]
     assert [len(group.completions) for group in rollout.groups] == [2, 2]

@@ -16,6 +16,7 @@ from data.arithmetic import classify_explanation
 from data.dataset import prepare_datasets
 from data.formats import PromptFormat
 from generation import Canary, Generator, Precision, SamplingSettings, check_generator, make_generator
+from generation.policy import PolicySampler
 from models.device import memory_of
 from models.host import ModelHost
 from models.load import check_adapter, load_tokenizers, quiet_libraries, resolve_model_path
@@ -125,10 +126,9 @@ def _assemble(run: PreparedRun, host: ModelHost) -> TeacherGRPOTrainer:
         score=host.score,
         student_tokenizer=run.student_tokenizer,
     )
-    with host.phase(Phase.LOAD):
-        generator = None if config.use_vllm_server else _start_generator(run, host)
     memory = MemoryLine(device=run.device, planned_bytes=run.plan.max_bytes, peaks=host.meter.peaks)
     progress = ConsoleProgress(TEACHER_SHOWN, memory)
+    sampler = None if config.use_vllm_server else _make_sampler(run, host, progress)
     watch = MemoryWatch(host.meter, limit_bytes=memory_of(run.device), max_warnings=config.max_growth_warnings)
     return TeacherGRPOTrainer(
         config=config,
@@ -140,16 +140,21 @@ def _assemble(run: PreparedRun, host: ModelHost) -> TeacherGRPOTrainer:
         ),
         host=host,
         plan=run.plan,
-        generator=generator,
-        canary=_make_canary(run, host, generator) if generator is not None else None,
+        sampler=sampler,
         scorer=scorer,
         train_dataset=run.train_dataset,
         eval_dataset=run.eval_dataset,
         tokenizer=run.tokenizer,
         callbacks=[MetricsFile(run.folder.metrics_file), progress, watch],
         classify_explanation=_classifier(config),
-        on_progress=progress.phase,
     )
+
+
+def _make_sampler(run: PreparedRun, host: ModelHost, progress: ConsoleProgress) -> PolicySampler:
+    with host.phase(Phase.LOAD):
+        generator = _start_generator(run, host)
+    canary = _make_canary(run, host, generator)
+    return PolicySampler(host, generator, canary, seed=run.config.grpo.seed, on_progress=progress.phase)
 
 
 def _start_generator(run: PreparedRun, host: ModelHost) -> Generator:

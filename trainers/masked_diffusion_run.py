@@ -171,7 +171,6 @@ def build_diffusion_trainer(
         model=model,
         plan=plan,
         meter=meter,
-        mask_token_id=model.config.mask_token_id,
         train_rows=rows,
         eval_samples=eval_samples,
         tokenizer=tokenizer,

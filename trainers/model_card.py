@@ -4,8 +4,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import Trainer
-
 from models.load import resolve_model_path
 from schemas.data import DataConfig
 from schemas.llada import DiffusionSamplingConfig, MaskedDiffusionRunConfig
@@ -17,25 +15,6 @@ from trainers.usage import Usage, literal, quantisation
 
 _MAX_EXAMPLE_CHARS = 600
 _LIBRARIES = ("transformers", "trl", "peft", "torch", "datasets", "bitsandbytes")
-
-
-class WritesModelCard(Trainer):
-    """Writes `model_card()` beside every model that is saved; a first base class, before the trainer it extends."""
-
-    def model_card(self) -> str:
-        raise NotImplementedError
-
-    def files_beside_model(self) -> dict[str, str]:
-        """More files that the card speaks of: name -> text."""
-        return {}
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        for name, text in {"README.md": self.model_card(), **self.files_beside_model()}.items():
-            Path(output_dir or self.args.output_dir, name).write_text(text, encoding="utf-8")
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """The libraries' own, called at checkpoints and uploads; ours lies beside the weights by then."""
 
 
 def teacher_card(config: RunConfig, trainer: Any) -> str:

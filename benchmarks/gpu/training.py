@@ -273,12 +273,12 @@ def _report(
     measured: dict[str, float],
 ) -> None:
     phases, config_name = phase_rows(plan, trainer.host.meter, watch), trainer.config.run_name
-    generator = trainer.generator
+    sampler = trainer.sampler
     figures.update(
         phases=phases,
         components={"planned_gb": planned_components(plan), "measured_gb": measured},
         calls=stopwatch.calls,
-        generator=generator.weights if generator is not None else "none",
+        generator=sampler.generator.weights if sampler is not None else "none",
         peaks_gb={name: row["driver_gb"] for name, row in phases.items() if row["driver_gb"] is not None},
     )
     figures.add_table(
