@@ -124,15 +124,15 @@ def _scale_rate(optimizer: Any, lr_scheduler: Any, factor: float) -> None:
 
 
 def last_good_checkpoint(output_dir: str) -> Path:
-    """The newest checkpoint whose adapter has only finite values.
+    """The newest checkpoint whose adapter (or model, where all weights are trained) has only finite values.
 
     Raises:
         NonFiniteError: there is none.
     """
     steps = {int(path.name.rpartition("-")[2]): path for path in Path(output_dir).glob("checkpoint-*")}
     for _, path in sorted(steps.items(), reverse=True):
-        adapter = load_file(path / "adapter_model.safetensors")
-        if all(tensor.isfinite().all() for tensor in adapter.values()):
+        files = sorted(path.glob("*.safetensors"))
+        if files and all(tensor.isfinite().all() for file in files for tensor in load_file(file).values()):
             return path
         log.warning("%s holds non-finite values and is passed over", path)
-    raise NonFiniteError(f"no checkpoint in {output_dir} has a finite adapter to go back to")
+    raise NonFiniteError(f"no checkpoint in {output_dir} has finite weights to go back to")
