@@ -103,7 +103,7 @@ def plan(run: str = "teacher_rlt_tiny", **settings: Any) -> Planned:
 
 
 def load_teacher(run: str | Path) -> "Teacher":
-    """Load the teacher that a run trained, from its folder or a checkpoint's: `.explain(question, solution)`.
+    """Load the teacher of a run, from its folder or a checkpoint's: `.explain(question, solution)`, `.close()`.
 
     Raises:
         UserError: there is no trained teacher, or its base cannot be loaded.
@@ -138,6 +138,8 @@ def score_texts(
 
 def load_scorer(run: str | Path) -> "TextScorer":
     """The models behind `score_texts`, loaded once for many calls of `.score(questions, solutions, explanations)`.
+
+    `.close()` frees them.
 
     Raises:
         UserError: the run's models cannot be loaded.

@@ -24,6 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from core.log import configure_logging, log
+from generation.policy import PolicySampler
 from rollout.logprobs import token_batches
 from rollout.types import Completion, Group
 from tests.helpers.tiny_run import make_trainer, write_random_model
@@ -71,7 +72,7 @@ def measure(folder: Path, words: argparse.Namespace) -> None:
     lengths = [len(g.prompt_ids) + len(c.token_ids) for g in groups for c in g.completions]
     stock = make_stock(ours, model, folder / "stock", groups, completions, words.rows)
     rows = [{"prompt": "", "prompt_ids": g.prompt_ids, "question": g.question, "solution": g.solution} for g in groups]
-    ours.generator = ours.canary = Fixed(completions)
+    ours.sampler = PolicySampler(ours.host, Fixed(completions), Fixed(completions), seed=0)
     sides = {
         "ours": lambda: one_step(ours, rows),
         "stock TRL": lambda: [one_step(stock, rows * NUM_GENERATIONS) for _ in range(words.rows // MICRO_ROWS)],

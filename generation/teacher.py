@@ -2,18 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
+from typing import Self, overload
 
 from rich.progress import Progress
 
 from core.errors import UserError
 from core.log import can_animate, console, log
+from core.types import Role
 from data.formats import PromptFormat, encode
 from generation.base import SamplingSettings
 from generation.transformers_engine import TransformersGenerator
-from models.load import add_adapter, load_base, load_tokenizer, quiet_libraries
+from models.host import ModelHost
+from models.load import load_tokenizer, quiet_libraries
 from models.trained import TrainedRun, open_run
-from optimization.gpu import pick_device
 from rollout.spans import find_explanation
 from rollout.token_text import TokenText
 
@@ -29,7 +30,7 @@ def load_teacher(run: str | Path) -> "Teacher":
 
 
 class Teacher:
-    """A teacher with the weights that it holds on the run's device."""
+    """A teacher with the weights that it holds on the run's device; `close()` or a `with` block frees them."""
 
     def __init__(self, run: TrainedRun) -> None:
         config = run.config
@@ -37,13 +38,22 @@ class Teacher:
         self.run = run
         self.format = PromptFormat.from_config(config)
         self.tokenizer = load_tokenizer(config.model_name_or_path, config.model_args)
-        device = pick_device(config.model_args.device_map)
-        base = load_base(config.model_name_or_path, config.model_args, device)
-        self.model = add_adapter(base, config.model_args).requires_grad_(False)
+        self._host = ModelHost(config, roles=[Role.TEACHER], max_score_tokens=run.row_len)
+        self.model = self._host.teacher.requires_grad_(False)
         self.sampling = SamplingSettings.of_run(config, self.tokenizer, self.model)
         self._token_text = TokenText(self.tokenizer)
         rows_per_call = config.generation_aggregation_steps * config.grpo.num_generations
         self._generator = TransformersGenerator(self.model, self.sampling, rows_per_call)
+
+    def close(self) -> None:
+        """Free the weights; the teacher cannot explain afterwards."""
+        self._host.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __repr__(self) -> str:
         config, sampling = self.run.config, self.sampling

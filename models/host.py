@@ -1,18 +1,16 @@
 """Who is on the card.
 
 `ModelHost` owns every set of weights and is the only place where weights or the generation engine sleep, wake or move.
-It measures seconds and peak memory per phase.
 """
 
-import time
-from collections.abc import Iterator, Sequence
+import gc
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
-import psutil
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import use_adapter
 
@@ -20,6 +18,7 @@ from core.log import log
 from core.types import Phase, Role, UnmappedMemory
 from models.evaluation import evaluation_mode
 from models.load import add_adapter, load_base, load_frozen
+from models.meter import PhaseMeter
 from optimization.gpu import pick_device
 from rollout.logprobs import score_spans
 from rollout.types import ScoringRow
@@ -36,64 +35,113 @@ class SleepingEngine(Protocol):
 
     def wake(self) -> None: ...
 
+    def close(self) -> None: ...
+
     def unmapped_memory(self) -> UnmappedMemory: ...
 
 
-@dataclass(slots=True)
-class PhaseUse:
-    """What a phase took so far. On a CPU the first two peaks are this process's resident set and the third is 0."""
-
-    seconds: float = 0.0
-    peak_allocated_bytes: int = 0
-    peak_reserved_bytes: int = 0
-    peak_driver_bytes: int = 0
-    """All that was in use on the card as the driver reports it: CUDA's context, graphs and other processes too."""
-
-
 class ModelHost:
-    """Teacher (base and adapter), student and reference on one device.
+    """The models of the roles that a run needs, on one device: the teacher (base and adapter), student, reference.
 
     `student_model: null` and `reference_model: shared` cost no memory: both are then the teacher's base with its
     adapter off (or with the frozen reference adapter on).
+
+        with ModelHost(config, roles=[Role.TEACHER, Role.STUDENT], max_score_tokens=8192) as host:
+            host.score(Role.STUDENT, rows, temperature=1.0)
+
+    Args:
+        roles: who will be asked for; nothing else is loaded.
+        max_score_tokens: padded tokens of one scoring forward, as the memory plan has it.
     """
 
-    def __init__(self, config: ModelConfig, *, max_score_tokens: int) -> None:
-        """Load everything. `max_score_tokens`: padded tokens of one scoring forward, as the memory plan has it."""
+    def __init__(self, config: ModelConfig, *, roles: Collection[Role], max_score_tokens: int) -> None:
+        self.roles = frozenset(roles)
         self.max_score_tokens = max_score_tokens
         self.device = pick_device(config.model_args.device_map)
-        self.use: dict[Phase, PhaseUse] = {phase: PhaseUse() for phase in Phase}
+        self.meter = PhaseMeter(self.device)
         self._engine: SleepingEngine | None = None
-        self._open_phases: list[Phase] = []
-        self._recent_peak = PhaseUse()
-        self._last_mark_s = time.perf_counter()
-        self._unmapped_at_mark = UnmappedMemory()
-        args = config.model_args
+        self._is_closed = False
+        self._models: dict[Role, Any] = {}
+        own_names = {
+            Role.STUDENT: config.student_model,
+            Role.REFERENCE: config.model_name_or_path if config.reference_model == "separate" else None,
+        }
         with self.phase(Phase.LOAD):
-            self.teacher: PeftModel = add_adapter(load_base(config.model_name_or_path, args, self.device), args)
-            self.student: PreTrainedModel | None = (
-                load_frozen(config.student_model, config, self.device) if config.student_model is not None else None
-            )
-            self.reference: PreTrainedModel | None = (
-                load_frozen(config.model_name_or_path, config, self.device)
-                if config.reference_model == "separate"
-                else None
-            )
-        trainable = sum(p.numel() for p in self.teacher.parameters() if p.requires_grad)
-        log.info("teacher, student and reference are on %s; %s adapter parameters", self.device, f"{trainable:,}")
+            if Role.TEACHER in self.roles or any(own_names[role] is None for role in self.roles):
+                base = load_base(config.model_name_or_path, config.model_args, self.device)
+                self._models[Role.TEACHER] = add_adapter(base, config.model_args)
+            for role, name in own_names.items():
+                if role in self.roles and name is not None:
+                    self._models[role] = load_frozen(name, config, self.device)
+        trainable = sum(p.numel() for model in self._models.values() for p in model.parameters() if p.requires_grad)
+        log.info("%s on %s; %s adapter parameters", ", ".join(sorted(self.roles)), self.device, f"{trainable:,}")
+
+    @property
+    def teacher(self) -> PeftModel:
+        """
+        Raises:
+            ValueError: none was asked for, or the host is closed.
+        """
+        if Role.TEACHER not in self._models:
+            raise ValueError(f"no teacher: the host {self._state()}")
+        return self._models[Role.TEACHER]
+
+    @property
+    def student(self) -> PreTrainedModel | None:
+        """A student with weights of its own; None where it is the teacher's base, or was not asked for."""
+        return self._models.get(Role.STUDENT)
+
+    @property
+    def reference(self) -> PreTrainedModel | None:
+        """A reference with weights of its own; None where it is the teacher's base, or was not asked for."""
+        return self._models.get(Role.REFERENCE)
+
+    def _state(self) -> str:
+        return "is closed" if self._is_closed else f"was made for {', '.join(sorted(self.roles))}"
 
     def attach_engine(self, engine: SleepingEngine) -> None:
-        """Take charge of the generation engine's memory; it sleeps until the next GENERATE phase."""
+        """Take charge of the generation engine: it sleeps until the next GENERATE phase and is closed with the host."""
         self._engine = engine
-        self._close_interval()
+        self.meter.unmapped_memory = engine.unmapped_memory
+        self.meter.mark()
         engine.sleep()
+
+    def close(self) -> None:
+        """Close the engine and free all weights. The models, where somebody still holds one, are empty afterwards."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        engine, self._engine = self._engine, None
+        models, self._models = self._models, {}
+        try:
+            if engine is not None:
+                engine.close()
+        finally:
+            self.meter.unmapped_memory = UnmappedMemory
+            for model in models.values():
+                _drop_weights(model)
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @contextmanager
     def acting_as(self, role: Role) -> Iterator[Any]:
         """The model of a role, ready for a forward without gradient: adapters set for the role, dropout off.
 
         Yields the peft model for the roles that share the teacher's base, the plain model otherwise.
+
+        Raises:
+            ValueError: the role was not asked for, or the host is closed.
         """
-        own = {Role.STUDENT: self.student, Role.REFERENCE: self.reference}.get(role)
+        if role not in self.roles or self._is_closed:
+            raise ValueError(f"no {role}: the host {self._state()}")
+        own = None if role == Role.TEACHER else self._models.get(role)
         model, adapter = (own, nullcontext()) if own is not None else (self.teacher, self._adapter_for(role))
         with torch.no_grad(), evaluation_mode(model), adapter:
             yield model
@@ -118,82 +166,28 @@ class ModelHost:
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
-        """Enter a phase. Phases nest: time and peak memory go to the innermost one that is open.
-
-        The engine is awake in GENERATE only (and in SYNC inside it).
-        """
-        wakes_engine = phase == Phase.GENERATE and self._engine is not None and phase not in self._open_phases
-        if wakes_engine and self.device.type == "cuda":
+        """Enter a phase; the meter charges it. The engine is awake in GENERATE only (and in SYNC inside it)."""
+        engine = self._engine if phase == Phase.GENERATE and phase not in self.meter.open_phases else None
+        if engine is not None and self.device.type == "cuda":
             torch.cuda.empty_cache()  # vLLM maps its memory anew, and cannot use what the trainer only caches
-        self._close_interval()
-        self._open_phases.append(phase)
-        try:
-            if wakes_engine:
-                self._engine.wake()  # type: ignore[union-attr]
-            yield
-        finally:
-            if wakes_engine:
-                self._close_interval()
-                self._engine.sleep()  # type: ignore[union-attr]
-            self._close_interval()
-            self._open_phases.pop()
+        with self.meter.phase(phase):
+            try:
+                if engine is not None:
+                    engine.wake()
+                yield
+            finally:
+                if engine is not None:
+                    self.meter.mark()
+                    engine.sleep()
 
-    def _close_interval(self) -> None:
-        """Charge the time and memory since the last mark to the innermost open phase, and start a new interval."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now_s = time.perf_counter()
-        if self._open_phases:
-            use, peak = self.use[self._open_phases[-1]], self._interval_peak()
-            use.seconds += now_s - self._last_mark_s
-            for seen in (use, self._recent_peak):
-                seen.peak_allocated_bytes = max(seen.peak_allocated_bytes, peak.peak_allocated_bytes)
-                seen.peak_reserved_bytes = max(seen.peak_reserved_bytes, peak.peak_reserved_bytes)
-                seen.peak_driver_bytes = max(seen.peak_driver_bytes, peak.peak_driver_bytes)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._unmapped_at_mark = self._unmapped()
-        self._last_mark_s = now_s
 
-    def _interval_peak(self) -> PhaseUse:
-        """Peaks since the last mark; on a CPU the resident set now.
-
-        torch's counters go on counting what a sleeping engine has unmapped (vllm#17117), so on a GPU
-
-            peak reserved = max_memory_reserved - bytes unmapped throughout the interval     (allocated alike)
-            peak of the driver = used now + max_memory_reserved - memory_reserved
-
-        Unmapped throughout is the smaller of the figures at the interval's two ends. `phase` and `attach_engine` mark
-        before each change of the engine, and empty the trainer's cache before the mark that precedes a wake-up: so
-        nothing is counted beside the awake engine that was gone before it woke.
-        """
-        if self.device.type != "cuda":
-            resident = psutil.Process().memory_info().rss
-            return PhaseUse(peak_allocated_bytes=resident, peak_reserved_bytes=resident)
-        before, now = self._unmapped_at_mark, self._unmapped()
-        reserved = torch.cuda.max_memory_reserved(self.device)
-        free, total = torch.cuda.mem_get_info(self.device)
-        return PhaseUse(
-            peak_allocated_bytes=torch.cuda.max_memory_allocated(self.device)
-            - min(before.allocated_bytes, now.allocated_bytes),
-            peak_reserved_bytes=reserved - min(before.reserved_bytes, now.reserved_bytes),
-            peak_driver_bytes=total - free + reserved - torch.cuda.memory_reserved(self.device),
-        )
-
-    def _unmapped(self) -> UnmappedMemory:
-        return self._engine.unmapped_memory() if self._engine is not None else UnmappedMemory()
-
-    def peaks(self) -> dict[Phase, int]:
-        """Peak bytes of each phase up to the last mark, by the driver's count on a GPU; the device is not asked."""
-        return {phase: use.peak_driver_bytes or use.peak_reserved_bytes for phase, use in self.use.items()}
-
-    def take_recent_peak(self) -> PhaseUse:
-        """The peaks over all phases since the last call."""
-        self._close_interval()
-        recent, self._recent_peak = self._recent_peak, PhaseUse()
-        return recent
-
-    def checkpoint_use(self) -> dict[Phase, PhaseUse]:
-        """A copy of what each phase took so far, the open interval included."""
-        self._close_interval()
-        return {phase: replace(use) for phase, use in self.use.items()}
+def _drop_weights(model: nn.Module) -> None:
+    """Empty every parameter and buffer, whoever holds them: bitsandbytes' optimizers do, for as long as the process."""
+    for module in model.modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            for name in ("CB", "SCB", "quant_state"):  # of an int8 or 4-bit weight
+                vars(tensor).pop(name, None)
+            tensor.grad = None
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        for name in ("state", "quant_state"):  # of the linear that holds it
+            vars(module).pop(name, None)

@@ -7,6 +7,7 @@ V vocabulary.
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,6 +37,11 @@ class DiffusionBatch:
     def learned_lens_S(self) -> Tensor:
         """Tokens of each sample that may be masked."""
         return torch.bincount(self.sample_ids_BT[self.learned_BT], minlength=self.num_samples)
+
+
+def random_stream(seed: int, *key: int) -> torch.Generator:
+    """A random stream that is a function of the run's seed and `key` alone."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, *key]).generate_state(1)[0]))
 
 
 def low_discrepancy_levels(num_samples: int, first: float, offset_frac: float = 0.0) -> Tensor:

@@ -43,6 +43,15 @@ class Group:
     """The dataset row's other columns, for reward functions and the completions file."""
     completions: tuple[Completion, ...] = ()
 
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> "Group":
+        """A row of a prepared dataset, without completions yet."""
+        own = ("question", "solution", "prompt_ids")
+        columns = {name: value for name, value in row.items() if name not in own}
+        return cls(
+            question=row["question"], solution=row["solution"], prompt_ids=list(row["prompt_ids"]), columns=columns
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutRow:

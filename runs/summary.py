@@ -72,8 +72,8 @@ class PhasePeak(Protocol):
     def peak_driver_bytes(self) -> int: ...
 
 
-class MeteredHost(Protocol):
-    """What is asked of `models.host.ModelHost`."""
+class Meter(Protocol):
+    """What is asked of `models.meter.PhaseMeter`, which needs torch."""
 
     @property
     def device(self) -> Any: ...
@@ -81,17 +81,17 @@ class MeteredHost(Protocol):
     def checkpoint_use(self) -> Mapping[Phase, PhasePeak]: ...
 
 
-def memory_by_phase(plan: MemoryPlan, host: MeteredHost) -> dict[str, Any]:
+def memory_by_phase(plan: MemoryPlan, meter: Meter) -> dict[str, Any]:
     """Predicted and measured peak of each phase in decimal GB; on a CPU the measured one is the process's RSS.
 
     `driver_gb`: what the driver reported as used on the card, CUDA's context and other processes included.
     """
     return {
-        "measured": "reserved on the GPU" if host.device.type == "cuda" else "RSS of the process (no GPU)",
+        "measured": "reserved on the GPU" if meter.device.type == "cuda" else "RSS of the process (no GPU)",
         "phases": {
             str(phase): {"predicted_gb": gb(plan.peak_bytes(phase)), "measured_gb": gb(use.peak_reserved_bytes)}
             | ({"driver_gb": gb(use.peak_driver_bytes)} if use.peak_driver_bytes else {})
-            for phase, use in host.checkpoint_use().items()
+            for phase, use in meter.checkpoint_use().items()
             if use.peak_reserved_bytes
         },
     }

@@ -116,7 +116,7 @@ _REFUSED_BY_ALL = {
     "label_smoothing_factor": "the loss has no labels to smooth",
     "label_names": "the loss has no labels",
     "use_cache": "training reads no key-value cache, and sampling always has one",
-    "include_num_input_tokens_seen": "tokens are counted as `num_tokens` and `tokens_per_s/*` where a method samples",
+    "include_num_input_tokens_seen": "tokens are counted as `tokens_per_s/*`, and in `num_tokens` if a method samples",
     "skip_memory_metrics": "memory is measured in every phase already (`memory/*` in metrics.jsonl, and the summary)",
     "save_only_model": "a run is continued from its checkpoints, which needs the optimizer; `save_total_limit=1` keeps "
     "the last one alone",

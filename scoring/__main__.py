@@ -50,7 +50,8 @@ def score_file(source: str, target: Path, *, run: str, column: str, close_explan
             expected="the columns question, solution and explanation",
             remedy="--column NAME, where the explanations have another name",
         )
-    scored = TextScorer(run).score_rows(rows, explanations, close_explanations=close_explanations)
+    with TextScorer(run) as scorer:
+        scored = scorer.score_rows(rows, explanations, close_explanations=close_explanations)
     table = []
     for raw, row in zip(rows, scored, strict=True):
         row[column] = row.pop("explanation")

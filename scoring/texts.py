@@ -4,13 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 from rich.progress import Progress
 
 from core.errors import UserError
 from core.log import can_animate, console, log
+from core.types import Role
 from data.formats import PromptFormat, encode, encode_student_tail
 from data.layouts import BadRowError, RowParser
 from data.sources import RawRow
@@ -51,7 +52,8 @@ def score_texts(
         NonFiniteError: a log-prob is not finite.
     """
     check_lengths(questions, solutions, explanations)
-    return TextScorer(run).score(questions, solutions, explanations, close_explanations=close_explanations)
+    with TextScorer(run) as scorer:
+        return scorer.score(questions, solutions, explanations, close_explanations=close_explanations)
 
 
 def check_lengths(questions: Sequence[str], solutions: Sequence[str], explanations: Sequence[str]) -> None:
@@ -71,7 +73,7 @@ def check_lengths(questions: Sequence[str], solutions: Sequence[str], explanatio
 
 
 class TextScorer:
-    """Scores texts with a run's reward. It owns the run's teacher and student on its device."""
+    """Scores texts with a run's reward. It owns teacher and student; `close()` or a `with` block frees them."""
 
     def __init__(self, run: str | Path) -> None:
         """
@@ -87,7 +89,7 @@ class TextScorer:
         check_scoring(reward, config.grpo.temperature, shares_tokens=student_tokenizer is None)
         quiet_libraries()
         max_tokens = config.grpo.per_device_train_batch_size * self.run.row_len
-        self._host = ModelHost(config, max_score_tokens=max_tokens)
+        self._host = ModelHost(config, roles=(Role.TEACHER, Role.STUDENT), max_score_tokens=max_tokens)
         self._scorer = RolloutScorer(
             tokenizer=self._tokenizer,
             prompt_format=self._format,
@@ -96,6 +98,16 @@ class TextScorer:
             score=self._host.score,
             student_tokenizer=student_tokenizer,
         )
+
+    def close(self) -> None:
+        """Free the models; nothing can be scored afterwards."""
+        self._host.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def score(
         self,

@@ -31,7 +31,7 @@ from benchmarks.gpu.runner import Cell, Figures, Result, run_cell, run_cells
 from core.types import Phase
 from data.formats import PromptFormat, encode
 from data.tags import TAG_STYLES
-from models.host import PhaseUse
+from models.meter import PhaseUse
 from planner.activations import train_activation_bytes
 from planner.components import num_lora_params, weight_bytes
 from planner.plan import plan_run
@@ -230,10 +230,10 @@ def test_a_phase_has_the_larger_of_both_figures_of_the_driver():
     values_85gb = compose_run_config("teacher_rlt_mono_85gb")
     gigabyte = int(1e9)
     use = {Phase.LOAD: PhaseUse(9.0, 1, 1, 40 * gigabyte), Phase.TRAIN: PhaseUse(9.0, 1, 1, 30 * gigabyte)}
-    host = SimpleNamespace(checkpoint_use=lambda: use, device=torch.device("cuda"))
+    meter = SimpleNamespace(checkpoint_use=lambda: use, device=torch.device("cuda"))
     watch = DriverWatch()
     watch.peak_bytes = {"load": 20 * gigabyte, "train": 35 * gigabyte}
-    rows = memory.phase_rows(plan_run(load_run_config(values_85gb), int(85e9)), host, watch)
+    rows = memory.phase_rows(plan_run(load_run_config(values_85gb), int(85e9)), meter, watch)
     assert {phase: row["driver_gb"] for phase, row in rows.items()} == {"load": 40, "train": 35}
 
 
@@ -301,7 +301,7 @@ def test_components_on_a_card_add_up(monkeypatch):
     monkeypatch.setattr(training, "vllm_pool_bytes", lambda tag=None, asleep=None: pool[tag] if tag else card.asleep)
     monkeypatch.setattr(training, "module_bytes", lambda model, adapters: gigabyte if adapters else 5 * gigabyte)
     use = {phase: PhaseUse(1.0, 15 * gigabyte, 18 * gigabyte) for phase in Phase}
-    host = SimpleNamespace(teacher="t", student="s", checkpoint_use=lambda: use)
+    host = SimpleNamespace(teacher="t", student="s", meter=SimpleNamespace(checkpoint_use=lambda: use))
     sizes = SimpleNamespace(gradient_bytes=gigabyte, optimizer_bytes=gigabyte // 2)
     found = training._measured(SimpleNamespace(host=host), sizes, context_bytes=3 * gigabyte)
     assert found["vLLM weights"] == 9 and found["KV cache"] == 18 and found["CUDA context"] == 3

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
+from generation.policy import PolicySampler
 from rewards import RewardBreakdown
 from rollout.advantages import group_advantages
 from rollout.packing import LOSS_NORMALISATION
@@ -154,7 +155,7 @@ def updates_of_stock(
 def updates_of_ours(
     ours: Any, rows: list[dict[str, Any]], completions: list[Completion], num_steps: int, tokens: int
 ) -> list[Update]:
-    ours.generator, ours.canary = FixedGenerator(completions), NoCanary()
+    ours.sampler = PolicySampler(ours.host, FixedGenerator(completions), NoCanary(), seed=0)
     ours.rlt = lambda rollout: ScoredRollout(
         breakdown=RewardBreakdown(reward=REWARDS.clone(), terms={}),
         rows=[ours.scorer._builder.build(row) for row in rollout.rows],

@@ -14,7 +14,7 @@ from torch import nn
 import generation.vllm_engine as vllm_engine
 import models.host as host_module
 from core.log import log
-from core.types import Phase
+from core.types import Phase, Role
 from generation import SamplingSettings
 from generation.vllm_engine import VLLMEngineConfig, VLLMGenerator
 from models.host import ModelHost
@@ -62,7 +62,7 @@ def host(card, monkeypatch):
         student_model="student",
         reference_model="shared",
     )
-    return ModelHost(config, max_score_tokens=1)
+    return ModelHost(config, roles=(Role.TEACHER, Role.STUDENT), max_score_tokens=1)
 
 
 def start_generator(card, monkeypatch, **start):
@@ -109,7 +109,7 @@ def test_each_phase_has_the_peak_that_was_really_on_the_card(seed, card, host, m
             with host.phase(Phase.SCORE):
                 work(Phase.SCORE)
             work(Phase.TRAIN)
-    use = host.checkpoint_use()
+    use = host.meter.checkpoint_use()
     assert {phase: use[phase].peak_reserved_bytes for phase in true_peaks} == true_peaks
     assert {phase: use[phase].peak_driver_bytes - CONTEXT_BYTES for phase in true_peaks} == true_peaks
     assert all(18 * GB <= use[phase].peak_allocated_bytes <= peak for phase, peak in true_peaks.items())
@@ -119,15 +119,15 @@ def test_a_sleeping_engine_is_in_no_peak_of_scoring_and_training(card, host, mon
     with host.phase(Phase.LOAD):
         generator, _ = start_generator(card, monkeypatch, slack_bytes=GB, trimmed_bytes=3 * GB)
         host.attach_engine(generator)
-    host.take_recent_peak()
+    host.meter.take_recent_peak()
     with host.phase(Phase.TRAIN):
         with host.phase(Phase.SCORE):
             card.free(card.allocate(8 * GB))
         card.free(card.allocate(20 * GB))
-        step = host.take_recent_peak()
+        step = host.meter.take_recent_peak()
         with host.phase(Phase.GENERATE):
             card.free(card.allocate(GB))
-    use = host.checkpoint_use()
+    use = host.meter.checkpoint_use()
     measured = {phase: (u.peak_allocated_bytes, u.peak_reserved_bytes, u.peak_driver_bytes) for phase, u in use.items()}
     bases = 18 * GB
     engine = ENGINE_BYTES + GB
@@ -145,11 +145,11 @@ def test_a_sleeping_engine_is_in_no_peak_of_scoring_and_training(card, host, mon
 
 def test_loading_contains_the_start_of_the_engine_and_its_memory_awake(card, host, monkeypatch, caplog):
     monkeypatch.setattr(log, "propagate", True)
-    before_s = host.checkpoint_use()[Phase.LOAD].seconds
+    before_s = host.meter.checkpoint_use()[Phase.LOAD].seconds
     with host.phase(Phase.LOAD):
         generator, _ = start_generator(card, monkeypatch)
         host.attach_engine(generator)
-    load = host.checkpoint_use()[Phase.LOAD]
+    load = host.meter.checkpoint_use()[Phase.LOAD]
     assert load.seconds > before_s
     assert load.peak_reserved_bytes == 18 * GB + ENGINE_BYTES
     assert load.peak_driver_bytes == 18 * GB + ENGINE_BYTES + CONTEXT_BYTES

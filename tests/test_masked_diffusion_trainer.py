@@ -17,7 +17,7 @@ from models.llada import LladaModel, new_llada
 from schemas.compose import CONFIG_ROOT
 from schemas.run import ConfigError, load_run_config
 from tests.helpers.tiny_diffusion import diffusion_values, make_diffusion_trainer
-from trainers.masked_diffusion import stated_solution
+from trainers.evaluation import stated_solution
 from trainers.masked_diffusion_run import build_training_args, load_diffusion_model, load_diffusion_tokenizer
 
 SMALL_BATCH = ("train_batch_size=8", "per_device_train_batch_size=4", "logging_steps=1", "eval_steps=3", "save_steps=1")

@@ -13,7 +13,9 @@ from transformers import TrainerCallback
 
 from core.errors import NonFiniteError, UserError
 from runs.run_folder import last_checkpoint, publish_checkpoint
+from tests.helpers.tiny_diffusion import make_diffusion_trainer
 from tests.helpers.tiny_run import make_trainer, write_random_model
+from tests.test_masked_diffusion_trainer import SMALL_BATCH, counting_samples
 from trainers.recovery import last_good_checkpoint
 
 RATE = 2e-3
@@ -145,7 +147,7 @@ def test_a_third_rolls_back_to_the_last_good_checkpoint_and_the_run_finishes(mod
             for name, parameter in run.trainer.host.teacher.named_parameters():
                 if ".default." in name:
                     assert torch.equal(parameter, saved[name.replace(".default", "")])
-            assert run.trainer._synced_step == -1
+            assert run.trainer.sampler.synced_version is None
         return begins(args, state, control)
 
     run.trainer.callback_handler.on_train_begin = watched
@@ -155,6 +157,30 @@ def test_a_third_rolls_back_to_the_last_good_checkpoint_and_the_run_finishes(mod
     trained = [line for line in run.lines if "loss" in line]
     assert [line["step"] for line in trained] == [1, 2, 3, 4, 3, 4, 5, 6, 7]
     assert trained[-1]["learning_rate"] == pytest.approx(RATE / 4)
+
+
+def test_a_masked_diffusion_model_whose_weights_are_all_trained_rolls_back_too(tmp_path):
+    words = ("recover_from_nan=true", "max_steps=5", "save_steps=1", "eval_strategy=no", *SMALL_BATCH[:3])
+    trainer = make_diffusion_trainer(tmp_path / "run", counting_samples(), *words)
+    compute, left = trainer.compute_loss, {2, 3, 4}
+
+    def poisoned(*args, **kwargs):
+        loss = compute(*args, **kwargs)
+        if trainer._micro_batch == (step := trainer.state.global_step, 1) and step in left:
+            left.remove(step)
+            return loss * math.nan
+        return loss
+
+    trainer.compute_loss = poisoned
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["recovery/action"] for line in lines if "recovery/action" in line] == [
+        "skip",
+        "lower rate",
+        "roll back",
+    ]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 3, 4, 5]
+    assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from core.types import Phase, Role
 from data.embedded.task import classify_explanation, solve
+from generation.policy import PolicySampler, sampling_seeds
 from models.host import REFERENCE_ADAPTER
 from rewards.format import is_well_formed
 from rollout.tables import format_rate
@@ -22,7 +23,7 @@ from runs.summary import memory_by_phase, summarise
 from tests.helpers.tiny_run import make_trainer, write_random_model
 from trainers import build
 from trainers.callbacks import TEACHER_SHOWN, mix_into_reference
-from trainers.teacher_grpo import EpochRepeatSampler, sampling_seeds
+from trainers.teacher_grpo import EpochRepeatSampler
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,7 @@ def test_a_run_whose_completions_are_all_truncated_and_masked_ends_with_its_summ
     trainer.finish()
     step = next(line for line in metrics_of(trainer) if "loss" in line)
     assert step["completions/clipped_ratio"] == 1 and step["loss"] == 0
-    assert summarise(tmp_path / "run", memory_by_phase(trainer.plan, trainer.host))["logp_difference"] is None
+    assert summarise(tmp_path / "run", memory_by_phase(trainer.plan, trainer.host.meter))["logp_difference"] is None
     assert (tmp_path / "run" / "summary.json").exists()
 
 
@@ -281,7 +282,7 @@ def test_student_null_is_the_teachers_base(model, tmp_path):
 
 
 def test_importance_sampling_is_off_where_the_generator_has_the_trainers_weights(finished):
-    assert finished.generator.shares_trainer_weights
+    assert finished.sampler.generator.shares_trainer_weights
     assert not finished.vllm_importance_sampling_correction and not finished.use_vllm
 
 
@@ -318,9 +319,9 @@ def test_engine_is_awake_in_the_generate_phase_only(finished):
 
 def test_the_drivers_figure_stands_beside_what_torch_reserved_where_there_is_one(finished, monkeypatch):
     assert not any("driver" in name for name in finished._phase_metrics())
-    monkeypatch.setattr(finished.host.use[Phase.TRAIN], "peak_driver_bytes", 5_000_000_000)
+    monkeypatch.setattr(finished.host.meter.use[Phase.TRAIN], "peak_driver_bytes", 5_000_000_000)
     assert finished._phase_metrics()["memory/train_driver_gb"] == 5.0
-    phases = memory_by_phase(finished.plan, finished.host)["phases"]
+    phases = memory_by_phase(finished.plan, finished.host.meter)["phases"]
     assert phases["train"]["driver_gb"] == 5.0 and "driver_gb" not in phases["score"]
 
 
@@ -329,7 +330,7 @@ def test_the_generator_is_started_within_the_loading_phase(model, tmp_path, monk
     open_phases = []
 
     def start(run, host):
-        open_phases.append(list(host._open_phases))
+        open_phases.append(list(host.meter.open_phases))
         return start_generator(run, host)
 
     start_generator = build._start_generator
@@ -339,10 +340,10 @@ def test_the_generator_is_started_within_the_loading_phase(model, tmp_path, monk
 
 
 def test_phase_seconds_go_to_the_innermost_phase(finished):
-    host, before = finished.host, finished.host.checkpoint_use()
+    host, before = finished.host, finished.host.meter.checkpoint_use()
     with host.phase(Phase.TRAIN), host.phase(Phase.SCORE):
         time.sleep(0.05)
-    after = host.checkpoint_use()
+    after = host.meter.checkpoint_use()
     assert after[Phase.SCORE].seconds - before[Phase.SCORE].seconds >= 0.05
     assert after[Phase.TRAIN].seconds - before[Phase.TRAIN].seconds < 0.04
 
@@ -394,7 +395,7 @@ def test_a_vllm_server_samples_through_trls_client(model, tmp_path, monkeypatch)
         "num_eval_prompts=0",
     )
     trainer.train()
-    assert trainer.generator is None
+    assert trainer.sampler is None
     assert (trainer.vllm_generation.mode, trainer.vllm_generation.num_syncs) == ("server", 2)
     steps = [line for line in metrics_of(trainer) if "loss" in line]
     assert [step["completions/mean_length"] for step in steps] == [3.0, 3.0]
@@ -418,11 +419,11 @@ def test_prompts_are_generated_in_groups_in_the_order_of_the_batch(finished):
         def check(self):
             pass
 
-    generator, canary = finished.generator, finished.canary
-    finished.generator, finished.canary = Recorder(), NoCanary()
+    sampler = finished.sampler
+    finished.sampler = PolicySampler(finished.host, Recorder(), NoCanary(), seed=0)
     groups = [Group(question="q", solution="s", prompt_ids=[i]) for i in (1, 2)]
     rollout = finished._sample(groups, 2, stream=0)
-    finished.generator, finished.canary = generator, canary
+    finished.sampler = sampler
     assert calls == [([[1], [2]], 2, 4)]
     assert [group.prompt_ids for group in rollout.groups] == [[1], [2]]
     assert [len(group.completions) for group in rollout.groups] == [2, 2]

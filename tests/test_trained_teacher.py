@@ -77,7 +77,7 @@ def test_a_loaded_teacher_explains_as_the_policy_that_was_trained(float_run):
     prompt_ids = trainer.processing_class(prompts, add_special_tokens=False)["input_ids"]
     teacher = load_teacher(folder)
     texts = teacher.explain(QUESTIONS, SOLUTIONS, seed=3)
-    completions = trainer.generator.generate(prompt_ids, 1, [3 * 1_000_003 + row for row in range(3)])
+    completions = trainer.sampler.generator.generate(prompt_ids, 1, [3 * 1_000_003 + row for row in range(3)])
     for text, completion in zip(texts, completions, strict=True):
         written = trainer.processing_class.decode(completion.token_ids)
         assert text and (written.startswith(text) or "�" in text)

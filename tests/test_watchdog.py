@@ -6,7 +6,7 @@ import pytest
 from transformers import TrainerState
 
 from core.log import log
-from models.host import PhaseUse
+from models.meter import PhaseUse
 from planner.watchdog import MIN_STEPS, WARM_UP_STEPS, GrowthWatchdog, forecast
 from trainers.callbacks import MemoryWatch
 
@@ -84,7 +84,7 @@ def test_the_nearer_limit_is_reported() -> None:
 def test_a_leak_is_worth_a_warning_where_the_run_itself_would_meet_its_end(num_steps, is_warned, caplog, monkeypatch):
     """With `max_steps` -1 the trainer's state alone knows how long the run is."""
 
-    class LeakingHost:
+    class LeakingMeter:
         peak = 60_000 * MB
 
         def take_recent_peak(self) -> PhaseUse:
@@ -92,7 +92,7 @@ def test_a_leak_is_worth_a_warning_where_the_run_itself_would_meet_its_end(num_s
             return PhaseUse(peak_allocated_bytes=self.peak, peak_reserved_bytes=self.peak)
 
     monkeypatch.setattr(log, "propagate", True)
-    watch = MemoryWatch(LeakingHost(), limit_bytes=LIMIT, max_warnings=3)
+    watch = MemoryWatch(LeakingMeter(), limit_bytes=LIMIT, max_warnings=3)
     state = TrainerState(max_steps=num_steps)
     watch.on_train_begin(None, state, None)
     for state.global_step in range(1, 31):

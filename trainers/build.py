@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from core.errors import UserError
 from core.log import console
-from core.types import Phase
+from core.types import Phase, Role
 from data.dataset import prepare_datasets
 from data.embedded.task import classify_explanation
 from data.formats import PromptFormat
 from generation import Canary, Generator, Precision, SamplingSettings, check_generator, make_generator
+from generation.policy import PolicySampler
 from models.host import ModelHost
 from models.load import check_adapter, load_tokenizers, quiet_libraries, resolve_model_path
 from optimization import optimize_models, preallocate_planned, records_table
@@ -98,15 +99,25 @@ def check_before_loading(
 
 
 def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
-    """Load the models, start the generator, put the trainer together."""
+    """Load the models, start the generator, put the trainer together; `close()` of the trainer frees them."""
     config = run.config
     quiet_libraries()
     set_seed(config.grpo.seed)  # the adapter's initial values
     optimisations = preallocate_planned(config, run.plan)
-    host = ModelHost(config, max_score_tokens=run.plan.settings.score_batch_tokens)
-    optimisations += optimize_models(config, host.teacher, host.student, host.reference)
-    if optimisations:
-        console.print(records_table(optimisations, "optimisations of the models"))
+    roles = [Role.TEACHER, Role.STUDENT, *([Role.REFERENCE] if config.grpo.beta else [])]
+    host = ModelHost(config, roles=roles, max_score_tokens=run.plan.settings.score_batch_tokens)
+    try:
+        optimisations += optimize_models(config, host.teacher, host.student, host.reference)
+        if optimisations:
+            console.print(records_table(optimisations, "optimisations of the models"))
+        return _assemble(run, host)
+    except BaseException:
+        host.close()
+        raise
+
+
+def _assemble(run: PreparedRun, host: ModelHost) -> TeacherGRPOTrainer:
+    config = run.config
     scorer = RolloutScorer(
         tokenizer=run.tokenizer,
         prompt_format=run.prompt_format,
@@ -115,11 +126,10 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
         score=host.score,
         student_tokenizer=run.student_tokenizer,
     )
-    with host.phase(Phase.LOAD):
-        generator = None if config.use_vllm_server else _start_generator(run, host)
-    memory = MemoryLine(device=run.device, planned_bytes=run.plan.max_bytes, peaks=host.peaks)
+    memory = MemoryLine(device=run.device, planned_bytes=run.plan.max_bytes, peaks=host.meter.peaks)
     progress = ConsoleProgress(TEACHER_SHOWN, memory)
-    watch = MemoryWatch(host, limit_bytes=memory_of(run.device), max_warnings=config.max_growth_warnings)
+    sampler = None if config.use_vllm_server else _make_sampler(run, host, progress)
+    watch = MemoryWatch(host.meter, limit_bytes=memory_of(run.device), max_warnings=config.max_growth_warnings)
     return TeacherGRPOTrainer(
         config=config,
         args=build_grpo_args(
@@ -130,16 +140,21 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
         ),
         host=host,
         plan=run.plan,
-        generator=generator,
-        canary=_make_canary(run, host, generator) if generator is not None else None,
+        sampler=sampler,
         scorer=scorer,
         train_dataset=run.train_dataset,
         eval_dataset=run.eval_dataset,
         tokenizer=run.tokenizer,
         callbacks=[MetricsFile(run.folder.metrics_file), progress, watch],
         classify_explanation=_classifier(config),
-        on_progress=progress.phase,
     )
+
+
+def _make_sampler(run: PreparedRun, host: ModelHost, progress: ConsoleProgress) -> PolicySampler:
+    with host.phase(Phase.LOAD):
+        generator = _start_generator(run, host)
+    canary = _make_canary(run, host, generator)
+    return PolicySampler(host, generator, canary, seed=run.config.grpo.seed, on_progress=progress.phase)
 
 
 def _start_generator(run: PreparedRun, host: ModelHost) -> Generator:

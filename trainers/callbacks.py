@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from peft import PeftModel
 from rich.console import RenderableType
@@ -26,7 +26,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from core.log import can_animate, console, log
 from core.units import format_duration
-from models.host import REFERENCE_ADAPTER, PhaseUse
+from models.host import REFERENCE_ADAPTER
+from models.meter import PhaseMeter
 from planner.watchdog import GrowthWatchdog
 from runs.metrics import append_metrics
 from runs.run_folder import last_checkpoint
@@ -70,17 +71,11 @@ def mix_into_reference(model: PeftModel, alpha: float) -> None:
             reference.data.lerp_(policy.data, alpha)
 
 
-class PeakSource(Protocol):
-    def take_recent_peak(self) -> PhaseUse:
-        """The peaks since the last call."""
-        ...
-
-
 class MemoryWatch(TrainerCallback):
     """Feeds each step's peak to the growth watchdog and passes its warning on."""
 
-    def __init__(self, host: PeakSource, *, limit_bytes: int, max_warnings: int) -> None:
-        self.host = host
+    def __init__(self, meter: PhaseMeter, *, limit_bytes: int, max_warnings: int) -> None:
+        self.meter = meter
         self._new_watchdog = partial(GrowthWatchdog, limit_bytes=limit_bytes, max_warnings=max_warnings)
         self._watchdog: GrowthWatchdog | None = None
 
@@ -90,7 +85,7 @@ class MemoryWatch(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         assert self._watchdog is not None
-        peak = self.host.take_recent_peak()
+        peak = self.meter.take_recent_peak()
         found = self._watchdog.observe(
             state.global_step, allocated_bytes=peak.peak_allocated_bytes, reserved_bytes=peak.peak_reserved_bytes
         )

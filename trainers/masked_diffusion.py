@@ -1,41 +1,37 @@
-"""MaskedDiffusionTrainer: transformers' Trainer with the loss, evaluation and sampling of masked diffusion.
+"""MaskedDiffusionTrainer: transformers' Trainer with the loss and the evaluation of masked diffusion.
 
 Letters: S samples of a batch, B rows, T tokens of a row.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from core.types import Phase
 from data.samples import Sample
 from data.tags import TagStyle
-from generation.masked_diffusion import generate_responses
-from models.evaluation import evaluation_mode
 from models.masked_diffusion import (
     OUTSIDE,
     DiffusionBatch,
     diffusion_loss,
-    likelihood_bound,
     low_discrepancy_levels,
     mask_by_level,
+    random_stream,
 )
-from optimization.memory_optim import CheckpointOffload
+from models.meter import PhaseMeter
 from optimization.optimizers import MuonWithAdamW
+from planner.plan import MemoryPlan
 from schemas.llada import MaskedDiffusionRunConfig
-from trainers.callbacks import StopOnSignal
-from trainers.checkpoints import WholeCheckpoints
-from trainers.model_card import WritesModelCard, masked_diffusion_card
-from trainers.recovery import RecoveryMixin
+from trainers.base import RunTrainer
+from trainers.evaluation import evaluate_masked_diffusion
+from trainers.model_card import masked_diffusion_card
 
-_TRAIN_STREAM, _BOUND_STREAM, _SAMPLING_STREAM = 0, 1, 2
+_TRAIN_STREAM = 0
 
 
 class SampleRows(Dataset):
@@ -87,7 +83,7 @@ class DiffusionCollator:
         }
 
 
-class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard):
+class MaskedDiffusionTrainer(RunTrainer):
     """Trains a masked-diffusion model.
 
     What is masked is a function of (seed, step, micro-batch), so a resumed run repeats an uninterrupted one.
@@ -98,13 +94,16 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard):
         on_progress: called with (what, done, total) while an evaluation works.
     """
 
+    config: MaskedDiffusionRunConfig
+
     def __init__(
         self,
         *,
         config: MaskedDiffusionRunConfig,
         args: TrainingArguments,
+        plan: MemoryPlan,
+        meter: PhaseMeter,
         model: Any,
-        mask_token_id: int,
         train_rows: Sequence[Sequence[Sample]],
         eval_samples: Sequence[Sample],
         tokenizer: PreTrainedTokenizerBase,
@@ -112,11 +111,12 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard):
         callbacks: Sequence[TrainerCallback] = (),
         on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> None:
-        self.config, self.mask_token_id, self.tags = config, mask_token_id, tags
-        self.eval_samples, self._on_progress = eval_samples, on_progress
+        self.tags, self.eval_samples, self._on_progress = tags, eval_samples, on_progress
         self._micro_batch = (-1, 0)
-        self._evaluated_step = -1
         super().__init__(
+            config=config,
+            plan=plan,
+            meter=meter,
             model=model,
             args=args,
             train_dataset=SampleRows(train_rows),
@@ -126,30 +126,20 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard):
                 fills_responses=config.objective == "sft" and not config.packing,
             ),
             processing_class=tokenizer,
-            callbacks=list(callbacks),
+            callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = False  # the loss is a mean: Trainer divides by the accumulation steps
-        self.remove_callback(PrinterCallback)
-        offloads = config.offload_checkpoints and args.gradient_checkpointing and args.device.type == "cuda"
-        self._offload = CheckpointOffload(model) if offloads else nullcontext
-        self._stop = StopOnSignal(may_save=lambda: self.recovery is None or self.recovery.cause is None)
-        self.add_callback(self._stop)  # before the recovery, which forgets the cause at the end of the step
-        if config.recover_from_nan:
-            self.start_recovery(max_recoveries=config.max_recoveries, lr_backoff=config.lr_backoff)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.config.use_muon:
             self.optimizer: Any = MuonWithAdamW(self.model, self.args.learning_rate, self.args.weight_decay)
         return super().create_optimizer(model)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        with self._stop.handling(Path(self.args.output_dir), self.config.resume):
-            return super().train(*args, **kwargs)
-
     # Loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self._offload():
+        """Forward and backward of one micro-batch; transformers steps after `gradient_accumulation_steps` of them."""
+        with self.offload():
             return self.guarded(lambda: super(MaskedDiffusionTrainer, self).training_step(*args, **kwargs))
 
     def _pass_over_micro_batch(self) -> None:
@@ -164,9 +154,10 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard):
         first = float(np.random.default_rng([self.args.seed, _TRAIN_STREAM, step]).random())
         offset = micro / self.args.gradient_accumulation_steps
         levels_S = low_discrepancy_levels(batch.num_samples, first, offset).to(batch.token_ids_BT.device)
-        masked_BT = mask_by_level(batch, levels_S, self._generator(_TRAIN_STREAM, step, micro))
+        masked_BT = mask_by_level(batch, levels_S, random_stream(self.args.seed, _TRAIN_STREAM, step, micro))
+        self._num_tokens[Phase.TRAIN] += int(batch.learned_BT.sum())
         mean_over: Any = "tokens" if self.config.objective == "pretrain" else "samples"
-        return diffusion_loss(model, batch, levels_S, masked_BT, self.mask_token_id, mean_over=mean_over)
+        return diffusion_loss(model, batch, levels_S, masked_BT, self.model.config.mask_token_id, mean_over=mean_over)
 
     def _next_micro_batch(self) -> int:
         """Number of this micro-batch within its step."""
@@ -174,79 +165,21 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard):
         self._micro_batch = (self.state.global_step, micro + 1 if step == self.state.global_step else 0)
         return self._micro_batch[1]
 
-    def _generator(self, *key: int) -> torch.Generator:
-        """A random stream that is a function of the run's seed and `key` alone."""
-        seed = np.random.SeedSequence([self.args.seed, *key]).generate_state(1)[0]
-        return torch.Generator().manual_seed(int(seed))
+    # Evaluation and result
 
-    # Evaluation
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """The likelihood bound of the held-out samples, and how often a sampled response has the right solution.
-
-        `eval_nll_bound`: upper bound of the mean negative log-likelihood a learned token, in nats. The maskings and the
-        sampling seed are the same at every evaluation.
-        """
-        with torch.no_grad(), evaluation_mode(self.model), self.compute_loss_context_manager():
-            metrics = {f"{metric_key_prefix}_nll_bound": self._nll_bound()}
-            sampled = self.eval_samples[: self.config.num_sampled_prompts]
-            if self.config.objective == "sft" and sampled:
-                metrics[f"{metric_key_prefix}_exact_match"] = self._exact_match(sampled)
-        self._evaluated_step = self.state.global_step
-        self.log(dict(metrics))
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _nll_bound(self) -> float:
-        total_nats, num_tokens = 0.0, 0
-        for i, sample in enumerate(self.eval_samples):
-            token_ids_T = torch.tensor(sample.token_ids, device=self.args.device)
-            learned_T = torch.arange(len(sample.token_ids), device=self.args.device) >= sample.prompt_len
-            bounds_K = likelihood_bound(
+    def held_out_metrics(self, dataset: SampleRows) -> dict[str, float]:
+        """See `trainers.evaluation.evaluate_masked_diffusion`."""
+        samples = [sample for row in dataset.rows for sample in row]
+        with self.compute_loss_context_manager():
+            return evaluate_masked_diffusion(
                 self.model,
-                token_ids_T,
-                learned_T,
-                mask_token_id=self.mask_token_id,
-                num_maskings=self.config.num_likelihood_samples,
-                max_rows=self.args.per_device_train_batch_size,
-                generator=self._generator(_BOUND_STREAM, i),
+                samples,
+                self.config,
+                tokenizer=self.processing_class,
+                tags=self.tags,
+                meter=self.meter,
+                on_progress=self._on_progress,
             )
-            total_nats -= bounds_K.mean().item()
-            num_tokens += int(learned_T.sum())
-            self._on_progress("likelihood bound", i + 1, len(self.eval_samples))
-        return total_nats / num_tokens
-
-    def _exact_match(self, samples: Sequence[Sample]) -> float:
-        responses = generate_responses(
-            self.model,
-            [sample.prompt_ids for sample in samples],
-            self.config,
-            mask_token_id=self.mask_token_id,
-            filler_token_id=self.processing_class.eos_token_id,
-            max_rows=self.args.per_device_train_batch_size,
-            seed=self.args.seed + _SAMPLING_STREAM,
-            on_progress=lambda done, total: self._on_progress("sampling", done, total),
-        )
-        texts = self.processing_class.batch_decode(responses)
-        return mean(
-            stated_solution(text, self.tags) == sample.solution.strip()
-            for text, sample in zip(texts, samples, strict=True)
-        )
-
-    def finish(self) -> None:
-        """Evaluate once more if the last step was not, and write the model (or adapter) with its tokenizer."""
-        if self.args.eval_strategy != "no" and self._evaluated_step != self.state.global_step:
-            self.evaluate()
-        self.save_model()
 
     def model_card(self) -> str:
         return masked_diffusion_card(self.config, self)
-
-
-def stated_solution(response: str, tags: TagStyle) -> str | None:
-    """The text between the first pair of solution tags; None where there is none."""
-    _, opened, rest = response.partition(tags.solution.opening)
-    content, closed, _ = rest.partition(tags.solution.closing)
-    return content.strip() if opened and closed else None

@@ -4,50 +4,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from core.errors import UserError
 from core.log import console, log
 from core.types import Phase
-from core.units import gb
 from data.formats import PromptFormat
 from data.masked_diffusion import pack, prepare_samples
 from data.samples import Sample
-from models.host import PhaseUse
 from models.llada import MASK_TOKEN, LladaModel, new_llada
 from models.load import add_adapter, load_base, load_tokenizer, quiet_libraries
+from models.meter import PhaseMeter
 from optimization import optimize_models, preallocate_planned, records_table
 from optimization.gpu import memory_of
 from planner.plan import MemoryPlan
 from preflight.loggers import prepare_loggers
 from runs.run_folder import RunFolder, open_run_folder
-from runs.summary import DIFFUSION_REPORT, FinishedRun, summarise
+from runs.summary import DIFFUSION_REPORT, FinishedRun, memory_by_phase, summarise
 from schemas.llada import MaskedDiffusionRunConfig
 from schemas.run import ConfigError
 from trainers.callbacks import DIFFUSION_SHOWN, ConsoleProgress, MemoryWatch, MetricsFile
 from trainers.masked_diffusion import MaskedDiffusionTrainer
 from trainers.memory_line import MemoryLine
-
-
-class PeakMeter:
-    """Peak memory of the process: what the allocator took on a GPU, the resident set on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.max_reserved_bytes = 0
-
-    def take_recent_peak(self) -> PhaseUse:
-        """The peaks since the last call."""
-        if self.device.type == "cuda":
-            allocated = torch.cuda.max_memory_allocated(self.device)
-            reserved = torch.cuda.max_memory_reserved(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            allocated = reserved = psutil.Process().memory_info().rss
-        self.max_reserved_bytes = max(self.max_reserved_bytes, reserved)
-        return PhaseUse(peak_allocated_bytes=allocated, peak_reserved_bytes=reserved)
 
 
 def train_masked_diffusion(
@@ -76,11 +55,10 @@ def train_masked_diffusion(
         )
     log.info("%d samples to train on in %d rows, %d held out", len(train_samples), len(rows), len(eval_samples))
     folder = open_run_folder(values, config.args.output_dir, config.resume)
-    peaks = PeakMeter(device)
-    trainer = build_diffusion_trainer(config, plan, device, tokenizer, rows, eval_samples, folder, peaks)
+    trainer = build_diffusion_trainer(config, plan, device, tokenizer, rows, eval_samples, folder)
     trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint is not None else None)
     trainer.finish()
-    summary = summarise(folder.path, _memory(plan, peaks), DIFFUSION_REPORT)
+    summary = summarise(folder.path, memory_by_phase(plan, trainer.meter), DIFFUSION_REPORT)
     finished = FinishedRun(folder=folder.path, summary=summary, report=DIFFUSION_REPORT)
     on_results(finished)
     return finished
@@ -165,13 +143,14 @@ def build_diffusion_trainer(
     rows: list[list[Sample]],
     eval_samples: list[Sample],
     folder: RunFolder,
-    peaks: PeakMeter,
 ) -> MaskedDiffusionTrainer:
     """Load or make the model and put the trainer together."""
     quiet_libraries()
     set_seed(config.args.seed)  # a new model's or adapter's initial values
+    meter = PhaseMeter(device)
     optimisations = preallocate_planned(config, plan)
-    model = load_diffusion_model(config, device, tokenizer)
+    with meter.phase(Phase.LOAD):
+        model = load_diffusion_model(config, device, tokenizer)
     optimisations += optimize_models(config, model, None, None)
     if optimisations:
         console.print(records_table(optimisations, "optimisations of the model"))
@@ -184,16 +163,15 @@ def build_diffusion_trainer(
         resuming=folder.checkpoint is not None,
         num_held_out=len(eval_samples),
     )
-    memory = MemoryLine(
-        device=device, planned_bytes=plan.max_bytes, peaks=lambda: {Phase.TRAIN: peaks.max_reserved_bytes}
-    )
+    memory = MemoryLine(device=device, planned_bytes=plan.max_bytes, peaks=meter.peaks)
     progress = ConsoleProgress(DIFFUSION_SHOWN, memory)
-    watch = MemoryWatch(peaks, limit_bytes=memory_of(device), max_warnings=config.max_growth_warnings)
+    watch = MemoryWatch(meter, limit_bytes=memory_of(device), max_warnings=config.max_growth_warnings)
     return MaskedDiffusionTrainer(
         config=config,
         args=args,
         model=model,
-        mask_token_id=model.config.mask_token_id,
+        plan=plan,
+        meter=meter,
         train_rows=rows,
         eval_samples=eval_samples,
         tokenizer=tokenizer,
@@ -201,16 +179,3 @@ def build_diffusion_trainer(
         callbacks=[MetricsFile(folder.metrics_file), progress, watch],
         on_progress=progress.phase,
     )
-
-
-def _memory(plan: MemoryPlan, peaks: PeakMeter) -> dict[str, Any]:
-    """Predicted beside measured peak of training in decimal GB, as `summary.memory_table` shows it."""
-    return {
-        "measured": "reserved on the GPU" if peaks.device.type == "cuda" else "RSS of the process (no GPU)",
-        "phases": {
-            str(Phase.TRAIN): {
-                "predicted_gb": gb(plan.peak_bytes(Phase.TRAIN)),
-                "measured_gb": gb(peaks.max_reserved_bytes),
-            }
-        },
-    }

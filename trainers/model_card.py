@@ -3,31 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import Trainer
-
 from models.load import resolve_model_path
 from runs.model_card import DiffusionCard, TeacherCard
 from schemas.llada import MaskedDiffusionRunConfig
 from schemas.run import RunConfig
-
-
-class WritesModelCard(Trainer):
-    """Writes `model_card()` beside every model that is saved; a first base class, before the trainer it extends."""
-
-    def model_card(self) -> str:
-        raise NotImplementedError
-
-    def files_beside_model(self) -> dict[str, str]:
-        """More files that the card speaks of: name -> text."""
-        return {}
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        for name, text in {"README.md": self.model_card(), **self.files_beside_model()}.items():
-            Path(output_dir or self.args.output_dir, name).write_text(text, encoding="utf-8")
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """The libraries' own, called at checkpoints and uploads; ours lies beside the weights by then."""
 
 
 def teacher_card(config: RunConfig, trainer: Any) -> str:

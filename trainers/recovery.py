@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from core.errors import NonFiniteError, UserError
+from core.errors import NonFiniteError
 from core.log import log
 
 _STEPS_UNTIL_LOWER, _STEPS_UNTIL_ROLL_BACK = 2, 3
-_NO_SCHEDULE = ("reduce_lr_on_plateau", "greedy")
-"""`lr_scheduler_type`s that set the rate from the results instead of a base rate."""
 
 
 class RollBackError(Exception):
@@ -126,80 +124,15 @@ def _scale_rate(optimizer: Any, lr_scheduler: Any, factor: float) -> None:
 
 
 def last_good_checkpoint(output_dir: str) -> Path:
-    """The newest checkpoint whose adapter has only finite values.
+    """The newest checkpoint whose adapter (or model, where all weights are trained) has only finite values.
 
     Raises:
         NonFiniteError: there is none.
     """
     steps = {int(path.name.rpartition("-")[2]): path for path in Path(output_dir).glob("checkpoint-*")}
     for _, path in sorted(steps.items(), reverse=True):
-        adapter = load_file(path / "adapter_model.safetensors")
-        if all(tensor.isfinite().all() for tensor in adapter.values()):
+        files = sorted(path.glob("*.safetensors"))
+        if files and all(tensor.isfinite().all() for file in files for tensor in load_file(file).values()):
             return path
         log.warning("%s holds non-finite values and is passed over", path)
-    raise NonFiniteError(f"no checkpoint in {output_dir} has a finite adapter to go back to")
-
-
-class RecoveryMixin(Trainer):
-    """The hooks of `Recovery`: a first base class, before the trainer that it extends. Off until it is started."""
-
-    recovery: Recovery | None = None
-
-    def start_recovery(self, *, max_recoveries: int, lr_backoff: float) -> None:
-        """Raises:
-        UserError: several processes, of which one alone would see a bad loss, or a rate that is not a schedule's.
-        """
-        if self.args.world_size > 1 or self.args.learning_rate == 0 or self.args.lr_scheduler_type in _NO_SCHEDULE:
-            raise UserError(
-                f"recover_from_nan=true with {self.args.world_size} processes, learning_rate="
-                f"{self.args.learning_rate:g}, lr_scheduler_type={self.args.lr_scheduler_type}",
-                expected="one process, and a learning rate above 0 that follows a schedule",
-                remedy="set recover_from_nan=false, or lr_scheduler_type=constant on one GPU",
-            )
-        self.recovery = Recovery(
-            max_recoveries=max_recoveries,
-            lr_backoff=lr_backoff,
-            report=lambda logs: Trainer.log(self, logs),
-            save=lambda: self._save_checkpoint(self.model, trial=None),
-        )
-        self.add_callback(self.recovery)
-
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """Train; a roll-back starts the loop again from the last good checkpoint."""
-        while True:
-            try:
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            except RollBackError:
-                resume_from_checkpoint = str(last_good_checkpoint(self.args.output_dir))
-                log.warning("going back to %s", resume_from_checkpoint)
-                self.optimizer = self.lr_scheduler = None
-                self.args.eval_on_start = False
-                self._forget_unfinished_step()
-
-    def guarded(self, step: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The loss of `step`, which computes gradients; 0 where the step at work is a bad one."""
-        if self.recovery is None:
-            return step()
-        if self.recovery.cause is None:
-            try:
-                loss = step()
-            except NonFiniteError as error:
-                self.recovery.cause = str(error)
-            else:
-                return loss if self.recovery.check("the loss", loss) else torch.zeros_like(loss)
-        self._pass_over_micro_batch()
-        return torch.zeros((), device=self.args.device)
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Called once a step, after clipping and right before the optimizer; a bad step has no gradients after it."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        if self.recovery is None or (self.recovery.check("the gradient norm", grad_norm) and not self.recovery.cause):
-            return grad_norm
-        model.zero_grad(set_to_none=True)
-        return 0.0
-
-    def _pass_over_micro_batch(self) -> None:
-        """Count a micro-batch that is not computed, where a trainer keeps such a count."""
-
-    def _forget_unfinished_step(self) -> None:
-        """Drop what a trainer keeps from micro-batch to micro-batch, before the loop starts again."""
+    raise NonFiniteError(f"no checkpoint in {output_dir} has finite weights to go back to")

@@ -8,30 +8,25 @@ Letters: P prompts, G generations per prompt, B = P*G rows, T tokens.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from core.types import Phase, Role
-from core.units import gb
 from data.tags import TEACHER_PROMPT_FILE
-from generation.base import Generator
-from generation.canary import Canary
+from generation.policy import EVAL_STREAM, TRAIN_STREAM, PolicySampler, with_completions
 from models.host import REFERENCE_ADAPTER, ModelHost
-from optimization.memory_optim import CheckpointOffload
 from planner.plan import MemoryPlan
 from rewards import EXTRA_REWARDS
 from rollout.advantages import group_advantages, importance_ratios
@@ -41,8 +36,6 @@ from rollout.scoring import RolloutScorer, ScoredRollout
 from rollout.tables import (
     Classifier,
     completion_texts,
-    evaluation_metrics,
-    evaluation_table,
     explanation_columns,
     format_rate,
     term_columns,
@@ -50,26 +43,11 @@ from rollout.tables import (
 from rollout.types import Completion, Group, Rollout, ScoringRow
 from runs.run_folder import write_evaluation
 from schemas.run import RunConfig
-from trainers.callbacks import StopOnSignal, SyncReferenceAdapter
-from trainers.checkpoints import WholeCheckpoints
-from trainers.model_card import WritesModelCard, teacher_card
-from trainers.recovery import RecoveryMixin
+from trainers.base import RunTrainer
+from trainers.callbacks import SyncReferenceAdapter
+from trainers.evaluation import evaluate_policy
+from trainers.model_card import teacher_card
 from trainers.step_metrics import StepMetrics, rollout_metrics
-
-_TRAIN_STREAM, _EVAL_STREAM = 0, 1
-
-
-def sampling_seeds(seed: int, *, stream: int, step: int, num_rows: int) -> list[int]:
-    """[B] one 32-bit seed a row: a function of (seed, stream, step, row) alone: a resumed run repeats itself."""
-    return [int(np.random.SeedSequence([seed, stream, step, row]).generate_state(1)[0]) for row in range(num_rows)]
-
-
-def _group(row: Mapping[str, Any]) -> Group:
-    """A dataset row as a group without completions."""
-    columns = {name: value for name, value in row.items() if name not in ("question", "solution", "prompt_ids")}
-    return Group(
-        question=row["question"], solution=row["solution"], prompt_ids=list(row["prompt_ids"]), columns=columns
-    )
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -79,7 +57,7 @@ class EpochRepeatSampler(RepeatSampler):
         self.generator.manual_seed(self.seed + epoch)
 
 
-class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOTrainer):
+class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
     """Trains the teacher's adapter with GRPO on the RLT reward.
 
     Args:
@@ -87,12 +65,12 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         args: TRL's arguments (`build_grpo_args(config)`).
         host: owns teacher, student, reference and the engine's sleep.
         plan: the memory plan that the run is held to; logged beside what is measured.
-        generator: samples explanations; None with `use_vllm_server` (TRL's client then does).
-        canary: compares generator and trainer after every swap and wake-up; None without a generator.
+        sampler: samples explanations; None with `use_vllm_server` (TRL's client then does).
         scorer: the RLT reward of sampled token ids.
         classify_explanation: names what kind of explanation a text is, for tasks that can tell; reported, not rewarded.
-        on_progress: called with (what, done, total) while a phase works.
     """
+
+    config: RunConfig
 
     def __init__(
         self,
@@ -101,50 +79,41 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         args: GRPOConfig,
         host: ModelHost,
         plan: MemoryPlan,
-        generator: Generator | None,
-        canary: Canary | None,
+        sampler: PolicySampler | None,
         scorer: RolloutScorer,
         train_dataset: Dataset,
         eval_dataset: Dataset | None,
         tokenizer: PreTrainedTokenizerBase,
         callbacks: Sequence[TrainerCallback] = (),
         classify_explanation: Classifier | None = None,
-        on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> None:
-        self.config, self.host, self.plan = config, host, plan
-        self.generator, self.canary, self.scorer = generator, canary, scorer
-        self._classify_explanation, self._on_progress = classify_explanation, on_progress
-        self._synced_step = self._evaluated_step = -1
+        self.host, self.sampler, self.scorer = host, sampler, scorer
+        self._classify_explanation = classify_explanation
         self._rollout: Rollout | None = None
         self._num_uses = 0
-        self._num_tokens = dict.fromkeys((Phase.GENERATE, Phase.SCORE, Phase.TRAIN), 0)
-        self._reported_use = host.checkpoint_use()
         trained = {name: p.data for name, p in host.teacher.named_parameters() if p.requires_grad}
+        follows = SyncReferenceAdapter(alpha=args.ref_model_mixup_alpha, every_steps=args.ref_model_sync_steps)
         super().__init__(
+            config=config,
+            plan=plan,
+            meter=host.meter,
             model=host.teacher,
             reward_funcs=[self.rlt, *(EXTRA_REWARDS[name](scorer.format.tags) for name in config.extra_rewards)],
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, *([follows] if config.grpo.sync_ref_model else [])],
         )
-        self.remove_callback(PrinterCallback)
         self._restore_float32_adapter(trained)
         self._arrange_reference()
-        if generator is not None:
+        if sampler is not None:
             wanted = config.importance_sampling_correction
             self.vllm_importance_sampling_correction = (
-                not generator.shares_trainer_weights if wanted == "auto" else wanted
+                not sampler.generator.shares_trainer_weights if wanted == "auto" else wanted
             )
             # In TRL 1.16 `use_vllm` gates the correction in the loss; generation itself goes through `_sample`.
             self.use_vllm = self.vllm_importance_sampling_correction
-        offloads = config.offload_checkpoints and args.gradient_checkpointing and host.device.type == "cuda"
-        self._offload = CheckpointOffload(host.teacher) if offloads else nullcontext
-        self._stop = StopOnSignal(may_save=lambda: self.recovery is None or self.recovery.cause is None)
-        self.add_callback(self._stop)  # before the recovery, which forgets the cause at the end of the step
-        if config.recover_from_nan:
-            self.start_recovery(max_recoveries=config.max_recoveries, lr_backoff=config.lr_backoff)
 
     def _restore_float32_adapter(self, trained: dict[str, torch.Tensor]) -> None:
         """TRL casts the adapter of a quantised base to bfloat16, where small updates vanish: undo that."""
@@ -160,14 +129,10 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         TRL always adds a frozen copy of the adapter. It is needed only where the reference differs from the bare base:
         when training starts from an adapter, or when the reference follows the policy.
         """
-        teacher, wants_sync = self.host.teacher, self.config.grpo.sync_ref_model
-        needs_adapter = self.config.model_args.adapter_path is not None or wants_sync
+        teacher = self.host.teacher
+        needs_adapter = self.config.model_args.adapter_path is not None or self.config.grpo.sync_ref_model
         if REFERENCE_ADAPTER in teacher.peft_config and (self.host.reference is not None or not needs_adapter):
             teacher.delete_adapter(REFERENCE_ADAPTER)
-        if wants_sync:
-            self.add_callback(
-                SyncReferenceAdapter(alpha=self.args.ref_model_mixup_alpha, every_steps=self.args.ref_model_sync_steps)
-            )
 
     # One optimizer step
 
@@ -176,13 +141,14 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
 
         A rollout serves `num_iterations` optimizer steps.
         """
-        with self._offload():
-            return self.guarded(lambda: self._train_on_rows(model, inputs))
+        with self.offload():
+            return self.guarded(lambda: self._gradients_of_step(model, inputs))
 
-    def _train_on_rows(self, model: Any, inputs: list[dict[str, Any]]) -> torch.Tensor:
+    def _gradients_of_step(self, model: Any, inputs: list[dict[str, Any]]) -> torch.Tensor:
+        """The whole step up to the optimizer: sample, score, reward, advantages; loss and backward of micro-batches."""
         start_s = time.perf_counter()
         if self._rollout is None or self._num_uses == self.num_iterations:
-            rollout = self._sample([_group(row) for row in inputs], self.num_generations, _TRAIN_STREAM)
+            rollout = self._sample([Group.of_row(row) for row in inputs], self.num_generations, TRAIN_STREAM)
             rollout = self._score(rollout)
             rollout = self._reward(rollout)
             self._rollout, self._num_uses = self._with_advantages(rollout), 0
@@ -200,41 +166,24 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
     ) -> Rollout:
         """`num_generations` completions of the current policy for each group.
 
-        The canary has seen before that the generator holds the policy. Without a generator of ours, TRL's client of a
-        vLLM server samples; it takes no seed per row.
+        Without a sampler of ours, TRL's client of a vLLM server samples; it takes no seed per row.
         """
-        prompts_P_T, num_rows = [group.prompt_ids for group in groups], len(groups) * num_generations
-        if self.generator is None or self.canary is None:
-            completions = self._sample_by_server([prompt for prompt in prompts_P_T for _ in range(num_generations)])
+        now = self.state.global_step
+        if self.sampler is None:
+            rollout = self._sample_by_server(groups, num_generations)
         else:
-            step = self.state.global_step if step is None else step
-            seeds = sampling_seeds(self.args.seed, stream=stream, step=step, num_rows=num_rows)
-            with self.host.phase(Phase.GENERATE):
-                with self.host.phase(Phase.SYNC):
-                    if self._synced_step != self.state.global_step:
-                        self.generator.sync_adapter(self.host.teacher)
-                        self._synced_step = self.state.global_step
-                    self.canary.check()
-                completions = self.generator.generate(
-                    prompts_P_T,
-                    num_generations,
-                    seeds,
-                    on_progress=lambda done, total: self._on_progress("generating", done, total),
-                )
-        num_tokens = sum(len(completion.token_ids) for completion in completions)
+            seed_step = now if step is None else step
+            rollout = self.sampler(groups, num_generations, stream=stream, step=seed_step, version=now)
+        num_tokens = sum(len(completion.token_ids) for completion in rollout.completions)
         self._num_tokens[Phase.GENERATE] += num_tokens
         self._num_tokens[Phase.SCORE] += num_tokens
-        return Rollout(
-            groups=tuple(
-                replace(group, completions=tuple(completions[p * num_generations : (p + 1) * num_generations]))
-                for p, group in enumerate(groups)
-            )
-        )
+        return rollout
 
-    def _sample_by_server(self, prompts_B_T: list[list[int]]) -> list[Completion]:
+    def _sample_by_server(self, groups: Sequence[Group], num_generations: int) -> Rollout:
+        prompts_B_T = [group.prompt_ids for group in groups for _ in range(num_generations)]
         with self.host.phase(Phase.GENERATE):
             ids_B_T, logprobs_B_T = self._generate_single_turn(prompts_B_T, None, {}, self.num_generations)
-        return [
+        completions = [
             Completion(
                 token_ids=list(ids_T),
                 logprobs=list(logprobs_T),
@@ -242,6 +191,7 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
             )
             for ids_T, logprobs_T in zip(ids_B_T, logprobs_B_T, strict=True)
         ]
+        return with_completions(groups, completions)
 
     def _score(self, rollout: Rollout) -> Rollout:
         """Log-probs of the completions under the old policy and the reference, where the loss uses them."""
@@ -271,7 +221,7 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
 
     def _reward(self, rollout: Rollout) -> Rollout:
         """The RLT reward and those of `extra_rewards`; every term, and what was written, goes to `completions/`."""
-        scored, texts = self.rlt(rollout), self._texts(rollout)
+        scored, texts = self.rlt(rollout), completion_texts(self.processing_class, rollout.completions)
         written = explanation_columns(rollout, scored, self._classify_explanation)
         columns = {
             "prompts": [row.group.columns["prompt"] for row in rollout.rows],
@@ -351,80 +301,30 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         self._rollout, self._num_uses = None, 0
         self._metrics["train"].clear()
 
-    # Metrics
+    # Metrics, evaluation and result
 
     def _record(self, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._metrics["train"][name].append(value)
 
-    def _texts(self, rollout: Rollout) -> list[str]:
-        return completion_texts(self.processing_class, rollout.completions)
-
-    # Evaluation
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Sample one explanation for each held-out question, always from the same seeds, and score it.
-
-        The figures are those of `rollout.tables.evaluation_metrics`; the samples go to `evaluations/`.
-        """
-        groups = [_group(row) for row in eval_dataset or self.eval_dataset]
-        rollout = self._sample(groups, 1, _EVAL_STREAM, step=0)
-        with self.host.phase(Phase.SCORE):
-            scored = self.scorer(rollout, every_term=True)
-        table = evaluation_table(rollout, scored, self._texts(rollout), self._classify_explanation)
-        step = self.state.global_step
-        write_evaluation(Path(self.args.output_dir), step, {"step": [step] * len(groups), **table})
-        found = evaluation_metrics(scored, table, self.scorer.format.tags)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        self._evaluated_step = step
-        Trainer.log(self, dict(metrics))
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    # Phases and metrics
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        output_dir = Path(self.args.output_dir)
-        with self.host.phase(Phase.TRAIN), self._stop.handling(output_dir, self.config.resume):
-            return super().train(*args, **kwargs)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """A step's metrics and completions; what is logged at the end of training has no completions of its own."""
         self.log_completions = "loss" in logs and self.model.training
-        if self.log_completions:
-            logs |= self._phase_metrics()
         super().log(logs, start_time)
 
-    def _phase_metrics(self) -> dict[str, float]:
-        """Seconds of each phase since the last log, peak memory so far beside the plan's, and tokens/s of that time.
-
-        Tokens are those of completions (TRAIN: that the loss is of); an evaluation counts in time and tokens alike.
-        On a GPU the measured memory is what torch reserved, a sleeping vLLM left out, and beside it what the driver
-        reports as used. On a CPU it is this process's resident set (`rss`), and the plan's stays that of a GPU.
-        """
-        use, before = self.host.checkpoint_use(), self._reported_use
-        self._reported_use = use
-        seconds = {phase: use[phase].seconds - before[phase].seconds for phase in use}
-        metrics = {f"time/{phase}_s": seconds[phase] for phase in use if seconds[phase] > 0}
-        kind = "reserved" if self.host.device.type == "cuda" else "rss"
-        for phase in (p for p in use if use[p].peak_reserved_bytes):
-            metrics[f"memory/{phase}_{kind}_gb"] = gb(use[phase].peak_reserved_bytes)
-            metrics[f"memory/{phase}_predicted_gb"] = gb(self.plan.peak_bytes(phase))
-            if use[phase].peak_driver_bytes:
-                metrics[f"memory/{phase}_driver_gb"] = gb(use[phase].peak_driver_bytes)
-        for phase, num_tokens in self._num_tokens.items():
-            if num_tokens and seconds[phase] > 0:
-                metrics[f"tokens_per_s/{phase}"] = num_tokens / seconds[phase]
-            self._num_tokens[phase] = 0
-        return metrics
-
-    def finish(self) -> None:
-        """Evaluate once more if the last step was not, and write the adapter with tokenizer and model card."""
-        if self.args.eval_strategy != "no" and self._evaluated_step != self.state.global_step:
-            self.evaluate()
-        self.save_model()
+    def held_out_metrics(self, dataset: Dataset) -> dict[str, float]:
+        """One explanation for each held-out question, always from the same seeds; the samples go to `evaluations/`."""
+        found = evaluate_policy(
+            [Group.of_row(row) for row in dataset],
+            sample=lambda groups: self._sample(groups, 1, EVAL_STREAM, step=0),
+            host=self.host,
+            scorer=self.scorer,
+            tokenizer=self.processing_class,
+            classify=self._classify_explanation,
+        )
+        step = self.state.global_step
+        write_evaluation(Path(self.args.output_dir), step, {"step": [step] * len(dataset), **found.table})
+        return found.metrics
 
     def model_card(self) -> str:
         return teacher_card(self.config, self)
@@ -433,9 +333,8 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         return {TEACHER_PROMPT_FILE: self.scorer.format.teacher_prompt_template(self.processing_class)}
 
     def close(self) -> None:
-        """Free the generator."""
-        if self.generator is not None:
-            self.generator.close()
+        """Free the generator and all weights."""
+        self.host.close()
 
     # Data order and checkpoints
 
@@ -467,4 +366,5 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
             set_peft_model_state_dict(
                 self.host.teacher, load_file(folder / "adapter_model.safetensors"), adapter_name=adapter
             )
-        self._synced_step = -1
+        if self.sampler is not None:
+            self.sampler.synced_version = None

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -25,14 +26,13 @@ def train_teacher(
         UserError, ConfigError: the run cannot work; the run folder was not touched.
     """
     prepared = check_before_loading(config, values, plan, device)
-    trainer = build_trainer(prepared)
     try:
-        trainer.train(resume_from_checkpoint=prepared.resume_from)
-        trainer.finish()
-        summary = summarise(prepared.folder.path, memory_by_phase(plan, trainer.host))
-        finished = FinishedRun(folder=prepared.folder.path, summary=summary)
-        on_results(finished)
-        return finished
+        with closing(build_trainer(prepared)) as trainer:
+            trainer.train(resume_from_checkpoint=prepared.resume_from)
+            trainer.finish()
+            summary = summarise(prepared.folder.path, memory_by_phase(plan, trainer.meter))
+            finished = FinishedRun(folder=prepared.folder.path, summary=summary)
+            on_results(finished)
+            return finished
     finally:
-        trainer.close()
         shutil.rmtree(prepared.export_folder, ignore_errors=True)

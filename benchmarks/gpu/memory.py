@@ -15,7 +15,7 @@ from torch import nn
 
 from core.types import Phase
 from core.units import gb
-from models.host import ModelHost
+from models.meter import PhaseMeter
 from planner.plan import MemoryPlan
 
 OUTSIDE = "outside of the phases"
@@ -150,15 +150,15 @@ class MemoryCap:
         return utilization_frac * self.card_bytes / self._total_bytes
 
 
-def phase_rows(plan: MemoryPlan, host: ModelHost, watch: DriverWatch) -> dict[str, dict[str, float | None]]:
+def phase_rows(plan: MemoryPlan, meter: PhaseMeter, watch: DriverWatch) -> dict[str, dict[str, float | None]]:
     """Phase -> planned and measured peaks in GB, and seconds. On a CPU only the seconds are measured."""
-    on_card = host.device.type == "cuda"
+    on_card = meter.device.type == "cuda"
     rows: dict[str, dict[str, float | None]] = {}
-    for phase, use in host.checkpoint_use().items():
+    for phase, use in meter.checkpoint_use().items():
         if not use.seconds:
             continue
         planned = gb(plan.peak_bytes(phase))
-        # The host's own figure covers the start of the engine, during which the watch is paused.
+        # The meter's own figure covers the start of the engine, during which the watch is paused.
         driver = gb(max(watch.peak_bytes.get(phase, 0), use.peak_driver_bytes)) if on_card else None
         rows[str(phase)] = {
             "planned_gb": planned,

@@ -40,6 +40,7 @@ from core.units import format_gb, gb
 from generation import Canary
 from generation.vllm_engine import VLLMGenerator
 from models.host import ModelHost
+from models.meter import PhaseMeter
 from optimization import optimized
 from optimization.gpu import memory_of
 from planner.fit import own_card_bytes
@@ -177,11 +178,11 @@ def _words(setup: Setup, config_name: str, checkpoint: Path, card_bytes: int) ->
 @contextmanager
 def _instrumented(watch: DriverWatch, stopwatch: Stopwatch, cap: MemoryCap | None) -> Iterator[None]:
     """Phases are watched, calls timed, no row ends early, and the cap follows the engine's sleep."""
-    phase_of, start, sampling = ModelHost.phase, VLLMGenerator.__init__, trainers.build.SamplingSettings
+    phase_of, start, sampling = PhaseMeter.phase, VLLMGenerator.__init__, trainers.build.SamplingSettings
 
     @contextmanager
-    def watched(host: ModelHost, phase: Phase) -> Iterator[None]:
-        with watch.phase(phase), phase_of(host, phase):
+    def watched(meter: PhaseMeter, phase: Phase) -> Iterator[None]:
+        with watch.phase(phase), phase_of(meter, phase):
             yield
 
     def start_unwatched(generator: VLLMGenerator, *args: Any) -> None:
@@ -199,7 +200,7 @@ def _instrumented(watch: DriverWatch, stopwatch: Stopwatch, cap: MemoryCap | Non
         if cap is not None:
             patches.enter_context(mock.patch.object(VLLMGenerator, "sleep", _and_then(VLLMGenerator.sleep, cap)))
             patches.enter_context(mock.patch.object(VLLMGenerator, "wake", _and_then(VLLMGenerator.wake, cap)))
-        patches.enter_context(mock.patch.object(ModelHost, "phase", watched))
+        patches.enter_context(mock.patch.object(PhaseMeter, "phase", watched))
         patches.enter_context(mock.patch.object(trainers.build, "SamplingSettings", forced_length))
         yield
 
@@ -247,7 +248,7 @@ def _measured(trainer: TeacherGRPOTrainer, sizes: _StepSizes, context_bytes: int
         measured["student"] = module_bytes(host.student, adapters=False)
     if context_bytes is not None:
         torch.cuda.empty_cache()
-        use, pool = host.checkpoint_use(), vllm_pool_bytes(asleep=True)
+        use, pool = host.meter.checkpoint_use(), vllm_pool_bytes(asleep=True)
         at_rest = torch.cuda.memory_allocated() - pool
         known = sum(measured.values()) - measured["gradients"]  # dropped after the optimizer's step
         measured |= {
@@ -271,13 +272,13 @@ def _report(
     stopwatch: Stopwatch,
     measured: dict[str, float],
 ) -> None:
-    phases, config_name = phase_rows(plan, trainer.host, watch), trainer.config.run_name
-    generator = trainer.generator
+    phases, config_name = phase_rows(plan, trainer.host.meter, watch), trainer.config.run_name
+    sampler = trainer.sampler
     figures.update(
         phases=phases,
         components={"planned_gb": planned_components(plan), "measured_gb": measured},
         calls=stopwatch.calls,
-        generator=generator.weights if generator is not None else "none",
+        generator=sampler.generator.weights if sampler is not None else "none",
         peaks_gb={name: row["driver_gb"] for name, row in phases.items() if row["driver_gb"] is not None},
     )
     figures.add_table(

@@ -14,7 +14,7 @@ from schemas.compose import compose_run_config
 from schemas.llada import MaskedDiffusionRunConfig
 from schemas.run import load_run_config
 from trainers.masked_diffusion import DiffusionCollator, MaskedDiffusionTrainer
-from trainers.masked_diffusion_run import PeakMeter, build_diffusion_trainer, load_diffusion_tokenizer
+from trainers.masked_diffusion_run import build_diffusion_trainer, load_diffusion_tokenizer
 
 MASK = 11
 
@@ -58,5 +58,4 @@ def make_diffusion_trainer(output_dir: Path, samples: list[Sample], *overrides: 
         [[sample] for sample in samples],
         samples[:2],
         open_run_folder(values, config.args.output_dir, config.resume),
-        PeakMeter(device),
     )
