@@ -4,6 +4,7 @@ What a step does is not hidden here: a trainer's `training_step` calls `self.off
 """
 
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -30,7 +31,7 @@ _NO_SCHEDULE = ("reduce_lr_on_plateau", "greedy")
 """`lr_scheduler_type`s that set the rate from the results instead of a base rate."""
 
 
-class RunTrainer(Trainer):
+class RunTrainer(Trainer, ABC):
     """What every trainer of a run shares; named before the library's trainer: `class T(RunTrainer, GRPOTrainer)`.
 
     Args:
@@ -94,9 +95,9 @@ class RunTrainer(Trainer):
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    @abstractmethod
     def held_out_metrics(self, dataset: Any) -> dict[str, float]:
         """What an evaluation finds on the held-out rows."""
-        raise NotImplementedError
 
     def finish(self) -> None:
         """Evaluate once more if the last step was not, and write the result with tokenizer and model card."""
@@ -220,8 +221,9 @@ class RunTrainer(Trainer):
 
     # The model card, beside every model that is saved
 
+    @abstractmethod
     def model_card(self) -> str:
-        raise NotImplementedError
+        """README.md of the result and of each checkpoint."""
 
     def files_beside_model(self) -> dict[str, str]:
         """More files that the card speaks of: name -> text."""
