@@ -215,7 +215,7 @@ def test_the_embedded_task_is_a_dataset() -> None:
     train, held_out = prepare("arithmetic", prompt_style="short", num_eval_prompts=16)
     assert held_out.num_rows == 16 and train.num_rows > 1000
     assert not set(train["question"]) & set(held_out["question"])
-    assert set(train.column_names) == {"prompt", "question", "solution", "reasoning_trace"}
+    assert set(train.column_names) == {"prompt", "prompt_ids", "question", "solution", "reasoning_trace"}
 
 
 def test_a_hub_dataset_that_cannot_be_reached_is_one_clear_error(monkeypatch) -> None:
