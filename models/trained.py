@@ -17,6 +17,7 @@ from core.run_files import CONFIG_FILE
 from models.device import memory_of
 from planner.fit import resolve_auto
 from schemas.compose import compose_run_config, run_config_names
+from schemas.methods import as_kind
 from schemas.run import RunConfig, load_run_config
 
 ADAPTER_FILE = "adapter_config.json"
@@ -54,10 +55,10 @@ def open_run(run: str | Path, *, needs_adapter: bool = False) -> TrainedRun:
     else:
         values, adapter = _compose(str(run)), None
     gpu_bytes = memory_of(torch.device("cuda:0")) if torch.cuda.is_available() else None
-    config = load_run_config(resolve_auto(values, gpu_bytes))
-    if not isinstance(config, RunConfig):
+    loaded = load_run_config(resolve_auto(values, gpu_bytes))
+    if (config := as_kind(loaded, RunConfig)) is None:
         raise UserError(
-            f"{str(run)!r} is a run of the method {config.method}",
+            f"{str(run)!r} is a run of the method {loaded.method}",
             expected="a teacher's run (method rlt)",
             remedy="the model card in a run's folder says how its model is used",
         )

@@ -11,7 +11,6 @@ from core.log import console
 from core.types import Phase
 from core.units import gb
 from planner.fit import card_gb, resolve_auto
-from planner.masked_diffusion import MaskedDiffusionSettings
 from planner.plan import MemoryPlan, plan_run
 from planner.readiness import REPOSITORY
 from schemas.compose import compose_run_config, run_config_names
@@ -66,18 +65,20 @@ def _cells(name: str) -> list[str]:
     settings = plans[0].settings
     own_card = card_gb(name)
     own_peak = f"{own_card:.0f} GB: {gb(plan_run(config, int(own_card * 1e9)).max_bytes):.1f}"
-    teacher = f"{_short(settings.teacher.name)}, {_PRECISIONS[settings.precision]}"
-    student = _short(settings.student.name) if settings.student else "own base"
-    if isinstance(settings, MaskedDiffusionSettings):
-        student = "none (masked diffusion)"
-    reference = {"none": "none", "shared": "own base", "separate": "second copy"}[settings.reference]
-    batch = f"{settings.train_batch} / {settings.num_generations} / {settings.micro_batch}"
+    teacher = f"{settings.teacher.short_name}, {_PRECISIONS[settings.precision]}"
+    described = settings.described()
+    batch = f"{settings.train_batch} / {described.num_generations} / {settings.micro_batch}"
     context = f"{settings.max_prompt_len} + {settings.max_completion_len}"
-    return [f"`{name}`", own_peak, teacher, student, reference, batch, context, *(_peaks(plan) for plan in plans)]
-
-
-def _short(model: str) -> str:
-    return model.split("/")[-1].removesuffix("-Instruct")
+    return [
+        f"`{name}`",
+        own_peak,
+        teacher,
+        described.student,
+        described.reference,
+        batch,
+        context,
+        *(_peaks(plan) for plan in plans),
+    ]
 
 
 def _peaks(plan: MemoryPlan) -> str:

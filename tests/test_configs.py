@@ -32,13 +32,12 @@ from schemas.compose import (
     with_sweep_folders,
 )
 from schemas.document import PAGE, page
+from schemas.methods import METHODS, method_of
 from schemas.ranges import RANGES
-from schemas.run import METHODS, ConfigError, load_run_config
+from schemas.run import ConfigError, load_run_config
 from schemas.trl_fields import argument_fields
 from test_config_85gb import check_plan, plan_config
-from trainers.grpo_args import build_grpo_args
 from trainers.loggers import prepare_loggers
-from trainers.masked_diffusion_run import build_training_args
 from trainers.preflight import check_hardware_and_plan
 
 ROOT = CONFIG_ROOT.parent
@@ -53,8 +52,7 @@ def load(name: str = MONO, *overrides: str):
 def test_every_run_config_is_valid_and_builds_the_trainers_arguments(name):
     config = load(name)
     assert config.run_name == name
-    build_args = build_training_args if config.method == "masked_diffusion" else build_grpo_args
-    args = build_args(config, use_cpu=True)
+    args = method_of(config).build_arguments(config, use_cpu=True)
     assert args.gradient_accumulation_steps * args.per_device_train_batch_size == config.train_batch_size
     assert args.output_dir == f"results/{name}"
     if config.method == "rlt":

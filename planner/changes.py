@@ -1,0 +1,36 @@
+"""Changes that save memory in a run of any method: batch, checkpointing, precision, and the next smaller model."""
+
+from collections.abc import Iterator
+
+from planner.settings import Change, PlanSettings
+from planner.shapes import ModelShape, known_shapes
+
+FAMILY_SIZES = tuple(f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"))
+"""Models that are proposed, the smallest first."""
+
+
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def batch_changes(settings: PlanSettings) -> Iterator[Change]:
+    """The next smaller micro-batch; checkpointing where it is off."""
+    smaller = [d for d in divisors(settings.train_batch) if d < settings.micro_batch]
+    if smaller:
+        yield f"micro-batch {settings.micro_batch} -> {smaller[-1]}", {"per_device_train_batch_size": smaller[-1]}
+    if settings.checkpointing == "none":
+        yield "gradient checkpointing on", {"gradient_checkpointing": True}
+
+
+def precision_changes(settings: PlanSettings) -> Iterator[Change]:
+    """Narrower bases."""
+    if settings.precision in ("bf16", "fp32"):
+        yield "8-bit bases", {"model_args.load_in_8bit": True}
+    if settings.precision != "nf4":
+        yield "4-bit bases", {"model_args.load_in_8bit": False, "model_args.load_in_4bit": True}
+
+
+def smaller_model(shape: ModelShape) -> str | None:
+    """The largest proposed model of under 80 % of the parameters."""
+    names = (name for name in FAMILY_SIZES if known_shapes()[name.lower()].num_params < 0.8 * shape.num_params)
+    return next(iter(reversed(list(names))), None)
