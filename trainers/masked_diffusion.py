@@ -30,9 +30,10 @@ from models.masked_diffusion import (
 from optimization.memory_optim import CheckpointOffload
 from optimization.optimizers import MuonWithAdamW
 from schemas.llada import MaskedDiffusionRunConfig
+from schemas.methods import method_of
 from trainers.callbacks import StopOnSignal
 from trainers.checkpoints import WholeCheckpoints
-from trainers.model_card import WritesModelCard, masked_diffusion_card
+from trainers.model_card import WritesModelCard
 from trainers.recovery import RecoveryMixin
 
 _TRAIN_STREAM, _BOUND_STREAM, _SAMPLING_STREAM = 0, 1, 2
@@ -242,7 +243,7 @@ class MaskedDiffusionTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard):
         self.save_model()
 
     def model_card(self) -> str:
-        return masked_diffusion_card(self.config, self)
+        return str(method_of(self.config).card(self.config, self))
 
 
 def stated_solution(response: str, tags: TagStyle) -> str | None:

@@ -21,13 +21,14 @@ from models.load import add_adapter, load_base, load_tokenizer, quiet_libraries
 from optimization import optimize_models, preallocate_planned, records_table
 from planner.plan import MemoryPlan
 from schemas.llada import MaskedDiffusionRunConfig
+from schemas.methods import method_of
 from schemas.run import ConfigError
 from trainers.callbacks import DIFFUSION_SHOWN, ConsoleProgress, MemoryWatch, MetricsFile
 from trainers.loggers import prepare_loggers
 from trainers.masked_diffusion import MaskedDiffusionTrainer
 from trainers.memory_line import MemoryLine
 from trainers.run_folder import RunFolder, open_run_folder
-from trainers.summary import DIFFUSION_REPORT, FinishedRun, summarise
+from trainers.summary import FinishedRun, summarise
 
 
 class PeakMeter:
@@ -79,8 +80,9 @@ def train_masked_diffusion(
     trainer = build_diffusion_trainer(config, plan, device, tokenizer, rows, eval_samples, folder, peaks)
     trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint is not None else None)
     trainer.finish()
-    summary = summarise(folder.path, _memory(plan, peaks), DIFFUSION_REPORT)
-    finished = FinishedRun(folder=folder.path, summary=summary, report=DIFFUSION_REPORT)
+    report = method_of(config).report.object
+    summary = summarise(folder.path, _memory(plan, peaks), report)
+    finished = FinishedRun(folder=folder.path, summary=summary, report=report)
     on_results(finished)
     return finished
 

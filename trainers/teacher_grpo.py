@@ -48,10 +48,11 @@ from rollout.tables import (
     term_columns,
 )
 from rollout.types import Completion, Group, Rollout, ScoringRow
+from schemas.methods import method_of
 from schemas.run import RunConfig
 from trainers.callbacks import StopOnSignal, SyncReferenceAdapter
 from trainers.checkpoints import WholeCheckpoints
-from trainers.model_card import WritesModelCard, teacher_card
+from trainers.model_card import WritesModelCard
 from trainers.recovery import RecoveryMixin
 from trainers.run_folder import write_evaluation
 from trainers.step_metrics import StepMetrics, rollout_metrics
@@ -427,7 +428,7 @@ class TeacherGRPOTrainer(RecoveryMixin, WholeCheckpoints, WritesModelCard, GRPOT
         self.save_model()
 
     def model_card(self) -> str:
-        return teacher_card(self.config, self)
+        return str(method_of(self.config).card(self.config, self))
 
     def files_beside_model(self) -> dict[str, str]:
         return {TEACHER_PROMPT_FILE: self.scorer.format.teacher_prompt_template(self.processing_class)}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from planner.plan import MemoryPlan
+from schemas.methods import method_of
 from schemas.run import RunConfig
 from trainers.build import build_trainer, check_before_loading
 from trainers.summary import FinishedRun, memory_by_phase, summarise
@@ -29,8 +30,9 @@ def train_teacher(
     try:
         trainer.train(resume_from_checkpoint=prepared.resume_from)
         trainer.finish()
-        summary = summarise(prepared.folder.path, memory_by_phase(plan, trainer.host))
-        finished = FinishedRun(folder=prepared.folder.path, summary=summary)
+        report = method_of(config).report.object
+        summary = summarise(prepared.folder.path, memory_by_phase(plan, trainer.host), report)
+        finished = FinishedRun(folder=prepared.folder.path, summary=summary, report=report)
         on_results(finished)
         return finished
     finally:
