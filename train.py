@@ -40,10 +40,11 @@ from schemas.compose import (
     to_values,
     with_sweep_folders,
 )
+from schemas.methods import DEFAULT_METHOD, METHODS
 from schemas.run import ConfigError
 
 
-@hydra.main(config_path="cfgs", config_name="train", version_base="1.3")
+@hydra.main(config_path="cfgs", config_name=METHODS[DEFAULT_METHOD].index, version_base="1.3")
 def compose(composed: DictConfig) -> None:
     """Hydra's part: one call for a run, several for a sweep (`-m`)."""
     _composed.append(to_values(composed))

@@ -14,7 +14,7 @@ from core.log import console
 from core.units import gb
 from optimization import tile_mlps
 from planner.activations import train_activation_bytes
-from planner.settings import settings_from_config
+from planner.teacher import teacher_settings
 from schemas.compose import compose_run_config
 from schemas.run import load_run_config
 
@@ -34,7 +34,7 @@ def step_s(model: LlamaForCausalLM, token_ids: torch.Tensor) -> float:
 def main() -> None:
     for words in ([], ["offload_checkpoints=true"]):
         config = load_run_config(compose_run_config("teacher_rlt_mono_85gb", words))
-        settings = settings_from_config(config)
+        settings = teacher_settings(config)
         plain, tiled = (train_activation_bytes(replace(settings, mlp_tile_tokens=n)) for n in (None, 2048))
         run = " ".join(["teacher_rlt_mono_85gb", *words])
         figures = f"{gb(plain):.2f} GB plain, {gb(tiled):.2f} GB in tiles of 2048 tokens (predicted)"

@@ -21,8 +21,8 @@ from core.units import gb  # noqa: E402
 from planner.activations import forward_bytes, train_activation_bytes  # noqa: E402
 from planner.components import num_lora_params, weight_bytes  # noqa: E402
 from planner.plan import plan, plan_run, usable_bytes  # noqa: E402
-from planner.settings import PlanSettings, settings_from_config  # noqa: E402
 from planner.shapes import load_shape  # noqa: E402
+from planner.teacher import TeacherSettings, teacher_settings  # noqa: E402
 from schemas.compose import compose_run_config  # noqa: E402
 from schemas.run import load_run_config  # noqa: E402
 from tests.helpers.memory_simulator import layer_count, simulate_scoring, simulate_training_step  # noqa: E402
@@ -34,21 +34,21 @@ COLORS = {"teacher": "#2b5c8a", "student": "#6c9fd0", "vLLM weights": "#8e44ad",
 SIZES = ("0.5B", "1.5B", "3B", "7B", "14B", "32B")
 
 
-def settings_85gb() -> PlanSettings:
-    return settings_from_config(load_run_config(compose_run_config("teacher_rlt_mono_85gb")))
+def settings_85gb() -> TeacherSettings:
+    return teacher_settings(load_run_config(compose_run_config("teacher_rlt_mono_85gb")))
 
 
-def with_context(settings: PlanSettings, row_len: int, **changes: Any) -> PlanSettings:
+def with_context(settings: TeacherSettings, row_len: int, **changes: Any) -> TeacherSettings:
     return replace(settings, max_prompt_len=row_len // 2, max_completion_len=row_len // 2, **changes)
 
 
-def simulated_step_gb(settings: PlanSettings) -> float:
+def simulated_step_gb(settings: TeacherSettings) -> float:
     """Peak of the whole model, extrapolated from two and three layers (exact: tests/test_planner_formula.py)."""
     two, three = (simulate_training_step(layer_count(settings, n)).peak_bytes for n in (2, 3))
     return gb(two + (settings.teacher.num_layers - 2) * (three - two))
 
 
-def training_step_gb(settings: PlanSettings) -> float:
+def training_step_gb(settings: TeacherSettings) -> float:
     """Allocated bytes of the teacher alone, as the simulator counts them: base, adapter, states, activations."""
     components = plan(settings).components[Phase.TRAIN]
     states = sum(components[name] for name in ("teacher", "adapter", "gradients", "optimizer states"))
@@ -101,7 +101,7 @@ def plot_score(axes: plt.Axes) -> None:
     """One model's forward without gradients, by tokens of the batch."""
     settings = replace(settings_85gb(), micro_batch=1, attention="flash")
     for precision, color in (("bf16", "#c0392b"), ("int8", "#2b5c8a"), ("nf4", "#27ae60")):
-        own: PlanSettings = replace(settings, precision=precision)
+        own: TeacherSettings = replace(settings, precision=precision)
         weights = weight_bytes(own.teacher, own.precision)
         predicted, simulated = [], []
         for row_len in CONTEXTS:

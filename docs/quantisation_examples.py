@@ -10,8 +10,8 @@ from torch import Tensor
 from core.units import gb
 from planner.activations import train_activation_bytes
 from planner.components import kv_bytes_per_token, num_lora_params, optimizer_bytes_per_param, weight_bytes
-from planner.settings import PlanSettings
 from planner.shapes import ModelShape
+from planner.teacher import TeacherSettings
 
 NUM_PARAMS = 10e9
 SHAPE_10B = ModelShape(
@@ -204,7 +204,7 @@ def adapter_bytes() -> tuple[float, float, float]:
 
 
 def activation_bytes(precision: str) -> float:
-    settings = PlanSettings(
+    settings = TeacherSettings(
         teacher=SHAPE_10B,
         student=None,
         reference="none",

@@ -16,6 +16,7 @@ from optimization.gpu import gpu_bytes
 from planner.fit import resolve_auto
 from runs.run_folder import CONFIG_FILE
 from schemas.compose import compose_run_config, run_config_names
+from schemas.methods import as_kind
 from schemas.run import RunConfig, load_run_config
 
 ADAPTER_FILE = "adapter_config.json"
@@ -52,10 +53,10 @@ def open_run(run: str | Path, *, needs_adapter: bool = False) -> TrainedRun:
         values, adapter = _read_config(folder), _adapter_in(folder)
     else:
         values, adapter = _compose(str(run)), None
-    config = load_run_config(resolve_auto(values, gpu_bytes()))
-    if not isinstance(config, RunConfig):
+    loaded = load_run_config(resolve_auto(values, gpu_bytes()))
+    if (config := as_kind(loaded, RunConfig)) is None:
         raise UserError(
-            f"{str(run)!r} is a run of the method {config.method}",
+            f"{str(run)!r} is a run of the method {loaded.method}",
             expected="a teacher's run (method rlt)",
             remedy="the model card in a run's folder says how its model is used",
         )

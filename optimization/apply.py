@@ -30,10 +30,8 @@ from optimization.training_optim import (
 from planner.constants import CUDA_CONTEXT_BYTES
 from planner.plan import MemoryPlan, plan_run
 from schemas.compose import compose_run_config
-from schemas.llada import MaskedDiffusionRunConfig
-from schemas.run import AnyRunConfig, RunConfig, load_run_config
-
-_NO_FROZEN_MODEL = "a masked-diffusion run has no student and no reference"
+from schemas.methods import method_of
+from schemas.run import AnyRunConfig, load_run_config
 
 
 def apply_optimizations(config: AnyRunConfig, *, card: Card | None = None) -> tuple[AnyRunConfig, list[Record]]:
@@ -56,7 +54,7 @@ def apply_optimizations(config: AnyRunConfig, *, card: Card | None = None) -> tu
         )
     choices: list[ChosenSettings | Obstacle] = []
     if config.use_flash_attention:
-        if isinstance(config, MaskedDiffusionRunConfig) and config.packing:
+        if config.packs_rows:
             choices.append(
                 nothing("flash attention", "packed samples are kept apart by a mask, which it does not take")
             )
@@ -95,7 +93,7 @@ def preallocate_planned(config: AnyRunConfig, plan: MemoryPlan) -> list[Record]:
     if not config.preallocate_memory:
         return []
     num_bytes = plan.max_bytes - int(CUDA_CONTEXT_BYTES.value)
-    return [preallocate_cuda_memory(num_bytes, keep=plan.settings.generator != "vllm")]
+    return [preallocate_cuda_memory(num_bytes, keep=not plan.settings.has_vllm)]
 
 
 def optimize_models(
@@ -103,21 +101,24 @@ def optimize_models(
 ) -> list[Record]:
     """What is done to the loaded models; None for a role that the teacher's own base plays.
 
-    A masked-diffusion run has one model, in the teacher's place.
+    A run of a method without frozen models has one, in the teacher's place.
     """
-    own = {"teacher": teacher, "student": student, "reference": reference}
-    if isinstance(config, MaskedDiffusionRunConfig):
-        own = {"model": teacher}
+    method = method_of(config)
+    own = dict(zip(method.roles, (teacher, student, reference), strict=False))
     records: list[Record] = []
     if config.mlp_tile_tokens is not None:
         records += [_named(tile_mlps(m, config.mlp_tile_tokens), role) for role, m in own.items() if m is not None]
     if config.offload_checkpoints:
         records.append(offload_checkpoints(gradient_checkpointing=config.arguments.gradient_checkpointing))
-    if config.compile_models and isinstance(config, MaskedDiffusionRunConfig):
-        records.append(nothing("torch.compile", _NO_FROZEN_MODEL))
+    if config.compile_models and not method.frozen_roles:
+        records.append(nothing("torch.compile", _no_frozen_model(config)))
     elif config.compile_models:
-        records += [_named(compile_forward(own[role]), role) for role in ("student", "reference")]
+        records += [_named(compile_forward(own[role]), role) for role in method.frozen_roles]
     return records
+
+
+def _no_frozen_model(config: AnyRunConfig) -> str:
+    return f"{method_of(config).title} has no student and no reference"
 
 
 def _named(record: Record, role: str) -> Record:
@@ -132,15 +133,13 @@ def announce_models(config: AnyRunConfig) -> list[Record]:
     if config.offload_checkpoints:
         records.append(offload_checkpoints(gradient_checkpointing=config.arguments.gradient_checkpointing))
     if config.compile_models:
-        if isinstance(config, RunConfig):
-            has_own = config.student_model is not None or config.reference_model == "separate"
-            args = config.model_args
-            finds_outliers = args.load_in_8bit and args.llm_int8_threshold > 0 and config.scoring_weights == "auto"
+        obstacle: str | None = _no_frozen_model(config)
+        if method_of(config).frozen_roles:
             obstacle = compile_obstacle(
-                has_own_model=has_own, on_gpu=find_card() is not None, finds_outliers=finds_outliers
+                has_own_model=config.has_own_frozen_model,
+                on_gpu=find_card() is not None,
+                finds_outliers=config.frozen_find_outliers,
             )
-        else:
-            obstacle = _NO_FROZEN_MODEL
         compiled = _once_loaded("torch.compile", compile_models=True)
         records.append(compiled if obstacle is None else nothing("torch.compile", obstacle))
     if config.preallocate_memory and find_card() is None:

@@ -19,6 +19,7 @@ from core.errors import UserError
 from core.log import configure_logging, console
 from core.units import format_gb
 from schemas.compose import CONFIG_ROOT, compose_run_config, run_config_name, run_config_names
+from schemas.methods import method_of
 from schemas.run import AnyRunConfig, ConfigError, load_run_config
 
 DEFAULT_RUN = "teacher_rlt_tiny"
@@ -47,8 +48,7 @@ _GIVES = {
     "use_fp8": "half the bytes of the KV cache, faster scoring, where it applies; speed not measured",
 }
 """What a setting is for, apart from memory."""
-_FOR_TEACHERS = {"compile_models", "use_fp8"}
-_NO_USE = "nothing: a masked-diffusion run has no generator and no frozen model of its own"
+_FOR_FROZEN_MODELS = {"compile_models", "use_fp8"}
 _KEY_VALUE = re.compile(r"^[A-Za-z_][\w.@]*=")
 
 
@@ -131,9 +131,11 @@ def settings_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
     for column in ("setting", "from", "to", "alone gives (memory: predicted for a GPU)"):
         table.add_column(column, overflow="fold")
     config = load_run_config(before)
+    method = method_of(config)
+    no_use = f"nothing: {method.title} has no generator and no frozen model of its own"
     for key in sorted(key for key in after if after[key] != before.get(key)):
         old = getattr(config if hasattr(config, key) else config.arguments, key)
-        use = _NO_USE if config.method == "masked_diffusion" and key in _FOR_TEACHERS else _GIVES.get(key)
+        use = no_use if key in _FOR_FROZEN_MODELS and not method.frozen_roles else _GIVES.get(key)
         gives = [part for part in (_saving(before, {key: after[key]}), use) if part]
         table.add_row(key, _word(old), _word(after[key]), "; ".join(gives))
     return table

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from optimization.gpu import ADA, NO_CARD, Card, find_card
 from optimization.record import AppliedOptimization, Change, ChosenSettings, Obstacle, nothing
+from schemas.methods import method_of
 from schemas.run import AnyRunConfig, RunConfig
 
 _E4M3 = torch.float8_e4m3fn
@@ -25,13 +26,20 @@ def check_fp8_support(*, card: Card | None = None) -> ChosenSettings | Obstacle:
 
 
 def choose_fp8(config: AnyRunConfig, *, card: Card | None = None) -> ChosenSettings | Obstacle:
-    """The settings that fp8 brings to this run on this card; nothing is loaded yet.
+    """The settings that fp8 brings to this run on this card; nothing is loaded yet."""
+    choose = method_of(config).choose_fp8
+    if choose is None:
+        return nothing("fp8", "this run has neither a generator nor a frozen model of its own")
+    choice: ChosenSettings | Obstacle = choose(config, card=card)
+    return choice
+
+
+def choose_fp8_of_teacher(config: RunConfig, *, card: Card | None = None) -> ChosenSettings | Obstacle:
+    """fp8 for the KV cache, the generator and frozen models of a teacher's run.
 
     The generator's weights change only where the teacher is not quantised: a quantised teacher's own values serve its
     generator, and fp8 ones would be another policy (DESIGN: 0.26 to 0.6 nats on a model with outlier channels).
     """
-    if not isinstance(config, RunConfig):
-        return nothing("fp8", "this run has neither a generator nor a frozen model of its own")
     support = check_fp8_support(card=card)
     if isinstance(support, Obstacle):
         return support

@@ -17,10 +17,10 @@ from optimization.catalogue import TEACHER_RUN, run_for_model
 from optimization.gpu import NO_CARD, Card, find_card
 from optimization.record import AppliedOptimization, Change, ChosenSettings, Obstacle, announce, nothing
 from planner.fit import largest_micro_batch
-from planner.masked_diffusion import MaskedDiffusionSettings
 from planner.plan import plan_run
 from schemas.compose import compose_run_config
-from schemas.run import METHODS, AnyRunConfig, load_run_config
+from schemas.methods import method_of
+from schemas.run import AnyRunConfig, load_run_config
 
 DEFAULT_RUN = TEACHER_RUN
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -72,20 +72,19 @@ def choose_batch_size(config: AnyRunConfig, card_bytes: int, where: str) -> Batc
             expected="a run of which at least one row at a time fits",
             remedy="python test_config_85gb.py shows which settings would make it fit; or choose a smaller size",
         )
-    rows = "rows" if isinstance(plan.settings, MaskedDiffusionSettings) else "completions"
     fitted = plan_run(_with_micro_batch(config, micro_batch), card_bytes)
     return BatchChoice(
         batch_size=micro_batch,
         gradient_accumulation_steps=config.train_batch_size // micro_batch,
         peak_bytes=fitted.max_bytes,
         card_bytes=card_bytes,
-        reason=f"{plan.settings.teacher.name}, {config.train_batch_size} {rows} a step, on {where}",
+        reason=f"{plan.settings.teacher.name}, {config.train_batch_size} {method_of(config).rows} a step, on {where}",
     )
 
 
 def _with_micro_batch(config: AnyRunConfig, micro_batch: int) -> AnyRunConfig:
     arguments = config.arguments.model_copy(update={"per_device_train_batch_size": micro_batch})
-    return replace(config, **{METHODS[config.method].arguments_field: arguments})
+    return replace(config, **{method_of(config).arguments_field: arguments})
 
 
 def planned_card(config: AnyRunConfig, card: Card | None) -> tuple[int, str]:

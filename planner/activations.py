@@ -8,11 +8,15 @@ T = rows * S tokens of a forward.
 """
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from planner.components import num_lora_params
 from planner.constants import EXPANDABLE_FRAGMENTATION_FRAC, FRAGMENTATION_FRAC, HEAD_CHUNK_TOKENS
 from planner.settings import PlanSettings
 from planner.shapes import ModelShape
+
+if TYPE_CHECKING:
+    from planner.teacher import TeacherSettings
 
 
 def train_activation_bytes(settings: PlanSettings) -> float:
@@ -142,7 +146,7 @@ def _layer_masks(settings: PlanSettings) -> float:
     return 2.0 * settings.micro_batch_tokens * settings.row_len if settings.attention == "masked_sdpa" else 0.0
 
 
-def score_activation_bytes(settings: PlanSettings) -> float:
+def score_activation_bytes(settings: "TeacherSettings") -> float:
     """Peak of the scorer's forwards without gradients: student, teacher, reference, in batches of the same tokens."""
     num_tokens = min(settings.score_batch_tokens, settings.train_batch * settings.row_len)
     student = settings.student or settings.teacher

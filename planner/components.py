@@ -1,8 +1,13 @@
 """Bytes of what stays on the card through a phase: weights, adapter, optimizer states, vLLM (docs/memory.md)."""
 
+from typing import TYPE_CHECKING
+
 from planner.constants import VLLM_BATCHED_TOKENS
 from planner.settings import PlanSettings, Precision
 from planner.shapes import ModelShape
+
+if TYPE_CHECKING:
+    from planner.teacher import TeacherSettings
 
 LINEAR_BYTES: dict[Precision, float] = {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1, "int8_groups": 1, "nf4": 0.5}
 NF4_BLOCK = 64
@@ -53,6 +58,13 @@ def optimizer_bytes_per_param(name: str) -> float:
     return num_states * (_8BIT_STATE if "8bit" in kind else width)
 
 
+def adapter_checkpoint_bytes(settings: PlanSettings, num_adapters: int = 1) -> float:
+    """Adapters and the optimizer's states of one of them."""
+    num_params = num_lora_params(settings.teacher, settings.lora_r, settings.lora_targets)
+    states = optimizer_bytes_per_param(settings.optimizer)
+    return num_params * (num_adapters * settings.adapter_bytes_per_param + states)
+
+
 def muon_state_bytes(shape: ModelShape) -> float:
     """A momentum for the matrices of the blocks; AdamW's two moments for the rest."""
     return 4.0 * shape.num_linear_params + 8.0 * (shape.num_params - shape.num_linear_params)
@@ -67,7 +79,7 @@ def kv_bytes_per_token(shape: ModelShape, bytes_per_value: int = 2) -> int:
     return 2 * bytes_per_value * shape.num_layers * shape.kv_dim
 
 
-def kv_needed_bytes(settings: PlanSettings) -> int:
+def kv_needed_bytes(settings: "TeacherSettings") -> int:
     """KV of all completions that are generated at once: vLLM keeps a group's shared prompt once."""
     groups, group = settings.num_groups_at_once, settings.num_generations
     prompt_len, completion_len = _whole_blocks(settings.max_prompt_len), _whole_blocks(settings.max_completion_len)
@@ -77,7 +89,7 @@ def kv_needed_bytes(settings: PlanSettings) -> int:
     return kv_bytes_per_token(settings.teacher, settings.kv_bytes_per_value) * num_tokens
 
 
-def kv_minimum_bytes(settings: PlanSettings) -> int:
+def kv_minimum_bytes(settings: "TeacherSettings") -> int:
     """One row of full length; vLLM refuses to start with less."""
     num_tokens = _whole_blocks(settings.row_len) + VLLM_KV_BLOCK_TOKENS
     return kv_bytes_per_token(settings.teacher, settings.kv_bytes_per_value) * num_tokens
@@ -87,7 +99,7 @@ def _whole_blocks(num_tokens: int) -> int:
     return -(-num_tokens // VLLM_KV_BLOCK_TOKENS) * VLLM_KV_BLOCK_TOKENS
 
 
-def vllm_work_bytes(settings: PlanSettings) -> float:
+def vllm_work_bytes(settings: "TeacherSettings") -> float:
     """Activations of vLLM's largest batch (hidden, norm, gate and up outputs) and the sampler's fp32 logits, twice."""
     shape, num_rows = settings.teacher, settings.aggregation_steps * settings.num_generations
     return VLLM_BATCHED_TOKENS.value * (6 * shape.hidden + 4 * shape.intermediate) + 2 * 4 * num_rows * shape.vocab

@@ -5,27 +5,23 @@ Configurations here are composed values (plain containers, flat keys), so that w
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from core.errors import UserError
 from core.types import Phase
 from core.units import gb
-from planner.masked_diffusion import MaskedDiffusionSettings
+from planner.changes import divisors, family_sizes
 from planner.plan import MemoryPlan, plan, plan_run, usable_bytes
 from planner.settings import PlanSettings
-from planner.shapes import known_shapes, model_sizes
+from planner.shapes import known_shapes
 from schemas.run import ConfigError, load_run_config
 
 AUTO = "auto"
 _CONTEXT_STEP = 256
-_FAMILY = "Qwen2.5"
-"""Whose sizes are proposed."""
 _WORTH_BYTES = 1e8
 """What a change must save to be spoken of."""
-_LEAST_ROW_LEN = 4096
-"""Contexts are halved down to this before the student or the model changes, and further after that."""
 
 
 def resolve_auto(values: Mapping[str, Any], gpu_bytes: int | None) -> dict[str, Any]:
@@ -55,10 +51,6 @@ def own_card_bytes(values: Mapping[str, Any]) -> int:
     return int(load_run_config(resolve_auto(values, None)).card_gb * 1e9)
 
 
-def divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
 def largest_micro_batch(settings: PlanSettings, gpu_bytes: int) -> int | None:
     """Largest divisor of the train batch with which every phase fits; None: not even 1."""
     candidates = divisors(settings.train_batch)
@@ -79,15 +71,9 @@ def largest_context(settings: PlanSettings, gpu_bytes: int) -> int | None:
 
 def largest_model(settings: PlanSettings, gpu_bytes: int) -> str | None:
     """Largest Qwen2.5 that can be teacher (and student, where there is one), the rest as it is; None: none can."""
-
-    if isinstance(settings, MaskedDiffusionSettings):
-        return None
-
-    def with_model(hub_id: str) -> PlanSettings:
-        shape = known_shapes()[hub_id.lower()]
-        return replace(settings, teacher=shape, student=shape if settings.student else None)
-
-    return _last_that_fits(list(model_sizes(_FAMILY).values()), with_model, gpu_bytes)
+    runs = {name: settings.with_model(known_shapes()[name.lower()]) for name in family_sizes()}
+    known = {name: run for name, run in runs.items() if run is not None}
+    return _last_that_fits(list(known), known.__getitem__, gpu_bytes)
 
 
 def _last_that_fits(candidates: Any, settings_of: Callable[[Any], PlanSettings], gpu_bytes: int) -> Any:
@@ -129,7 +115,7 @@ def levers(values: Mapping[str, Any]) -> list[Lever]:
     """What single changes save, the mildest first; changes that save under 0.1 GB are left out."""
     before = plan_run(load_run_config(values), None)
     found = []
-    for change, overrides in _changes(values, before.settings):
+    for change, overrides in before.settings.changes():
         try:
             after = plan_run(load_run_config(with_overrides(values, overrides)), None)
         except ConfigError:  # e.g. 4 bits with a vLLM server: not a change that this configuration can make
@@ -153,58 +139,21 @@ def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> d
     return changed
 
 
-def _changes(values: Mapping[str, Any], settings: PlanSettings) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Changes that a user can make, those that cost the least quality first."""
-    smaller = [d for d in divisors(settings.train_batch) if d < settings.micro_batch]
-    if smaller:
-        yield f"micro-batch {settings.micro_batch} -> {smaller[-1]}", {"per_device_train_batch_size": smaller[-1]}
-    if settings.checkpointing == "none":
-        yield "gradient checkpointing on", {"gradient_checkpointing": True}
-    if settings.reference == "separate":
-        yield "reference on the teacher's own base", {"reference_model": "shared"}
-    if settings.generator == "vllm" and settings.num_groups_at_once > 1:
-        yield "one prompt group generated at a time", {"generation_aggregation_steps": 1}
-    if settings.generator == "vllm" and settings.generator_precision == "bf16" and settings.precision != "bf16":
-        yield "generator on the trainer's own weights", {"generator_weights": "auto"}
-    if settings.generator == "vllm" and not settings.enforce_eager:
-        yield "vLLM without CUDA graphs", {"vllm_enforce_eager": True}
-    if settings.precision in ("bf16", "fp32"):
-        yield "8-bit bases", {"model_args.load_in_8bit": True}
-    if settings.precision != "nf4":
-        yield "4-bit bases", {"model_args.load_in_8bit": False, "model_args.load_in_4bit": True}
-    prompt_len, completion_len = settings.max_prompt_len // 2, settings.max_completion_len // 2
-    shorter = (
-        f"context {settings.row_len} -> {prompt_len + completion_len}",
-        {"max_prompt_length": prompt_len, "max_completion_length": completion_len},
-    )
-    if settings.row_len >= 2 * _LEAST_ROW_LEN:
-        yield shorter
-    if settings.student is not None:
-        yield "the teacher's own base as student", {"student_model": None}
-    models = [*model_sizes(_FAMILY).values()] if not isinstance(settings, MaskedDiffusionSettings) else []
-    for name in reversed(models):
-        if known_shapes()[name.lower()].num_params < 0.8 * settings.teacher.num_params:
-            student = {"student_model": name} if settings.student else {}
-            yield f"model {settings.teacher.name} -> {name}", {"model_name_or_path": name, **student}
-            break
-    if 512 <= settings.row_len < 2 * _LEAST_ROW_LEN:
-        yield shorter
-
-
 def nearest_fit(values: Mapping[str, Any], gpu_bytes: int) -> dict[str, Any]:
     """Overrides with which the configuration fits the card, as few and as mild as it goes; empty: it fits as it is.
 
-    Walks through `_changes` in order, taking each that lowers the highest peak, until it fits; then drops what turns
-    out not to be needed, the severest first.
+    Walks through the changes of its settings in order, taking each that lowers the highest peak, until it fits; then
+    drops what turns out not to be needed, the severest first.
 
     Raises:
         UserError: even the smallest built-in model does not fit.
     """
     steps: list[dict[str, Any]] = []
     while not (current := _planned(values, steps, gpu_bytes)).fits():
-        changes = _changes(_merged(values, steps), current.settings)
         goal = current.max_bytes - _WORTH_BYTES
-        step = next((new for _, new in changes if _peak_bytes(values, [*steps, new], gpu_bytes) < goal), None)
+        step = next(
+            (new for _, new in current.settings.changes() if _peak_bytes(values, [*steps, new], gpu_bytes) < goal), None
+        )
         if step is None:
             raise UserError(
                 f"a card of {gb(gpu_bytes):.1f} GB for {current.settings.teacher.name}",

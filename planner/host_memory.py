@@ -5,10 +5,13 @@ back to the system (`ATen/core/CachingHostAllocator.h`, torch 2.11 to 2.13).
 """
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from planner.components import LINEAR_BYTES, NF4_BLOCK
-from planner.masked_diffusion import MaskedDiffusionSettings
 from planner.settings import PlanSettings
+
+if TYPE_CHECKING:
+    from planner.teacher import TeacherSettings
 
 _MIB = 1 << 20
 _SMALL_TENSOR, _SMALL_SEGMENT = 1 * _MIB, 2 * _MIB
@@ -23,16 +26,13 @@ def pinned_bytes(num_bytes: float) -> int:
 
 
 def host_components(settings: PlanSettings) -> dict[str, float]:
-    """What lies in pinned host memory -> bytes."""
-    parts: dict[str, float] = {}
-    if settings.generator == "vllm":
-        parts["sleeping vLLM weights"] = _asleep_bytes(settings)
-    if settings.checkpointing == "layers_offloaded":
-        parts["offloaded layer inputs"] = _offloaded_bytes(settings)
-    return parts
+    """What the training step of any method puts into pinned host memory -> bytes."""
+    if settings.checkpointing != "layers_offloaded":
+        return {}
+    return {"offloaded layer inputs": _offloaded_bytes(settings)}
 
 
-def _asleep_bytes(settings: PlanSettings) -> float:
+def sleeping_vllm_bytes(settings: "TeacherSettings") -> float:
     """vLLM's weights and adapter slot, one block for each segment that they lie in."""
     small = medium = pinned = 0.0
     for count, size in vllm_tensors(settings):
@@ -47,7 +47,7 @@ def _asleep_bytes(settings: PlanSettings) -> float:
     return pinned
 
 
-def vllm_tensors(settings: PlanSettings) -> Iterator[tuple[int, float]]:
+def vllm_tensors(settings: "TeacherSettings") -> Iterator[tuple[int, float]]:
     """How many, and bytes of each: vLLM joins q, k, v and gate, up; scales, norms, and one LoRA slot."""
     shape, precision = settings.teacher, settings.generator_precision
     widths = {name: n_out for name, (_, n_out) in shape.linears.items()}
@@ -77,7 +77,6 @@ def _offloaded_bytes(settings: PlanSettings) -> float:
     Twice that, because rows of other lengths come along: each halving of the size takes blocks of its own, all of them
     together as much as the largest.
     """
-    width = 4 if isinstance(settings, MaskedDiffusionSettings) and settings.trains_all else 2
     num_values = settings.teacher.hidden * settings.micro_batch * settings.row_len
-    layers = settings.teacher.num_layers * pinned_bytes(width * num_values)
+    layers = settings.teacher.num_layers * pinned_bytes(settings.layer_input_width * num_values)
     return 2.0 * (layers + pinned_bytes(4 * num_values))

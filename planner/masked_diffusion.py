@@ -4,13 +4,22 @@ The worst step masks every token that may be masked (t close to 1); of rows that
 of a micro-batch leaves. Letters as in planner/activations.py.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from core.types import Phase
 from planner.activations import dynamic_components, forward_bytes, train_activation_bytes
-from planner.components import muon_state_bytes, num_lora_params, optimizer_bytes_per_param, weight_bytes
+from planner.changes import batch_changes, precision_changes
+from planner.components import (
+    adapter_checkpoint_bytes,
+    muon_state_bytes,
+    num_lora_params,
+    optimizer_bytes_per_param,
+    weight_bytes,
+)
 from planner.constants import CUDA_CONTEXT_BYTES
-from planner.settings import ATTENTION, DTYPE_PRECISION, Attention, Checkpointing, PlanSettings, adapter_targets
+from planner.plan import MemoryPlan, memory_plan
+from planner.settings import ATTENTION, Attention, Change, Described, PlanSettings, common_settings
 from planner.shapes import ModelShape, load_shape
 from schemas.llada import MaskedDiffusionRunConfig, NewModelShape
 
@@ -35,6 +44,30 @@ class MaskedDiffusionSettings(PlanSettings):
             return self.row_len * (self.micro_batch + 1) // 2
         return self.micro_batch * self.max_completion_len
 
+    @property
+    def layer_input_width(self) -> int:
+        return 4 if self.trains_all else 2
+
+    def plan(self, gpu_bytes: int | None) -> MemoryPlan:
+        return memory_plan(self, masked_diffusion_components(self), gpu_bytes=gpu_bytes)
+
+    def described(self) -> Described:
+        return Described(
+            models=f"masked diffusion of {self.teacher.name} ({self.precision})",
+            rows=f"{self.train_batch} rows a step, {self.micro_batch} at once",
+            student="none (masked diffusion)",
+            reference="none",
+            student_name=None,
+            num_generations=1,
+        )
+
+    def changes(self) -> Iterator[Change]:
+        yield from batch_changes(self)
+        yield from precision_changes(self)
+
+    def written_bytes(self, num_checkpoints: int) -> float:
+        return num_checkpoints * adapter_checkpoint_bytes(self)
+
 
 def masked_diffusion_settings(
     config: MaskedDiffusionRunConfig, *, allow_download: bool = False
@@ -44,43 +77,21 @@ def masked_diffusion_settings(
     Raises:
         UserError: the model's shape is not known (`planner.shapes.load_shape`).
     """
-    args = config.model_args
     if config.new_model is not None:
         shape = new_model_shape(config.new_model)
     else:
         shape = load_shape(str(config.model_name_or_path), allow_download=allow_download)
     return MaskedDiffusionSettings(
-        teacher=shape,
-        student=None,
-        reference="none",
-        precision="int8" if args.load_in_8bit else "nf4" if args.load_in_4bit else DTYPE_PRECISION[args.torch_dtype],
-        double_quant=args.bnb_4bit_use_double_quant,
-        lora_r=args.lora_r,
-        lora_targets=adapter_targets(shape, args.lora_target_modules),
+        **common_settings(config, shape),
         optimizer="muon" if config.use_muon else str(config.args.optim),
-        generator="transformers",
-        micro_batch=config.args.per_device_train_batch_size,
-        train_batch=config.train_batch_size,
-        num_generations=1,
-        aggregation_steps=1,
         max_prompt_len=config.row_length - config.max_response_length,
         max_completion_len=config.max_response_length,
-        checkpointing=_checkpointing(config),
-        mlp_tile_tokens=config.mlp_tile_tokens,
-        expandable_segments=config.expandable_segments,
-        int8_threshold=args.llm_int8_threshold,
         full_logits=True,
         attention=_attention(config),
         trains_all=config.trainable_weights == "all",
         autocast=bool(config.args.bf16),
         fills_rows=config.objective == "sft" and not config.packing,
     )
-
-
-def _checkpointing(config: MaskedDiffusionRunConfig) -> Checkpointing:
-    if not config.args.gradient_checkpointing:
-        return "none"
-    return "layers_offloaded" if config.offload_checkpoints else "layers"
 
 
 def _attention(config: MaskedDiffusionRunConfig) -> Attention:
@@ -124,7 +135,6 @@ def masked_diffusion_components(settings: MaskedDiffusionSettings) -> dict[Phase
         Phase.LOAD: loaded,
         Phase.GENERATE: resident | forward,
         Phase.SCORE: resident | forward,
-        Phase.SYNC: {},
         Phase.TRAIN: resident | {"gradients": num_trained * width} | dynamic_components(settings, training),
     }
 

@@ -10,7 +10,6 @@ from core.gpu import find_gpu
 from core.shown import Shown
 from core.units import format_gb
 from planner.fit import own_card_bytes, resolve_auto, why_not
-from planner.masked_diffusion import MaskedDiffusionSettings
 from planner.plan import MemoryPlan, plan_run
 from planner.report import plan_table, summary_lines
 from schemas.compose import compose_run_config
@@ -37,18 +36,10 @@ class Planned(Shown):
 
     def what_is_planned(self) -> list[RenderableType]:
         """Models and batch in a line, the phases as a table, cache and host memory in words."""
-        plan, settings = self.plan, self.plan.settings
-        student = settings.student.name if settings.student else "the teacher's base"
-        models = f"teacher {settings.teacher.name} ({settings.precision}), student {student}"
-        rows = (
-            f"{settings.train_batch} completions, {settings.num_generations} a prompt, {settings.micro_batch} at once"
-        )
-        if isinstance(settings, MaskedDiffusionSettings):
-            models = f"masked diffusion of {settings.teacher.name} ({settings.precision})"
-            rows = f"{settings.train_batch} rows a step, {settings.micro_batch} at once"
+        plan, described = self.plan, self.plan.settings.described()
         title = f"{self.name} on {format_gb(plan.gpu_bytes or 0)}, predicted"
         return [
-            f"{models}; {rows}; context {settings.row_len}",
+            f"{described.models}; {described.rows}; context {plan.settings.row_len}",
             plan_table(plan, title=title),
             *(f"  {line}" for line in summary_lines(plan)),
         ]

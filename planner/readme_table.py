@@ -11,7 +11,6 @@ from core.log import console
 from core.types import Phase
 from core.units import gb
 from planner.fit import resolve_auto
-from planner.masked_diffusion import MaskedDiffusionSettings
 from planner.plan import MemoryPlan, plan_run
 from schemas.compose import CONFIG_ROOT, compose_run_config, run_config_names
 from schemas.run import AnyRunConfig, load_run_config
@@ -65,18 +64,20 @@ def _cells(name: str, config: AnyRunConfig) -> list[str]:
     plans = [plan_run(config, int(card * 1e9)) for card in CARDS_GB.values()]
     settings = plans[0].settings
     own_peak = f"{config.card_gb:.0f} GB: {gb(plan_run(config, int(config.card_gb * 1e9)).max_bytes):.1f}"
-    teacher = f"{_short(settings.teacher.name)}, {_PRECISIONS[settings.precision]}"
-    student = _short(settings.student.name) if settings.student else "own base"
-    if isinstance(settings, MaskedDiffusionSettings):
-        student = "none (masked diffusion)"
-    reference = {"none": "none", "shared": "own base", "separate": "second copy"}[settings.reference]
-    batch = f"{settings.train_batch} / {settings.num_generations} / {settings.micro_batch}"
+    teacher = f"{settings.teacher.short_name}, {_PRECISIONS[settings.precision]}"
+    described = settings.described()
+    batch = f"{settings.train_batch} / {described.num_generations} / {settings.micro_batch}"
     context = f"{settings.max_prompt_len} + {settings.max_completion_len}"
-    return [f"`{name}`", own_peak, teacher, student, reference, batch, context, *(_peaks(plan) for plan in plans)]
-
-
-def _short(model: str) -> str:
-    return model.split("/")[-1].removesuffix("-Instruct")
+    return [
+        f"`{name}`",
+        own_peak,
+        teacher,
+        described.student,
+        described.reference,
+        batch,
+        context,
+        *(_peaks(plan) for plan in plans),
+    ]
 
 
 def _peaks(plan: MemoryPlan) -> str:

@@ -1,13 +1,18 @@
-"""What a plan depends on, apart from the card; and how to read it off a run configuration."""
+"""What every plan depends on, apart from the card: one class per method derives from `PlanSettings`."""
 
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from core.errors import UserError
 from planner.constants import SCORE_BATCH_TOKENS
-from planner.shapes import ModelShape, load_shape
-from schemas.run import RunConfig
+from planner.shapes import ModelShape
+from schemas.any_run import AnyRunConfig
+
+if TYPE_CHECKING:
+    from planner.plan import MemoryPlan
 
 Precision = Literal["fp32", "bf16", "fp8", "int8", "int8_groups", "nf4"]
 Checkpointing = Literal["none", "layers", "layers_offloaded"]
@@ -23,18 +28,32 @@ DTYPE_PRECISION: dict[str, Precision] = {"bfloat16": "bf16", "float16": "bf16", 
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanSettings:
-    """One run as the memory arithmetic sees it. Lengths in tokens, batch sizes in completions."""
+class Described:
+    """A run's models and batch as tables of plans show them."""
+
+    models: str
+    rows: str
+    """Of an optimizer step."""
+    student: str
+    reference: str
+    student_name: str | None
+    """Of a student of its own."""
+    num_generations: int
+    """Rows of one prompt."""
+
+
+Change = tuple[str, dict[str, Any]]
+"""In words, and as settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings(ABC):
+    """One run as the memory arithmetic sees it. Lengths in tokens, batch sizes in rows."""
 
     teacher: ModelShape
-    student: ModelShape | None
-    """None: the teacher's own base, adapter off."""
-    reference: Literal["none", "shared", "separate"]
-    """Separate: one more copy of the teacher's base."""
+    """The network that is trained."""
     precision: Precision
-    """Of the teacher's base."""
-    scoring_precision: Precision | None = None
-    """Of a student and a reference of their own; None: that of the teacher."""
+    """Of its base."""
     double_quant: bool = True
     """NF4 only: the scales are quantised too."""
     lora_r: int = 32
@@ -42,25 +61,13 @@ class PlanSettings:
     """Names of `ModelShape.linears`; empty: all of them."""
     adapter_bytes_per_param: int = 4
     """fp32: at the learning rates of this project an update of a bf16 adapter would round to nothing."""
-    num_adapters: int = 1
-    """2 where a frozen second adapter is the reference."""
     optimizer: str = "adamw_8bit"
-    generator: Literal["vllm", "transformers", "server"] = "vllm"
-    generator_precision: Precision = "int8"
-    enforce_eager: bool = False
-    vllm_utilization_frac: float = 0.9
-    """Cap of vLLM's weights, workspace and KV cache together, as a share of the card."""
-    kv_cache_bytes: int | None = None
-    """None: what the batch needs, within what the card leaves."""
     micro_batch: int
     """Rows of full length in one training forward."""
     train_tokens: int | None = None
     """Padded tokens of one training forward, where they are set apart from `micro_batch`."""
     train_batch: int
-    """Completions per optimizer step."""
-    num_generations: int
-    aggregation_steps: int
-    """Prompt groups that are generated at once."""
+    """Rows per optimizer step."""
     max_prompt_len: int
     max_completion_len: int
     checkpointing: Checkpointing = "layers"
@@ -75,8 +82,6 @@ class PlanSettings:
     expandable_segments: bool = False
     mlp_tile_tokens: int | None = None
     """MLPs run on this many tokens at a time (optimization/memory_optim.py); None: on all of them."""
-    kv_bytes_per_value: int = 2
-    """Of vLLM's cache: 16 bits, or 1 for fp8."""
 
     @property
     def row_len(self) -> int:
@@ -92,81 +97,60 @@ class PlanSettings:
         """Padded tokens of one scoring forward, for every role; a row of full length goes alone."""
         return max(int(SCORE_BATCH_TOKENS.value), self.row_len)
 
-    @property
-    def scored_in(self) -> Precision:
-        """Precision of a student and a reference of their own."""
-        return self.scoring_precision or self.precision
+    @abstractmethod
+    def plan(self, gpu_bytes: int | None) -> "MemoryPlan":
+        """Bytes per phase and component; pure arithmetic."""
+
+    @abstractmethod
+    def described(self) -> Described:
+        """Models and batch in words."""
+
+    @abstractmethod
+    def changes(self) -> Iterator[Change]:
+        """What a user can change to save memory, what costs the least quality first; some may not suit the run."""
+
+    @abstractmethod
+    def written_bytes(self, num_checkpoints: int) -> float:
+        """What the run writes to its disk: checkpoints, and an export for a generator."""
 
     @property
-    def num_groups_at_once(self) -> int:
-        return min(self.aggregation_steps, self.train_batch // self.num_generations)
+    def has_vllm(self) -> bool:
+        """A vLLM in this process samples."""
+        return False
+
+    @property
+    def layer_input_width(self) -> int:
+        """Bytes of a value of the layer inputs that checkpointing keeps."""
+        return 2
+
+    def with_model(self, shape: ModelShape) -> Self | None:
+        """The same run of another known model; None where it has a network of its own kind."""
+        return None
 
 
-def settings_from_config(config: RunConfig, *, allow_download: bool = False) -> PlanSettings:
-    """The plan's view of a run configuration.
-
-    Raises:
-        UserError: a model's shape is not known (`planner.shapes.load_shape`).
-    """
-    args, grpo = config.model_args, config.grpo
-    teacher = load_shape(config.model_name_or_path, allow_download=allow_download)
-    student = load_shape(config.student_model, allow_download=allow_download) if config.student_model else None
-    precision: Precision = (
-        "int8" if args.load_in_8bit else "nf4" if args.load_in_4bit else DTYPE_PRECISION[args.torch_dtype]
-    )
-    generator_precision: Precision = precision if config.generator_weights == "auto" else config.generator_weights
-    if generator_precision == "nf4":
-        # models/export.py writes NF4 values as int8 in groups of 64 or 32, and in 16 bits where these do not divide.
-        uneven = any(n_in % 32 for n_in, _ in teacher.linears.values())
-        generator_precision = "bf16" if uneven else "int8_groups"
-    uses_reference = grpo.beta != 0
-    frozen_adapter = (
-        uses_reference and config.reference_model == "shared" and bool(grpo.sync_ref_model or args.adapter_path)
-    )
-    return PlanSettings(
-        teacher=teacher,
-        student=student,
-        reference=config.reference_model if uses_reference else "none",
-        precision=precision,
-        scoring_precision="fp8" if config.scoring_weights == "fp8" else None,
-        double_quant=args.bnb_4bit_use_double_quant,
-        lora_r=args.lora_r,
-        lora_targets=adapter_targets(teacher, args.lora_target_modules),
-        num_adapters=2 if frozen_adapter else 1,
-        optimizer=str(grpo.optim),
-        generator=_generator(config),
-        generator_precision=generator_precision,
-        enforce_eager=config.vllm_enforce_eager,
-        vllm_utilization_frac=grpo.vllm_gpu_memory_utilization,
-        kv_cache_bytes=None if config.kv_cache_gb == "auto" else round(config.kv_cache_gb * 1e9),
-        micro_batch=grpo.per_device_train_batch_size,
-        train_tokens=None if config.micro_batch_tokens == "auto" else config.micro_batch_tokens,
-        train_batch=config.train_batch_size,
-        num_generations=grpo.num_generations,
-        aggregation_steps=config.generation_aggregation_steps,
-        max_prompt_len=config.max_prompt_length,
-        max_completion_len=grpo.max_completion_length,
-        checkpointing=_checkpointing(config),
-        int8_threshold=args.llm_int8_threshold,
-        attention="eager" if args.attn_implementation == "eager" else "flash",
-        expandable_segments=config.expandable_segments
+def common_settings(config: AnyRunConfig, shape: ModelShape) -> dict[str, Any]:
+    """What is read off every run configuration alike; `shape` is that of the trained network."""
+    args = config.model_args
+    return {
+        "teacher": shape,
+        "precision": "int8" if args.load_in_8bit else "nf4" if args.load_in_4bit else DTYPE_PRECISION[args.torch_dtype],
+        "double_quant": args.bnb_4bit_use_double_quant,
+        "lora_r": args.lora_r,
+        "lora_targets": adapter_targets(shape, args.lora_target_modules),
+        "micro_batch": config.arguments.per_device_train_batch_size,
+        "train_batch": config.train_batch_size,
+        "checkpointing": _checkpointing(config),
+        "int8_threshold": args.llm_int8_threshold,
+        "expandable_segments": config.expandable_segments
         or "expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", ""),
-        mlp_tile_tokens=config.mlp_tile_tokens,
-        kv_bytes_per_value=1 if config.kv_cache_dtype == "fp8" else 2,
-    )
+        "mlp_tile_tokens": config.mlp_tile_tokens,
+    }
 
 
-def _checkpointing(config: RunConfig) -> Checkpointing:
-    if not config.grpo.gradient_checkpointing:
+def _checkpointing(config: AnyRunConfig) -> Checkpointing:
+    if not config.arguments.gradient_checkpointing:
         return "none"
     return "layers_offloaded" if config.offload_checkpoints else "layers"
-
-
-def _generator(config: RunConfig) -> Literal["vllm", "transformers", "server"]:
-    """`auto` plans for vLLM: it is the larger of the two, and what a GPU machine gets."""
-    if config.use_vllm_server:
-        return "server"
-    return "transformers" if config.generator == "transformers" else "vllm"
 
 
 def adapter_targets(shape: ModelShape, modules: str | list[str]) -> tuple[str, ...]:

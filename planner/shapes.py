@@ -35,6 +35,11 @@ class ModelShape:
     """Longest sequence that the rotary positions were trained for."""
 
     @property
+    def short_name(self) -> str:
+        """Without the owner and what marks a chat model."""
+        return self.name.split("/")[-1].removesuffix("-Instruct")
+
+    @property
     def q_dim(self) -> int:
         return self.num_heads * self.head_dim
 

@@ -8,7 +8,6 @@ from core.hub import check_model_path, dataset_is_cached, hub_problem, is_hub_id
 from core.log import log
 from data.sources import check_dataset_path
 from planner.fit import resolve_auto
-from preflight.readiness import model_names
 from runs.run_folder import check_output_dir
 from schemas.data import ARITHMETIC
 from schemas.model import EMBEDDED_MODEL
@@ -53,7 +52,7 @@ def check_hub(config: AnyRunConfig) -> None:
 
 
 def _models(config: AnyRunConfig) -> Iterator[str]:
-    return (name for name in dict.fromkeys(filter(None, model_names(config))) if name != EMBEDDED_MODEL)
+    return (name for name in dict.fromkeys(filter(None, config.model_names)) if name != EMBEDDED_MODEL)
 
 
 def _datasets(config: AnyRunConfig) -> Iterator[str]:

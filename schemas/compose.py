@@ -17,6 +17,8 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
+from schemas.methods import DEFAULT_METHOD, METHODS
+
 CONFIG_ROOT = Path(__file__).resolve().parent.parent / "cfgs"
 JOB_OF_A_SWEEP = "--job-of-a-sweep"
 """The only word of a `train.py` call that trains one composed configuration, read from its stdin as JSON."""
@@ -129,7 +131,7 @@ def command_line(words: Sequence[str]) -> list[str]:
     """The words of a `train.py` call as Hydra wants them, with `run_name` set to the name of the configuration."""
     places = [i + 1 for i, word in enumerate(words[:-1]) if word in ("--config-name", "-cn")]
     places += [i for i, word in enumerate(words) if word.startswith("--config-name=")]
-    name = run_config_name(words[places[-1]].rpartition("=")[2]) if places else "train"
+    name = run_config_name(words[places[-1]].rpartition("=")[2]) if places else METHODS[DEFAULT_METHOD].index
     words = [word.removesuffix(".yml") if i in places else word for i, word in enumerate(words)]
     words = [*words, *([] if _sets_run_name(words) else [f"run_name={name}"])]
     # Hydra's parser wants the overrides in one piece; people write them before and after the options.

@@ -5,10 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from schemas.data import DataConfig
+from schemas.any_run import AnyRunConfig
 from schemas.model import ModelArgs, PositiveInt
 from schemas.optimization import OptimizationConfig
-from schemas.trainer import TrainerConfig
 
 PUBLISHED_SETTINGS = {
     "d_model": "hidden_size",
@@ -105,7 +104,7 @@ class MaskedDiffusionConfig(DiffusionSamplingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedDiffusionRunConfig(MaskedDiffusionConfig, DataConfig, TrainerConfig, OptimizationConfig):
+class MaskedDiffusionRunConfig(MaskedDiffusionConfig, AnyRunConfig):
     """One run that trains a masked-diffusion model."""
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -127,17 +126,23 @@ class MaskedDiffusionRunConfig(MaskedDiffusionConfig, DataConfig, TrainerConfig,
 
     @property
     def arguments(self) -> Any:
-        """The library's own knobs, under a name that every run configuration has."""
         return self.args
 
     @property
-    def run_name(self) -> str:
-        """The name of the run configuration unless set; names the output folder."""
-        return self.args.run_name
+    def model_names(self) -> tuple[str | None, ...]:
+        return self.model_name_or_path, self.tokenizer_name_or_path
 
     @property
-    def gradient_accumulation_steps(self) -> int:
-        return self.train_batch_size // self.args.per_device_train_batch_size
+    def no_vllm(self) -> str | None:
+        return "masked diffusion samples with the model itself"
+
+    @property
+    def packs_rows(self) -> bool:
+        return self.packing
+
+    @classmethod
+    def sections(cls) -> dict[str, type]:
+        return super().sections() | {"new_model": NewModelShape}
 
     @property
     def row_length(self) -> int:

@@ -8,15 +8,15 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from schemas.data import DataConfig
+from schemas.any_run import AnyRunConfig
 from schemas.generation import GenerationConfig
-from schemas.library_settings import GRPO_CONFIG, ONLY_WITH_VLLM_SERVER, TRAINING_ARGUMENTS, LibrarySettings
-from schemas.llada import MaskedDiffusionRunConfig, NewModelShape
+from schemas.library_settings import GRPO_CONFIG, ONLY_WITH_VLLM_SERVER
+from schemas.methods import DEFAULT_METHOD, METHODS, as_kind, method_of
 from schemas.model import ModelArgs, ModelConfig
 from schemas.optimization import OptimizationConfig
 from schemas.ranges import schedule_problems
 from schemas.reward import RewardConfig
-from schemas.trainer import TeacherStepConfig, TrainerConfig
+from schemas.trainer import TeacherStepConfig
 from schemas.trl_fields import argument_fields, arguments_model
 
 
@@ -25,9 +25,7 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(
-    ModelConfig, DataConfig, GenerationConfig, RewardConfig, TrainerConfig, TeacherStepConfig, OptimizationConfig
-):
+class RunConfig(ModelConfig, GenerationConfig, RewardConfig, TeacherStepConfig, AnyRunConfig):
     """One run. Components take the base class that they need, e.g. `RLTReward(config: RewardConfig)`."""
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -46,13 +44,29 @@ class RunConfig(
 
     @property
     def arguments(self) -> Any:
-        """The library's own knobs, under a name that every run configuration has."""
         return self.grpo
 
     @property
-    def run_name(self) -> str:
-        """TRL's `run_name`: the name of the run configuration unless set; names the output folder."""
-        return self.grpo.run_name
+    def model_names(self) -> tuple[str | None, ...]:
+        return self.model_name_or_path, self.student_model
+
+    @property
+    def no_vllm(self) -> str | None:
+        samples_elsewhere = self.generator == "transformers" or self.use_vllm_server
+        return "vLLM is not needed in this process" if samples_elsewhere else None
+
+    @property
+    def requires_vllm(self) -> bool:
+        return self.generator == "vllm"
+
+    @property
+    def has_own_frozen_model(self) -> bool:
+        return self.student_model is not None or self.reference_model == "separate"
+
+    @property
+    def frozen_find_outliers(self) -> bool:
+        args = self.model_args
+        return args.load_in_8bit and args.llm_int8_threshold > 0 and self.scoring_weights == "auto"
 
     @property
     def chat_template_kwargs(self) -> dict[str, Any]:
@@ -62,9 +76,19 @@ class RunConfig(
     def num_prompts_per_step(self) -> int:
         return self.train_batch_size // self.grpo.num_generations
 
-    @property
-    def gradient_accumulation_steps(self) -> int:
-        return self.train_batch_size // self.grpo.per_device_train_batch_size
+    @classmethod
+    def without_effect(cls, values: Mapping[str, Any]) -> Iterator[str]:
+        """Settings of a generator that the run does not use."""
+        if not values.get("use_vllm_server"):
+            for key in sorted(ONLY_WITH_VLLM_SERVER & GRPO_CONFIG.changed(values)):
+                yield f"`{key}` is for a vLLM server, and `use_vllm_server` is false. Remove it, or set that to true."
+        if values.get("generator") == "transformers":
+            for key in ("generator_weights", "kv_cache_gb", "kv_cache_dtype"):
+                if values.get(key, "auto") != "auto":
+                    yield (
+                        f"`{key}` is {values[key]!r} with `generator` transformers, which samples with the trainer's "
+                        f"own model. Set {key}=auto, or generator=vllm."
+                    )
 
 
 def _check_batch_arithmetic(config: RunConfig) -> None:
@@ -129,50 +153,11 @@ def _check_combinations(config: RunConfig) -> None:
         )
 
 
-def _without_effect(values: Mapping[str, Any]) -> Iterator[str]:
-    """What was set and would be ignored. Asked of the user's values only: levers may set the same for any generator."""
-    if not values.get("use_vllm_server"):
-        for key in sorted(ONLY_WITH_VLLM_SERVER & GRPO_CONFIG.changed(values)):
-            yield f"`{key}` is for a vLLM server, and `use_vllm_server` is false. Remove it, or set that to true."
-    if values.get("generator") == "transformers":
-        for key in ("generator_weights", "kv_cache_gb", "kv_cache_dtype"):
-            if values.get(key, "auto") != "auto":
-                yield (
-                    f"`{key}` is {values[key]!r} with `generator` transformers, which samples with the trainer's own "
-                    f"model. Set {key}=auto, or generator=vllm."
-                )
-
-
-AnyRunConfig = RunConfig | MaskedDiffusionRunConfig
-
-
-@dataclass(frozen=True)
-class _Method:
-    """What a run of one `method` is validated as."""
-
-    config_class: type
-    arguments_field: str
-    """Field of `config_class` that holds the library's own knobs."""
-    library: LibrarySettings
-    """What becomes of those knobs."""
-
-    def own_field_names(self) -> set[str]:
-        return {field.name for field in fields(self.config_class)} - {self.arguments_field}
-
-
-METHODS = {
-    "rlt": _Method(RunConfig, "grpo", GRPO_CONFIG),
-    "masked_diffusion": _Method(MaskedDiffusionRunConfig, "args", TRAINING_ARGUMENTS),
-}
-DEFAULT_METHOD = "rlt"
-_SECTIONS = {"model_args": ModelArgs, "new_model": NewModelShape}
-
-
 def load_run_config(values: Mapping[str, Any]) -> AnyRunConfig:
     """Validate a composed, resolved configuration (plain containers, flat keys).
 
     Returns:
-        A `RunConfig`, or where the key `method` says so a `MaskedDiffusionRunConfig`.
+        What the key `method` says in the table of methods; without it a teacher's `RunConfig`.
 
     Raises:
         ConfigError: unknown key, wrong type, value out of range or impossible combination; every problem is listed.
@@ -181,11 +166,14 @@ def load_run_config(values: Mapping[str, Any]) -> AnyRunConfig:
     if name not in tuple(METHODS):
         raise ConfigError(f"- `method` is {name!r}. Use {' or '.join(METHODS)}.")
     method = METHODS[name]
+    config_class = method.config.object
     own, theirs = method.own_field_names(), set(argument_fields(method.library.arguments_class))
     problems = method.library.problems(values)
     for key in values:
         if key not in own and key not in theirs:
-            problems.append(f"`{key}` is not a setting. {_hint(key, own | method.library.used)}")
+            problems.append(
+                f"`{key}` is not a setting. {_hint(key, own | method.library.used, config_class.sections())}"
+            )
     arguments = None
     try:
         arguments_model_class = arguments_model(method.library.arguments_class)
@@ -196,25 +184,30 @@ def load_run_config(values: Mapping[str, Any]) -> AnyRunConfig:
     if arguments is not None:
         problems += schedule_problems(arguments)
         try:
-            config: AnyRunConfig = TypeAdapter(method.config_class).validate_python(
-                own_values | {method.arguments_field: arguments}
-            )
+            config = TypeAdapter(config_class).validate_python(own_values | {method.arguments_field: arguments})
         except ValidationError as error:
             problems += _describe(error, values)
-    problems += _without_effect(values)
+    problems += config_class.without_effect(values)
     if problems:
         raise ConfigError("\n".join(f"- {problem}" for problem in problems))
     return config
 
 
-def _hint(key: str, names: set[str]) -> str:
+def load_teacher_config(values: Mapping[str, Any]) -> RunConfig:
+    """`load_run_config` for what serves a teacher's run alone.
+
+    Raises:
+        ConfigError: as there, or the values are those of another method.
+    """
+    config = as_kind(load_run_config(values), RunConfig)
+    if config is None:
+        raise ConfigError(f"- `method` is {values['method']}, and this is for {METHODS[DEFAULT_METHOD].title}.")
+    return config
+
+
+def _hint(key: str, names: set[str], sections: Mapping[str, type]) -> str:
     """What the user may have meant by `key`; a setting of a section may be written without its section."""
-    inside = {
-        field.name: f"{section}.{field.name}"
-        for section, shape in _SECTIONS.items()
-        if section in names
-        for field in fields(shape)
-    }
+    inside = {field.name: f"{section}.{field.name}" for section, shape in sections.items() for field in fields(shape)}
     candidates = inside | {name: name for name in names}
     near = [key] if key in inside else difflib.get_close_matches(key, candidates, n=2)
     return f"Did you mean {' or '.join(f'`{candidates[name]}`' for name in near)}?" if near else "Remove it."
@@ -263,7 +256,7 @@ def resolved_values(config: AnyRunConfig, composed: Mapping[str, Any]) -> dict[s
 
     It does not depend on the machine, so that a run may be continued on another card.
     """
-    method = METHODS[config.method]
+    method = method_of(config)
     values = TypeAdapter(type(config)).dump_python(config, mode="json")
     arguments = values.pop(method.arguments_field)
     values |= {key: value for key, value in arguments.items() if key not in method.library.derived}

@@ -35,11 +35,10 @@ from schemas.compose import (
     with_sweep_folders,
 )
 from schemas.document import PAGE, page
+from schemas.methods import METHODS, method_of
 from schemas.ranges import RANGES
-from schemas.run import METHODS, ConfigError, load_run_config
+from schemas.run import ConfigError, load_run_config
 from schemas.trl_fields import argument_fields
-from trainers.grpo_args import build_grpo_args
-from trainers.masked_diffusion_run import build_training_args
 
 ROOT = CONFIG_ROOT.parent
 MONO = "teacher_rlt_mono_85gb"
@@ -53,8 +52,7 @@ def load(name: str = MONO, *overrides: str):
 def test_every_run_config_is_valid_and_builds_the_trainers_arguments(name):
     config = load(name)
     assert config.run_name == name
-    build_args = build_training_args if config.method == "masked_diffusion" else build_grpo_args
-    args = build_args(config, use_cpu=True)
+    args = method_of(config).build_arguments(config, use_cpu=True)
     assert args.gradient_accumulation_steps * args.per_device_train_batch_size == config.train_batch_size
     assert args.output_dir == f"results/{name}"
     if config.method == "rlt":

@@ -29,8 +29,9 @@ from planner.plan import MemoryPlan, plan, plan_run, usable_bytes
 from planner.planned import plan_config
 from planner.readme_table import END, START, main, with_table
 from planner.report import lever_lines, plan_table, summary_lines
-from planner.settings import Precision, settings_from_config
+from planner.settings import Precision
 from planner.shapes import known_shapes, load_shape, shape_from_config
+from planner.teacher import teacher_settings
 from schemas.compose import compose_run_config, run_config_names
 from schemas.run import load_run_config
 
@@ -411,7 +412,7 @@ def test_constants_agree_with_the_code_that_they_describe() -> None:
 
 
 def test_every_built_in_shape_can_be_planned(values: dict) -> None:
-    settings = settings_from_config(load_run_config(values))
+    settings = teacher_settings(load_run_config(values))
     for shape in known_shapes().values():
         memory_plan = plan(replace(settings, teacher=shape, student=None))
         assert all(memory_plan.peak_bytes(phase) > 0 for phase in Phase)

@@ -14,16 +14,16 @@ import torch
 from planner.activations import forward_bytes, train_activation_bytes
 from planner.components import num_lora_params, optimizer_bytes_per_param, weight_bytes
 from planner.host_memory import host_components, pinned_bytes
-from planner.settings import PlanSettings
 from planner.shapes import load_shape
+from planner.teacher import TeacherSettings
 from tests.helpers import memory_simulator
 from tests.helpers.memory_simulator import Simulated, layer_count, simulate_scoring, simulate_training_step
 
 QWEN = {size: f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B")}
 
 
-def point(model: str, rows: int, prompt: int, completion: int, precision: str, **changes: Any) -> PlanSettings:
-    return PlanSettings(
+def point(model: str, rows: int, prompt: int, completion: int, precision: str, **changes: Any) -> TeacherSettings:
+    return TeacherSettings(
         teacher=load_shape(QWEN.get(model, model)),
         student=None,
         reference="none",
@@ -94,7 +94,7 @@ GRID = [
 ]
 
 
-def name_of(s: PlanSettings) -> str:
+def name_of(s: TeacherSettings) -> str:
     default = point("7B", 1, 1, 1, "int8")
     known = {"teacher", "micro_batch", "max_prompt_len", "max_completion_len", "precision"}
     changed = [
@@ -104,7 +104,7 @@ def name_of(s: PlanSettings) -> str:
     return " ".join([size, s.precision, f"{s.micro_batch}x({s.max_prompt_len}+{s.max_completion_len})", *changed])
 
 
-def whole_model(simulate: Any, settings: PlanSettings) -> Simulated:
+def whole_model(simulate: Any, settings: TeacherSettings) -> Simulated:
     two, three = (simulate(layer_count(settings, n)) for n in (2, 3))
     more = settings.teacher.num_layers - 2
     return Simulated(
@@ -113,13 +113,13 @@ def whole_model(simulate: Any, settings: PlanSettings) -> Simulated:
     )
 
 
-def predicted_static(s: PlanSettings) -> float:
+def predicted_static(s: TeacherSettings) -> float:
     states = 2 * s.adapter_bytes_per_param + optimizer_bytes_per_param("adamw_8bit")
     adapter = num_lora_params(s.teacher, s.lora_r, s.lora_targets) * states
     return weight_bytes(s.teacher, s.precision, double_quant=s.double_quant) + adapter
 
 
-def assert_formula_holds(settings: PlanSettings) -> None:
+def assert_formula_holds(settings: TeacherSettings) -> None:
     simulated = whole_model(simulate_training_step, settings)
     assert predicted_static(settings) == pytest.approx(simulated.static_bytes, rel=0.01)
     predicted = predicted_static(settings) + train_activation_bytes(settings)
@@ -132,13 +132,13 @@ def test_grid_has_enough_points() -> None:
 
 
 @pytest.mark.parametrize("settings", FAST_GRID, ids=name_of)
-def test_formula_is_within_two_percent_of_the_simulator(settings: PlanSettings) -> None:
+def test_formula_is_within_two_percent_of_the_simulator(settings: TeacherSettings) -> None:
     assert_formula_holds(settings)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", GRID[len(FAST_GRID) :], ids=name_of)
-def test_formula_is_within_two_percent_on_the_whole_grid(settings: PlanSettings) -> None:
+def test_formula_is_within_two_percent_on_the_whole_grid(settings: TeacherSettings) -> None:
     assert_formula_holds(settings)
 
 
@@ -147,7 +147,7 @@ def test_formula_is_within_two_percent_on_the_whole_grid(settings: PlanSettings)
     [point("0.5B", 2, 2048, 2048, "int8"), point("0.5B", 2, 512, 512, "nf4", checkpointing="none")],
     ids=name_of,
 )
-def test_peak_is_linear_in_layers(settings: PlanSettings) -> None:
+def test_peak_is_linear_in_layers(settings: TeacherSettings) -> None:
     extrapolated, traced = whole_model(simulate_training_step, settings), simulate_training_step(settings)
     assert extrapolated.static_bytes == traced.static_bytes
     assert extrapolated.peak_bytes == pytest.approx(traced.peak_bytes, rel=1e-3)
@@ -176,7 +176,7 @@ SCORE_GRID = [
 @pytest.mark.parametrize(
     ("settings", "adapter"), SCORE_GRID, ids=lambda v: name_of(v) if not isinstance(v, bool) else str(v)
 )
-def test_scoring_formula_is_within_two_percent_of_the_simulator(settings: PlanSettings, adapter: bool) -> None:
+def test_scoring_formula_is_within_two_percent_of_the_simulator(settings: TeacherSettings, adapter: bool) -> None:
     """A forward holds nothing per layer, so two layers show the peak over the weights."""
     simulated = simulate_scoring(layer_count(settings, 2), adapter=adapter)
     dynamic = simulated.peak_bytes - simulated.static_bytes

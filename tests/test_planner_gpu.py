@@ -12,7 +12,7 @@ import torch
 from core.units import gb
 from planner.activations import train_activation_bytes
 from planner.host_memory import pinned_bytes
-from planner.settings import PlanSettings
+from planner.teacher import TeacherSettings
 from tests.helpers.measured_step import Measured, measure_training_step, run_step
 from tests.helpers.step_models import build_model
 from tests.test_planner_formula import name_of, point, predicted_static
@@ -42,7 +42,7 @@ def test_the_measured_step_runs_and_trains_every_adapter_matrix(precision: str) 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("settings", GPU_GRID, ids=name_of)
-def test_allocated_memory_of_a_real_step_is_within_five_percent(settings: PlanSettings) -> None:
+def test_allocated_memory_of_a_real_step_is_within_five_percent(settings: TeacherSettings) -> None:
     """Random weights of the real shape. cuBLAS and Triton workspaces come on top of the formula: up to 0.3 GB."""
     measured: Measured = measure_training_step(settings)
     predicted = predicted_static(settings) + train_activation_bytes(settings)

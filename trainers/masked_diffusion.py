@@ -27,9 +27,9 @@ from models.meter import PhaseMeter
 from optimization.optimizers import MuonWithAdamW
 from planner.plan import MemoryPlan
 from schemas.llada import MaskedDiffusionRunConfig
+from schemas.methods import method_of
 from trainers.base import RunTrainer
 from trainers.evaluation import evaluate_masked_diffusion
-from trainers.model_card import masked_diffusion_card
 
 _TRAIN_STREAM = 0
 
@@ -182,4 +182,4 @@ class MaskedDiffusionTrainer(RunTrainer):
             )
 
     def model_card(self) -> str:
-        return masked_diffusion_card(self.config, self)
+        return str(method_of(self.config).card(self.config, self))

@@ -21,8 +21,9 @@ from optimization.gpu import memory_of
 from planner.plan import MemoryPlan
 from preflight.loggers import prepare_loggers
 from runs.run_folder import RunFolder, open_run_folder
-from runs.summary import DIFFUSION_REPORT, FinishedRun, memory_by_phase, summarise
+from runs.summary import FinishedRun, memory_by_phase, summarise
 from schemas.llada import MaskedDiffusionRunConfig
+from schemas.methods import method_of
 from schemas.run import ConfigError
 from trainers.callbacks import DIFFUSION_SHOWN, ConsoleProgress, MemoryWatch, MetricsFile
 from trainers.masked_diffusion import MaskedDiffusionTrainer
@@ -58,8 +59,9 @@ def train_masked_diffusion(
     trainer = build_diffusion_trainer(config, plan, device, tokenizer, rows, eval_samples, folder)
     trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint is not None else None)
     trainer.finish()
-    summary = summarise(folder.path, memory_by_phase(plan, trainer.meter), DIFFUSION_REPORT)
-    finished = FinishedRun(folder=folder.path, summary=summary, report=DIFFUSION_REPORT)
+    report = method_of(config).report.object
+    summary = summarise(folder.path, memory_by_phase(plan, trainer.meter), report)
+    finished = FinishedRun(folder=folder.path, summary=summary, report=report)
     on_results(finished)
     return finished
 

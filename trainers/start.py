@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.log import console
 from preflight.hardware import check_hardware_and_plan, load_for_this_machine
+from schemas.methods import method_of
 from schemas.run import resolved_values
 
 if TYPE_CHECKING:
@@ -33,24 +34,6 @@ def train_runs(
         with optimized(config) as config:
             plan, device = check_hardware_and_plan(config)
             # TRL and vLLM take ten seconds more, and most mistakes are found without them.
-            finished = _TRAIN[config.method]()(config, values, plan, device, on_results)
+            finished = method_of(config).train(config, values, plan, device, on_results)
         yield finished
         console.end_copy()
-
-
-def _teacher() -> "Callable[..., FinishedRun]":
-    from trainers.teacher_run import train_teacher
-
-    return train_teacher
-
-
-def _masked_diffusion() -> "Callable[..., FinishedRun]":
-    from trainers.masked_diffusion_run import train_masked_diffusion
-
-    return train_masked_diffusion
-
-
-_TRAIN: "dict[str, Callable[[], Callable[..., FinishedRun]]]" = {
-    "rlt": _teacher,
-    "masked_diffusion": _masked_diffusion,
-}

@@ -42,11 +42,11 @@ from rollout.tables import (
 )
 from rollout.types import Completion, Group, Rollout, ScoringRow
 from runs.run_folder import write_evaluation
+from schemas.methods import method_of
 from schemas.run import RunConfig
 from trainers.base import RunTrainer
 from trainers.callbacks import SyncReferenceAdapter
 from trainers.evaluation import evaluate_policy
-from trainers.model_card import teacher_card
 from trainers.step_metrics import StepMetrics, rollout_metrics
 
 
@@ -327,7 +327,7 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
         return found.metrics
 
     def model_card(self) -> str:
-        return teacher_card(self.config, self)
+        return str(method_of(self.config).card(self.config, self))
 
     def files_beside_model(self) -> dict[str, str]:
         return {TEACHER_PROMPT_FILE: self.scorer.format.teacher_prompt_template(self.processing_class)}

@@ -9,6 +9,7 @@ import torch
 
 from planner.plan import MemoryPlan
 from runs.summary import FinishedRun, memory_by_phase, summarise
+from schemas.methods import method_of
 from schemas.run import RunConfig
 from trainers.build import build_trainer, check_before_loading
 
@@ -30,8 +31,9 @@ def train_teacher(
         with closing(build_trainer(prepared)) as trainer:
             trainer.train(resume_from_checkpoint=prepared.resume_from)
             trainer.finish()
-            summary = summarise(prepared.folder.path, memory_by_phase(plan, trainer.meter))
-            finished = FinishedRun(folder=prepared.folder.path, summary=summary)
+            report = method_of(config).report.object
+            summary = summarise(prepared.folder.path, memory_by_phase(plan, trainer.meter), report)
+            finished = FinishedRun(folder=prepared.folder.path, summary=summary, report=report)
             on_results(finished)
             return finished
     finally:

@@ -15,10 +15,11 @@ from planner.components import kv_bytes_per_token, weight_bytes
 from planner.constants import CUDA_CONTEXT_BYTES
 from planner.full_training import FullTraining, FullTrainingPlan, plan_full_training
 from planner.plan import plan, usable_bytes
-from planner.settings import PlanSettings, Precision, settings_from_config
+from planner.settings import Precision
 from planner.shapes import ModelShape, known_shapes, model_sizes, shape_from_config
+from planner.teacher import TeacherSettings, teacher_settings
 from schemas.compose import compose_run_config
-from schemas.run import RunConfig, load_run_config
+from schemas.run import RunConfig, load_teacher_config
 
 Training = Literal["scratch", "teacher", "none"]
 
@@ -162,14 +163,13 @@ def _teacher(gpu_bytes: int) -> Recommendation:
 
 
 @functools.cache
-def _planned(name: str, words: str) -> tuple[RunConfig, PlanSettings]:
-    config = load_run_config(compose_run_config(name, words.split()))
-    assert isinstance(config, RunConfig), "the teacher configurations are RLT runs"
-    return config, settings_from_config(config)
+def _planned(name: str, words: str) -> tuple[RunConfig, TeacherSettings]:
+    config = load_teacher_config(compose_run_config(name, words.split()))
+    return config, teacher_settings(config)
 
 
 def _describe_teacher(
-    config: RunConfig, settings: PlanSettings, words: str, predicted_gb: float | None
+    config: RunConfig, settings: TeacherSettings, words: str, predicted_gb: float | None
 ) -> Recommendation:
     optimisations = [
         _BASES.get(settings.precision, settings.precision),

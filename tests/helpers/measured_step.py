@@ -6,7 +6,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 
-from planner.settings import PlanSettings
+from planner.teacher import TeacherSettings
 from rollout.logprobs import span_logprobs
 from rollout.types import ScoringRow
 from tests.helpers.step_models import build_model, int8_inputs
@@ -22,7 +22,7 @@ class Measured:
     """Used on the card but not by torch's allocator: CUDA context, cuBLAS."""
 
 
-def measure_training_step(settings: PlanSettings) -> Measured:
+def measure_training_step(settings: TeacherSettings) -> Measured:
     """The second of two steps, so that gradients and optimizer states exist."""
     torch.cuda.empty_cache()
     model = build_model(settings, "cuda")
@@ -44,7 +44,7 @@ def measure_training_step(settings: PlanSettings) -> Measured:
     )
 
 
-def run_step(model: Any, settings: PlanSettings) -> None:
+def run_step(model: Any, settings: TeacherSettings) -> None:
     """Forward and backward of one micro-batch of random tokens, as the trainer runs them."""
     rows = [
         ScoringRow(

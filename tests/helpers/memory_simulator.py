@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from planner.settings import PlanSettings
 from planner.shapes import ModelShape
+from planner.teacher import TeacherSettings
 from rollout.logprobs import DEFAULT_LOGIT_CHUNK_LEN as CHUNK_LEN
 from rollout.logprobs import _HeadLogProbs
 from tests.helpers.step_models import build_model, int8_inputs
@@ -257,7 +257,7 @@ class Simulated:
     peak_bytes: int
 
 
-def simulate_training_step(settings: PlanSettings) -> Simulated:
+def simulate_training_step(settings: TeacherSettings) -> Simulated:
     """Peak of allocated bytes in one micro-batch's forward and backward, gradients of an earlier one present."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     model = build_model(settings)
@@ -279,7 +279,7 @@ def simulate_training_step(settings: PlanSettings) -> Simulated:
     return Simulated(static, tracker.peak_bytes)
 
 
-def _forward_backward(model: nn.Module, settings: PlanSettings, autocast: Bf16Autocast) -> None:
+def _forward_backward(model: nn.Module, settings: TeacherSettings, autocast: Bf16Autocast) -> None:
     num_rows, row_len, num_scored = settings.micro_batch, settings.row_len, settings.max_completion_len
     causal_lm = model.get_base_model()
     input_ids = torch.empty(num_rows, row_len, dtype=torch.long, device="meta")
@@ -309,7 +309,7 @@ def _forward_backward(model: nn.Module, settings: PlanSettings, autocast: Bf16Au
     logprobs.sum().backward()
 
 
-def _mask(settings: PlanSettings) -> Tensor | None:
+def _mask(settings: TeacherSettings) -> Tensor | None:
     if settings.attention == "flash":
         return None
     dtype = torch.bfloat16 if settings.attention == "eager" else torch.bool
@@ -324,7 +324,7 @@ def _restore(packed: Any) -> Tensor:
     return packed if isinstance(packed, Tensor) else torch.empty(packed[0], dtype=packed[1], device="meta")
 
 
-def simulate_scoring(settings: PlanSettings, *, adapter: bool = False) -> Simulated:
+def simulate_scoring(settings: TeacherSettings, *, adapter: bool = False) -> Simulated:
     """Peak of a forward without gradients through the body (the head runs on small chunks apart)."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     model = build_model(replace(settings, checkpointing="none"))
@@ -347,6 +347,6 @@ def simulate_scoring(settings: PlanSettings, *, adapter: bool = False) -> Simula
     return Simulated(static, tracker.peak_bytes)
 
 
-def layer_count(settings: PlanSettings, num_layers: int) -> PlanSettings:
+def layer_count(settings: TeacherSettings, num_layers: int) -> TeacherSettings:
     shape: ModelShape = replace(settings.teacher, num_layers=num_layers)
     return replace(settings, teacher=shape)

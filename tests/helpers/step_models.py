@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimization.bitsandbytes_patches import release_int8_activations
 from optimization.fp8_optim import quantise_to_fp8
-from planner.settings import PlanSettings
+from planner.teacher import TeacherSettings
 
 
-def build_model(settings: PlanSettings, device: str = "meta") -> nn.Module:
+def build_model(settings: TeacherSettings, device: str = "meta") -> nn.Module:
     """The teacher with random weights: quantised base, LoRA adapter, checkpointing as the settings say.
 
     In fp8 it is a frozen model that is scored, without an adapter.
@@ -65,7 +65,7 @@ def build_model(settings: PlanSettings, device: str = "meta") -> nn.Module:
     return peft_model
 
 
-def _quantised(linear: nn.Linear, settings: PlanSettings) -> nn.Module:
+def _quantised(linear: nn.Linear, settings: TeacherSettings) -> nn.Module:
     """bitsandbytes quantises while a weight moves from the CPU to its device."""
     n, k = linear.weight.shape
     device, weight, has_bias = linear.weight.device, linear.weight.data.cpu(), linear.bias is not None
@@ -82,7 +82,7 @@ def _quantised(linear: nn.Linear, settings: PlanSettings) -> nn.Module:
     return quantised
 
 
-def _quantised_on_meta(linear: nn.Linear, settings: PlanSettings) -> nn.Module:
+def _quantised_on_meta(linear: nn.Linear, settings: TeacherSettings) -> nn.Module:
     """The layer with everything that quantising would have allocated."""
     n, k = linear.weight.shape
     has_bias = linear.bias is not None

@@ -12,6 +12,7 @@ from planner.plan import plan_run
 from runs.run_folder import open_run_folder
 from schemas.compose import compose_run_config
 from schemas.llada import MaskedDiffusionRunConfig
+from schemas.methods import as_kind
 from schemas.run import load_run_config
 from trainers.masked_diffusion import DiffusionCollator, MaskedDiffusionTrainer
 from trainers.masked_diffusion_run import build_diffusion_trainer, load_diffusion_tokenizer
@@ -47,8 +48,8 @@ def diffusion_values(output_dir: Path, *overrides: str) -> dict[str, Any]:
 def make_diffusion_trainer(output_dir: Path, samples: list[Sample], *overrides: str) -> MaskedDiffusionTrainer:
     """A trainer as a run builds it, on given samples."""
     values = diffusion_values(output_dir, *overrides)
-    config = load_run_config(values)
-    assert isinstance(config, MaskedDiffusionRunConfig)
+    config = as_kind(load_run_config(values), MaskedDiffusionRunConfig)
+    assert config is not None
     device = torch.device("cpu")
     return build_diffusion_trainer(
         config,

@@ -1,0 +1,73 @@
+"""What every run configuration has, whatever it trains: the base class of one configuration class per method."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from schemas.data import DataConfig
+from schemas.model import ModelArgs
+from schemas.optimization import OptimizationConfig
+from schemas.trainer import TrainerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyRunConfig(DataConfig, TrainerConfig, OptimizationConfig, ABC):
+    """One run. What differs between methods and is asked by shared code is a property here, or stands in the table."""
+
+    method: str
+    model_args: ModelArgs
+
+    @property
+    @abstractmethod
+    def arguments(self) -> Any:
+        """The library's own knobs, in the field that the table of methods names."""
+
+    @property
+    @abstractmethod
+    def model_names(self) -> tuple[str | None, ...]:
+        """Hub ids and folders that the run loads from; None where a role has none of its own."""
+
+    @property
+    def run_name(self) -> str:
+        """The name of the run configuration unless set; names the output folder."""
+        return self.arguments.run_name
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        return self.train_batch_size // self.arguments.per_device_train_batch_size
+
+    @property
+    def no_vllm(self) -> str | None:
+        """Why no vLLM is needed in this process; None where one is wanted."""
+        return "this run samples nothing"
+
+    @property
+    def requires_vllm(self) -> bool:
+        """Without vLLM it cannot start."""
+        return False
+
+    @property
+    def packs_rows(self) -> bool:
+        """Samples share a row and are kept apart by a mask."""
+        return False
+
+    @property
+    def has_own_frozen_model(self) -> bool:
+        """A student or a reference is loaded beside what is trained."""
+        return False
+
+    @property
+    def frozen_find_outliers(self) -> bool:
+        """Frozen models are scored in LLM.int8 with a threshold, which looks for outlier columns."""
+        return False
+
+    @classmethod
+    def sections(cls) -> dict[str, type]:
+        """Settings that are sections of their own -> what they hold."""
+        return {"model_args": ModelArgs}
+
+    @classmethod
+    def without_effect(cls, values: Mapping[str, Any]) -> Iterator[str]:
+        """What was set and would be ignored. Asked of the user's values only: levers may set the same for any run."""
+        yield from ()

@@ -1,0 +1,111 @@
+"""The table of methods: what a run of each kind is validated, planned, verified, trained and shown with.
+
+A method is one file per layer that it needs and one entry here. Entries of higher layers are import paths, resolved
+when they are asked for, so that imports go one way. Nothing else asks of what class a run configuration is.
+"""
+
+import pkgutil
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from schemas.any_run import AnyRunConfig
+from schemas.library_settings import GRPO_CONFIG, TRAINING_ARGUMENTS, LibrarySettings
+
+DEFAULT_METHOD = "rlt"
+ConfigT = TypeVar("ConfigT", bound=AnyRunConfig)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A function or object of any layer by its import path, `package.module:name`; calling it calls that function."""
+
+    path: str
+
+    @property
+    def object(self) -> Any:
+        return pkgutil.resolve_name(self.path)
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return self.object(*args, **keywords)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One kind of run."""
+
+    title: str
+    """How messages speak of a run of this kind, with its article."""
+    index: str
+    """Hydra index in `cfgs/` that its run configurations start from."""
+    config: Entry
+    """Configuration class, derived from `AnyRunConfig`."""
+    library: LibrarySettings
+    """What becomes of the library's own knobs."""
+    arguments_field: str
+    """Field of the configuration class that holds those knobs."""
+    build_arguments: Entry
+    """(config, use_cpu=...) -> the library's arguments object."""
+    roles: tuple[str, ...]
+    """Models that it loads: the one that is trained, then frozen ones, in the order of `optimize_models`."""
+    rows: str
+    """What the rows of a step are called."""
+    plan_settings: Entry
+    """(config, allow_download=...) -> `planner.settings.PlanSettings`, which can plan themselves."""
+    choose_fp8: Entry | None = None
+    """(config, card) -> the settings that fp8 brings; None: there is neither a generator nor a frozen model."""
+    train: Entry
+    """(config, values, plan, device, on_results) -> the finished run."""
+    report: Entry
+    """Rows of the table at the end: a `Report`."""
+    card: Entry
+    """(config, trainer) -> the model card."""
+
+    @property
+    def frozen_roles(self) -> tuple[str, ...]:
+        return self.roles[1:]
+
+    def own_field_names(self) -> set[str]:
+        """Settings that this project declares."""
+        return {field.name for field in fields(self.config.object)} - {self.arguments_field}
+
+
+METHODS: dict[str, Method] = {
+    "rlt": Method(
+        title="a teacher's run",
+        index="train",
+        config=Entry("schemas.run:RunConfig"),
+        library=GRPO_CONFIG,
+        arguments_field="grpo",
+        build_arguments=Entry("trainers.grpo_args:build_grpo_args"),
+        roles=("teacher", "student", "reference"),
+        rows="completions",
+        plan_settings=Entry("planner.teacher:teacher_settings"),
+        choose_fp8=Entry("optimization.fp8_optim:choose_fp8_of_teacher"),
+        train=Entry("trainers.teacher_run:train_teacher"),
+        report=Entry("runs.summary:TEACHER_REPORT"),
+        card=Entry("trainers.model_card:teacher_card"),
+    ),
+    "masked_diffusion": Method(
+        title="a masked-diffusion run",
+        index="train_masked_diffusion",
+        config=Entry("schemas.llada:MaskedDiffusionRunConfig"),
+        library=TRAINING_ARGUMENTS,
+        arguments_field="args",
+        build_arguments=Entry("trainers.masked_diffusion_run:build_training_args"),
+        roles=("model",),
+        rows="rows",
+        plan_settings=Entry("planner.masked_diffusion:masked_diffusion_settings"),
+        train=Entry("trainers.masked_diffusion_run:train_masked_diffusion"),
+        report=Entry("runs.summary:DIFFUSION_REPORT"),
+        card=Entry("trainers.model_card:masked_diffusion_card"),
+    ),
+}
+
+
+def method_of(config: AnyRunConfig) -> Method:
+    return METHODS[config.method]
+
+
+def as_kind(config: AnyRunConfig, config_class: type[ConfigT]) -> ConfigT | None:
+    """The configuration where it is of that class, for code that serves runs of one kind alone; else None."""
+    return config if isinstance(config, config_class) else None
