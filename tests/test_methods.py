@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from preflight.readiness import check_disk, check_generator, check_models
 
 import schemas.compose
 from core.units import gb
@@ -19,6 +18,7 @@ from optimization.training_optim import choose_batch_size
 from planner.plan import settings_of
 from planner.planned import plan_config
 from planner.settings import PlanSettings
+from preflight.readiness import check_disk, check_generator, check_models
 from schemas.any_run import AnyRunConfig
 from schemas.compose import CONFIG_ROOT, compose_run_config, run_config_names
 from schemas.methods import METHODS, Entry, Method, as_kind, method_of

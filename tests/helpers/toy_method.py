@@ -4,9 +4,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from runs.run_folder import open_run_folder
-from runs.summary import FinishedRun, Report, summarise
-
 from core.types import Phase
 from planner.activations import dynamic_components, train_activation_bytes
 from planner.changes import batch_changes
@@ -14,6 +11,8 @@ from planner.components import adapter_checkpoint_bytes, weight_bytes
 from planner.plan import MemoryPlan, memory_plan
 from planner.settings import Change, Described, PlanSettings, common_settings
 from planner.shapes import load_shape
+from runs.run_folder import open_run_folder
+from runs.summary import FinishedRun, Report, summarise
 from schemas.any_run import AnyRunConfig
 from schemas.library_settings import TRAINING_ARGUMENTS
 from schemas.methods import Entry, Method
