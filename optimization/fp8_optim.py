@@ -86,7 +86,7 @@ class Fp8Linear(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         quantised_NK, scale_N1 = _quantise_rows(x.reshape(-1, self.in_features))
-        if x.is_cuda:
+        if x.device.type != "cpu":
             product_NO = torch._scaled_mm(
                 quantised_NK, self.weight.t(), scale_a=scale_N1, scale_b=self.scale, out_dtype=torch.bfloat16
             )
