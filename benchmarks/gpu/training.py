@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -37,7 +37,7 @@ from benchmarks.gpu.random_model import ensure_random_model, write_questions
 from benchmarks.gpu.runner import Figures
 from core.types import Phase
 from core.units import format_gb, gb
-from generation import Canary
+from generation import Canary, SamplingSettings
 from generation.vllm_engine import VLLMGenerator
 from models.host import ModelHost
 from models.meter import PhaseMeter
@@ -179,7 +179,7 @@ def _words(setup: Setup, config_name: str, checkpoint: Path, card_bytes: int) ->
 @contextmanager
 def _instrumented(watch: DriverWatch, stopwatch: Stopwatch, cap: MemoryCap | None) -> Iterator[None]:
     """Phases are watched, calls timed, no row ends early, and the cap follows the engine's sleep."""
-    phase_of, start, sampling = PhaseMeter.phase, VLLMGenerator.__init__, trainers.build.SamplingSettings
+    phase_of, start, make_generator = PhaseMeter.phase, VLLMGenerator.__init__, trainers.build.make_generator
 
     @contextmanager
     def watched(meter: PhaseMeter, phase: Phase) -> Iterator[None]:
@@ -190,8 +190,8 @@ def _instrumented(watch: DriverWatch, stopwatch: Stopwatch, cap: MemoryCap | Non
         with watch.paused():
             start(generator, *args)
 
-    def forced_length(**settings: Any) -> Any:
-        return sampling(**(settings | {"stop_token_ids": ()}))
+    def without_stop_tokens(*args: Any, sampling: SamplingSettings, **kwargs: Any) -> Any:
+        return make_generator(*args, sampling=replace(sampling, stop_token_ids=()), **kwargs)
 
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(VLLMGenerator, "__init__", start_unwatched))
@@ -202,7 +202,7 @@ def _instrumented(watch: DriverWatch, stopwatch: Stopwatch, cap: MemoryCap | Non
             patches.enter_context(mock.patch.object(VLLMGenerator, "sleep", _and_then(VLLMGenerator.sleep, cap)))
             patches.enter_context(mock.patch.object(VLLMGenerator, "wake", _and_then(VLLMGenerator.wake, cap)))
         patches.enter_context(mock.patch.object(PhaseMeter, "phase", watched))
-        patches.enter_context(mock.patch.object(trainers.build, "SamplingSettings", forced_length))
+        patches.enter_context(mock.patch.object(trainers.build, "make_generator", without_stop_tokens))
         yield
 
 
