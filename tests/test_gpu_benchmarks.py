@@ -434,7 +434,8 @@ def test_figures_of_a_card_reach_both_pages_and_replace_their_like(project):
     for word in ("H200", "L4", "driver 580.65", "torch 2", "2026-12-01", "commit abc", "benchmarks.gpu --part a"):
         assert word in page
     assert "left out" not in (project / "docs/measurements.json").read_text()
-    row = next(line for line in (project / "README.md").read_text().splitlines() if "`teacher_rlt_mono_85gb`" in line)
+    lines = (project / "README.md").read_text().splitlines()
+    (row,) = [line for line in lines if line.startswith("| `teacher_rlt_mono_85gb` |")]
     assert row.endswith("| 47 / 27 / 38 (L4) |")
 
 
