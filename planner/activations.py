@@ -37,6 +37,8 @@ def train_activation_bytes(settings: PlanSettings) -> float:
         if settings.precision == "int8" and not settings.int8_inputs_released:
             inputs = 4 * shape.hidden + 2 * shape.q_dim + 2 * shape.intermediate
             kept += shape.num_layers * inputs * num_tokens
+        if not settings.full_logits:  # the scored hidden states outlive the head's backward (simulated)
+            kept += 2.0 * shape.hidden * num_tokens * settings.max_completion_len / settings.row_len
         moment = max(_layer_moment(settings), _head_moment(settings) + _adapter_casts(settings))
     return kept + moment + _mask_bytes(settings, num_tokens)
 
@@ -125,8 +127,7 @@ def _head_moment(settings: PlanSettings) -> float:
         # 16-bit and float32 logits, log-softmax, its gradient
         head = (12.0 * shape.vocab + 4 * shape.hidden) * settings.micro_batch * settings.max_completion_len
     else:
-        # Nearly every token may be a scored one: short prompts leave room for more completions.
-        head = _head_chunk_bytes(shape, num_tokens) + 2 * shape.hidden * num_tokens
+        head = _head_chunk_bytes(shape, num_tokens)
     return max(20.0 * shape.hidden * num_tokens, head + 6 * shape.hidden * num_tokens)
 
 
