@@ -63,7 +63,7 @@ def apply_optimizations(config: AnyRunConfig, *, card: Card | None = None) -> tu
     if config.use_fp8:
         choices.append(choose_fp8(config, card=card))
     for choice in choices:
-        if isinstance(choice, ChosenSettings):
+        if not isinstance(choice, Obstacle):
             config = with_settings(config, choice.settings)
     return config, [*records, *choices]
 

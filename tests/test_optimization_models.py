@@ -139,7 +139,7 @@ def test_every_micro_batch_runs_inside_the_offload(tmp_path):
         yield
         entered.append("out")
 
-    trainer._offload = offload
+    trainer.offload = offload
     trainer.train()
     assert entered == ["in", "out"] * trainer.args.gradient_accumulation_steps
 
