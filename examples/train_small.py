@@ -51,7 +51,7 @@ def batches(tokenizer: PreTrainedTokenizerBase, batch: int, seed: int) -> Iterat
 
 @torch.no_grad()
 def report(model: nn.Module, ids: Tensor, words: str) -> None:
-    """Loss on held-out sums (nats a token; the digits of a question cannot be known) and share of right solutions."""
+    """Loss on held-out sums (nats per token; the digits of a question cannot be known) and share of right solutions."""
     model.eval()
     out = model(input_ids=ids, labels=ids)
     accuracy = (out.logits[:, -2].argmax(-1) == ids[:, -1]).float().mean().item()

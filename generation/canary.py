@@ -105,7 +105,7 @@ class Canary:
                 moved_along = self._refuse("an earlier adapter", now, earlier.trainer, earlier.offset)
         if not mean_abs_difference <= self._tolerance:
             raise CanaryError(
-                f"the generator ({self._generator.name}) is {mean_abs_difference:.3f} nats a token away from the "
+                f"the generator ({self._generator.name}) is {mean_abs_difference:.3f} nats per token away from the "
                 f"trainer (canary_tolerance={self._tolerance}) and in no known state: other weights, a scaled adapter "
                 "or a broken kernel"
             )

@@ -19,7 +19,7 @@ TRAIN_STREAM, EVAL_STREAM = 0, 1
 
 
 def sampling_seeds(seed: int, *, stream: int, step: int, num_rows: int) -> list[int]:
-    """[B] one 32-bit seed a row: a function of (seed, stream, step, row) alone: a resumed run repeats itself."""
+    """[B] one 32-bit seed per row: a function of (seed, stream, step, row) alone: a resumed run repeats itself."""
     return [int(np.random.SeedSequence([seed, stream, step, row]).generate_state(1)[0]) for row in range(num_rows)]
 
 

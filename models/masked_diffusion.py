@@ -72,7 +72,7 @@ def diffusion_loss(
     *,
     mean_over: Literal["samples", "tokens"] = "samples",
 ) -> Tensor:
-    """-1 / t * sum over masked tokens of log p(x_i | x_t), in nats a token that may be masked.
+    """-1 / t * sum over masked tokens of log p(x_i | x_t), in nats per token that may be masked.
 
     t: the sample's masking probability. "samples": each sample's sum is divided by its tokens that may be masked, and
     samples count the same (instruction tuning, eq. 5 of the paper). "tokens": the batch's sum is divided by all tokens

@@ -43,8 +43,8 @@ def release_int8_activations() -> None:
 
     `MatMul8bitLt.forward` (and `MatMul8bitFp.forward`, which serves training on a CPU) keeps its input in a plain
     attribute of `ctx`. Non-reentrant checkpointing only sees tensors that go through `save_for_backward`, so every int8
-    linear's input stays alive until backward: L * (6h + 2i) bytes a token instead of L * 2h (1.66 MB against 0.20 MB on
-    a 7B). Backward reads that input for the gradient of the int8 weight alone, which a frozen base never needs.
+    linear's input stays alive until backward: L * (6h + 2i) bytes per token instead of L * 2h (1.66 MB against 0.20 MB
+    on a 7B). Backward reads that input for the gradient of the int8 weight alone, which a frozen base never needs.
 
     Process-wide and safe to call again. Gradients stay bit-equal: backward computes the input's gradient from the
     weight and the output's gradient only. A weight that does need a gradient keeps the library's behaviour.

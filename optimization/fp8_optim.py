@@ -64,7 +64,7 @@ def choose_fp8_of_teacher(config: RunConfig, *, card: Card | None = None) -> Cho
     return ChosenSettings(
         name="fp8",
         settings=settings,
-        reason="KV cache: half the bytes a token; scoring of frozen models: not measured",
+        reason="KV cache: half the bytes per token; scoring of frozen models: not measured",
         skipped="; ".join(reasons) or None,
     )
 

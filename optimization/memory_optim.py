@@ -211,8 +211,8 @@ class CheckpointOffload:
     """Saved activations above 1 MiB go to pinned host memory and come back for backward, on a stream of their own.
 
     Enter it around forward and backward of a micro-batch. With gradient checkpointing what is saved are the layers'
-    inputs: 2 * H bytes a token and layer (0.2 MB a token on a 7B). One waits on the card for its copy while the next
-    layer is computed, as the memory plan has it (TRL's own choice is five).
+    inputs: 2 * H bytes per token and layer (0.2 MB per token on a 7B). One waits on the GPU for its copy while the
+    next layer is computed, as the memory plan has it (TRL's own choice is five).
     """
 
     def __init__(self, model: nn.Module) -> None:

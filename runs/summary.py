@@ -32,10 +32,10 @@ TEACHER_REPORT = Report(
     "reward",
     "reward (first and last steps)",
     {
-        "eval_solution_log_prob": "held-out solution log-prob a token (nats)",
+        "eval_solution_log_prob": "held-out solution log-prob per token (nats)",
         "eval_reward": "held-out reward",
         "eval_format_rate": "format rate",
-        "eval_explanation_tokens": "tokens an explanation",
+        "eval_explanation_tokens": "tokens per explanation",
     },
 )
 DIFFUSION_REPORT = Report(
@@ -131,7 +131,7 @@ def _values(lines: list[dict[str, Any]], key: str) -> list[float]:
 def summary_table(summary: dict[str, Any], report: Report = TEACHER_REPORT) -> Table:
     table = Table(title=f"after {summary['steps']} steps", title_justify="left", caption_justify="left")
     if summary["logp_difference"] is not None:
-        table.caption = f"generator and trainer: {summary['logp_difference']:.4f} nats a token apart"
+        table.caption = f"generator and trainer: {summary['logp_difference']:.4f} nats per token apart"
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
     names = {report.train_key: report.train_name, **report.eval_rows}

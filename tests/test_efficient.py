@@ -251,7 +251,7 @@ def trained():
     return model.eval(), held_out
 
 
-# the loss may rise by this many nats a token; the linears may take this share of their float32 bytes
+# the loss may rise by this many nats per token; the linears may take this share of their float32 bytes
 LOSSES = {"dynamic": (0.01, 0.27), "static 8": (0.005, 0.27), "static 4": (0.1, 0.15)}
 
 
