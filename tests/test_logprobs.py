@@ -12,7 +12,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from rollout.logprobs import score_spans
+from rollout.logprobs import score_spans, span_logprobs
 from rollout.types import ScoringRow
 
 SIZES = {
@@ -72,6 +72,27 @@ def test_equal_to_full_logits(family: str, temperature: float) -> None:
     model, rows = make_model(CONFIGS[family]), make_rows()
     expected = [plain_span_logprobs(model, row, temperature) for row in rows]
     assert_same(score_spans(model, rows, temperature=temperature), expected, 1e-5)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradients_and_entropies_are_those_of_full_logits(family: str, temperature: float) -> None:
+    model, rows = make_model(CONFIGS[family]), make_rows()[2:]
+    weights = torch.rand(sum(end - start for row in rows for start, end in row.spans))
+    trained = model.model.layers[0].self_attn.q_proj.weight  # the head is not trained, and some families tie it
+    logprobs_N, entropy_N = span_logprobs(model, rows, temperature=temperature, logit_chunk_len=7, with_entropy=True)
+    (mine,) = torch.autograd.grad((logprobs_N * weights).sum(), trained)
+    expected_logprobs, expected_entropies = [], []
+    for row in rows:
+        logits_TV = model(torch.tensor([row.token_ids])).logits[0].float() / temperature
+        full_TV = logits_TV[:-1].log_softmax(-1)
+        picked_T = full_TV.gather(-1, torch.tensor(row.token_ids[1:])[:, None])[:, 0]
+        for start, end in row.spans:
+            expected_logprobs.append(picked_T[start - 1 : end - 1])
+            expected_entropies.append(-(full_TV.exp() * full_TV).sum(-1)[start - 1 : end - 1])
+    (plain,) = torch.autograd.grad((torch.cat(expected_logprobs) * weights).sum(), trained)
+    torch.testing.assert_close(mine, plain, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(entropy_N, torch.cat(expected_entropies).detach(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 40, 10_000])
