@@ -54,7 +54,7 @@ WALKED = {
 {"question": "1+0+5+5+2", "solution": "=3", "explanation": "ans 3;"}
 {"question": "1+0+5+5+2", "solution": "=3", "explanation": "<think>1+0=1;</think>"}
 END""": Expected(0, ""),
-    "python -m rewards.score explanations.jsonl scored.jsonl --run results/teacher_rlt_tiny": Expected(0, ""),
+    "python -m scoring explanations.jsonl scored.jsonl --run results/teacher_rlt_tiny": Expected(0, "scored.jsonl"),
     "python -m models.merge results/teacher_rlt_tiny merged": Expected(0, "merged"),
     "tail -f results/teacher_rlt_tiny/logs/training.log": Expected(124, "the results are in results/", timeout_s=2),
     "python -m trainers.watch results/teacher_rlt_tiny": Expected(0, "teacher_rlt_tiny finished, step 2/2"),
