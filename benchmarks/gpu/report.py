@@ -33,7 +33,7 @@ def publish(results: Sequence[Result], root: Path = ROOT) -> None:
     new = [_published(result) for result in results if result.status == "ok"]
     keys = {_key(entry) for entry in new}
     entries = [entry for entry in json.loads(file.read_text()) if _key(entry) not in keys] + new
-    write_whole(file, json.dumps(entries, indent=1))
+    write_whole(file, json.dumps(entries, indent=1) + "\n")
     write_pages(root)
 
 

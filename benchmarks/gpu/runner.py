@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from benchmarks.gpu.machine import ROOT, Machine
 from core.log import log
+from runs.files import write_whole
 
 Status = Literal["ok", "skipped", "failed", "out of time"]
 SKIPPED_STATUS = 77
@@ -76,18 +77,11 @@ class Figures:
 
     def update(self, **values: Any) -> None:
         self._values |= values
-        write_whole(self._path, json.dumps(self._values, indent=1))
+        write_whole(self._path, json.dumps(self._values, indent=1) + "\n")
 
     def add_table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table = {"title": title, "columns": list(columns), "rows": [list(row) for row in rows]}
         self.update(tables=[*(t for t in self._values["tables"] if t["title"] != title), table])
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text + "\n")
-    unfinished.replace(path)
 
 
 def read_result(out: Path, cell: Cell) -> Result | None:
@@ -151,7 +145,7 @@ def run_cell(cell: Cell, machine: Machine, *, shape: str, out: Path, limit_s: fl
         machine=machine.to_dict(),
         figures=figures,
     )
-    write_whole(out / f"{cell.file_name}.json", json.dumps(asdict(result), indent=1))
+    write_whole(out / f"{cell.file_name}.json", json.dumps(asdict(result), indent=1) + "\n")
     return result
 
 
