@@ -1,7 +1,7 @@
 # make test       install what is missing, then linters and every test that needs no GPU
 # make test-fast  the same without the slow tests
 # make test-gpu   the tests that need a GPU, and vLLM's, each engine in a process of its own
-# make gpu        measure this card (benchmarks/gpu); ARGS="--part a", ARGS="--shape tiny" without a card
+# make gpu        measure this GPU (benchmarks/gpu); ARGS="--part a", ARGS="--shape tiny" without a GPU
 PYTHON ?= python3
 VENV := .venv/bin
 

@@ -88,9 +88,9 @@ def train(run: str = "teacher_rlt_tiny", **settings: Any) -> "FinishedRun":
 
 
 def plan(run: str = "teacher_rlt_tiny", **settings: Any) -> Planned:
-    """The memory plan of a run: GB per phase on a card, as a table; `.plan` holds the numbers, `.fits` the verdict.
+    """The memory plan of a run: GB per phase on a GPU, as a table; `.plan` holds the numbers, `.fits` the verdict.
 
-    Planned for `gpu_gb`, for the GPU of this machine, or for `card_gb`, the card that the run is for. Takes a second
+    Planned for `gpu_gb`, for the GPU of this machine, or for `card_gb`, the GPU that the run is for. Takes a second
     and loads nothing.
 
     Raises:

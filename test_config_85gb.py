@@ -5,7 +5,7 @@
     python test_config_85gb.py --all --json plans.json           the plan of every run configuration
 
 Exit status: 0 ready, 1 not ready, 2 wrong call. Every memory figure is predicted (docs/memory.md), none is measured.
-pytest may collect this file: it then checks that every configuration composes and fits the card it is for.
+pytest may collect this file: it then checks that every configuration composes and fits the GPU it is for.
 """
 
 import sys
@@ -31,7 +31,7 @@ def test_every_run_config_composes_and_fits_the_card_it_is_for() -> None:
 
 
 def test_85gb_run_leaves_room() -> None:
-    """At most 82.5 GB in every phase of an 85 GB card, and at most 55 GB with the KV cache sized by need."""
+    """At most 82.5 GB in every phase of an 85 GB GPU, and at most 55 GB with the KV cache sized by need."""
     plan = plan_config(DEFAULT_CONFIG, int(85e9)).plan
     assert gb(plan.max_bytes) <= 55
     assert plan.kv_cache_bytes == plan.kv_needed_bytes

@@ -1,4 +1,4 @@
-"""Train a Reinforcement Learning Teacher on one card.
+"""Train a Reinforcement Learning Teacher on one GPU.
 
     python train.py --config-name=teacher_rlt_mono_85gb max_steps=300 learning_rate=2e-5
 
@@ -59,12 +59,11 @@ def _train_all(composed: list[dict[str, Any]]) -> int:
     for values in jobs:
         check_inputs(values)
     show_one_gpu(jobs)
-    import torch
-
+    from optimization.gpu import has_gpu
     from trainers.start import train_runs  # loads torch: a configuration that cannot be composed need not wait for it
     from trainers.sweep import run_jobs
 
-    if len(jobs) > 1 and torch.cuda.is_available():
+    if len(jobs) > 1 and has_gpu():
         return run_jobs([sys.executable, os.path.abspath(__file__), JOB_OF_A_SWEEP], jobs)
     for run in train_runs(jobs, on_results=lambda finished: console.print(*finished.tables())):
         log.info("the results are in %s", run.folder)

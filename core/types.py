@@ -16,7 +16,7 @@ class Role(StrEnum):
 
 
 class Phase(StrEnum):
-    """What the card is being used for. Each phase has its own memory plan."""
+    """What the GPU is being used for. Each phase has its own memory plan."""
 
     LOAD = "load"
     GENERATE = "generate"
@@ -27,7 +27,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class UnmappedMemory:
-    """What torch's memory counters still hold of an engine although it is not on the card."""
+    """What torch's memory counters still hold of an engine although it is not on the GPU."""
 
     allocated_bytes: int = 0
     reserved_bytes: int = 0

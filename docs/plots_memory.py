@@ -56,7 +56,7 @@ def training_step_gb(settings: TeacherSettings) -> float:
 
 
 def plot_load(axes: plt.Axes) -> None:
-    """Three bases and a generator on the card, by precision."""
+    """Three bases and a generator on the GPU, by precision."""
     shape = load_shape("Qwen/Qwen2.5-7B-Instruct")
     labels, bottoms = ["bf16", "int8", "NF4"], [0.0, 0.0, 0.0]
     bases = [gb(weight_bytes(shape, precision)) for precision in ("bf16", "int8", "nf4")]
@@ -174,7 +174,7 @@ def plot_overview(axes: plt.Axes) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 86)
     axes.set_ylabel("")
-    axes.set_xlabel("GB, predicted; dotted: usable on an 85 GB card")
+    axes.set_xlabel("GB, predicted; dotted: usable on an 85 GB GPU")
     axes.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(0.57, 0.45))
     axes.set_title("teacher_rlt_mono_85gb by phase")
 

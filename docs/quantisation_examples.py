@@ -274,7 +274,7 @@ def paging_table() -> str:
     ]
     can_page = columns["states of tensors of 100,000 values and more"][:2]
     seconds = [2 * gb(size) / BUS_GB_PER_S for size in can_page]
-    rows.append(["seconds a step if all of it is out, to the card and back", *[f"{s:.3f}" for s in seconds], ""])
+    rows.append(["seconds a step if all of it is out, to the GPU and back", *[f"{s:.3f}" for s in seconds], ""])
     return table(["GB", f"QLoRA, r = {LORA_R}", "8-bit AdamW on all weights", "pages out"], rows)
 
 

@@ -234,7 +234,7 @@ def slips_table() -> str:
         "10 billion parameters are 10 GB in 8 bits and 5 GB in 4": f"{gb(whole[examples.INT8]):.2f} and "
         f"{gb(whole[examples.NF4_DOUBLE]):.2f}: scales, and embedding and head in 16 bits",
         "40 GB of weights fill what `nvidia-smi` shows as 40": "it counts in MiB, and they are "
-        f"{examples.gib(4 * NUM_PARAMS):.2f} GiB; a card sold as 24 GB has 24 GiB or {gb(24 * 2**30):.2f} GB",
+        f"{examples.gib(4 * NUM_PARAMS):.2f} GiB; a GPU sold as 24 GB has 24 GiB or {gb(24 * 2**30):.2f} GB",
         "An outlier is clipped by int8": f"absmax clips nothing: {outlier:.2f} comes back as {outlier_back:.2f}. "
         f"Its neighbours pay: {lost:.1f} % in the example",
         "LLM.int8 keeps outlier weights in 16 bits": "all its weights are int8. Activation columns are 16-bit, and the "
@@ -250,8 +250,8 @@ def slips_table() -> str:
         f"{gb(eight_bit):.0f}, {100 * (1 - eight_bit / full):.0f} % less",
         "LoRA trains under 1 % of the parameters, so it takes 1 % of the memory": f"QLoRA takes {gb(qlora):.1f} GB of "
         f"{gb(full):.0f}, {100 * qlora / full:.1f} %, nearly all of it the frozen base; activations come on top",
-        "Paged optimizers let QLoRA run on a card that is too small": f"its states are {gb(states):.2f} GB, of which "
-        f"{gb(2 * examples.adapter_states()[0]):.2f} can leave the card; weights, gradients and activations cannot",
+        "Paged optimizers let QLoRA run on a GPU that is too small": f"its states are {gb(states):.2f} GB, of which "
+        f"{gb(2 * examples.adapter_states()[0]):.2f} can leave the GPU; weights, gradients and activations cannot",
         "The adapter can be merged into the 4-bit base": "that rounds again. For an adapter of 2 % of the weight's "
         f"norm the new error is {100 * merging_error(weight):.0f} % of the adapter's norm: nothing of it is left",
     }

@@ -28,6 +28,7 @@ from data.embedded.task import generate_rows
 from data.embedded.tokenizer import build_tokenizer
 from data.formats import encode
 from optimization import Efficient
+from optimization.gpu import pick_device
 from optimization.optimizers import OPTIMIZERS
 from optimization.small.models import BUILDERS, Size, model_config
 
@@ -62,7 +63,7 @@ def train(args: argparse.Namespace) -> list[float]:
     """The loss of every step."""
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device("auto").type
     if args.size == "toy":
         model = LlamaForCausalLM(model_config(TOY, len(tokenizer))).to(device)
     else:

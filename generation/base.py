@@ -76,7 +76,7 @@ class Generator(Protocol):
         """Undo `sleep`; the adapter of the last `sync_adapter` serves again."""
 
     def unmapped_memory(self) -> UnmappedMemory:
-        """What torch's counters still hold of this engine although it is not on the card."""
+        """What torch's counters still hold of this engine although it is not on the GPU."""
 
     def close(self) -> None:
         """Free everything. The generator cannot be used afterwards."""

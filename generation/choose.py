@@ -146,7 +146,7 @@ def _require_fp8(setting: str, on_gpu: bool) -> None:
         raise UserError(
             f"{setting}=fp8: {reason}",
             expected="an NVIDIA GPU that multiplies in fp8 (compute capability 8.9: Ada, Hopper or later)",
-            remedy=f"set {setting}=auto, or use_fp8=true, which asks the card first",
+            remedy=f"set {setting}=auto, or use_fp8=true, which asks the GPU first",
         )
 
 

@@ -56,7 +56,7 @@ class VLLMEngineConfig:
     kv_cache_bytes: int
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     gpu_memory_utilization: float
-    """Share of the card that the engine may take in all; `kv_cache_bytes` is to fit in it. Unused on a CPU."""
+    """Share of the GPU that the engine may take in all; `kv_cache_bytes` is to fit in it. Unused on a CPU."""
     enforce_eager: bool = False
     """No CUDA graphs. Always so on a CPU."""
     trust_remote_code: bool = False
@@ -151,7 +151,7 @@ class VLLMGenerator:
         """See `Generator.close`.
 
         The engine is woken first: freeing what is unmapped leaves an error in CUDA that the next engine of the process
-        takes for its own out-of-memory (vllm#36651). Where the card is too full for that, as after an out-of-memory of
+        takes for its own out-of-memory (vllm#36651). Where the GPU is too full for that, as after an out-of-memory of
         the trainer, the engine is left to the end of the process.
         """
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
@@ -247,7 +247,7 @@ def _adapter_folder(parent: Path | None) -> "tempfile.TemporaryDirectory[str]":
 
 
 def _unmapped_memory(segments: Sequence[Mapping[str, Any]], allocations: Mapping[int, Any]) -> UnmappedMemory:
-    """What torch counts in vLLM's memory pools and what is not on the card.
+    """What torch counts in vLLM's memory pools and what is not on the GPU.
 
     vLLM unmaps behind torch's back: every allocation of a pool while it sleeps, and for good, dropping it from its own
     books, what was free in a pool when loading was done.
@@ -290,7 +290,7 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
         # vLLM refuses to start where less than this share is free, although the cache's size is given in bytes.
         free_bytes, total_bytes = free_and_total_bytes()
         gpu_memory_utilization = min(gpu_memory_utilization, 0.99 * free_bytes / total_bytes)
-    # A GPU: what the plan counts, since vLLM's own choice grows with the card. A CPU: vLLM rewinds the seeded generator
+    # A GPU: what the plan counts, since vLLM's own choice grows with the GPU. A CPU: vLLM rewinds the seeded generator
     # of a row whose prompt it reads in pieces, and a CPU generator cannot be rewound.
     batching: dict[str, Any] = {"max_num_batched_tokens": int(VLLM_BATCHED_TOKENS.value)}
     if not config.on_gpu:

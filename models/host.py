@@ -1,4 +1,4 @@
-"""Who is on the card.
+"""Who is on the GPU.
 
 `ModelHost` owns every set of weights and is the only place where weights or the generation engine sleep, wake or move.
 """

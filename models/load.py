@@ -93,10 +93,10 @@ def load_base(name_or_path: str, args: ModelArgs, device: torch.device) -> PreTr
 def load_frozen(name_or_path: str, config: ModelConfig, device: torch.device) -> PreTrainedModel:
     """A model of its own that is only scored, in the precision of `config.scoring_weights`.
 
-    fp8 is made on the CPU, so that the card never holds the 16-bit weights.
+    fp8 is made on the CPU, so that the GPU never holds the 16-bit weights.
 
     Raises:
-        UserError: the model cannot be found or read, or fp8 is asked of a card without it.
+        UserError: the model cannot be found or read, or fp8 is asked of a GPU without it.
     """
     if config.scoring_weights == "auto":
         return load_base(name_or_path, config.model_args, device)
@@ -104,7 +104,7 @@ def load_frozen(name_or_path: str, config: ModelConfig, device: torch.device) ->
         raise UserError(
             f"scoring_weights=fp8: {reason}",
             expected="an NVIDIA GPU that multiplies in fp8 (compute 8.9 and above)",
-            remedy="set scoring_weights=auto, or use_fp8=true, which asks the card first",
+            remedy="set scoring_weights=auto, or use_fp8=true, which asks the GPU first",
         )
     args = replace(config.model_args, load_in_8bit=False, load_in_4bit=False)
     model = load_base(name_or_path, args, torch.device("cpu"))

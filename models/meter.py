@@ -19,13 +19,13 @@ class PhaseUse:
     peak_allocated_bytes: int = 0
     peak_reserved_bytes: int = 0
     peak_driver_bytes: int = 0
-    """All that was in use on the card as the driver reports it: CUDA's context, graphs and other processes too."""
+    """All that was in use on the GPU as the driver reports it: CUDA's context, graphs and other processes too."""
 
 
 class PhaseMeter:
     """Seconds and peak memory by phase; one for a run. Phases nest: both go to the innermost one that is open.
 
-    `unmapped_memory` says what torch's counters hold of an engine that is not on the card; an engine's owner sets it.
+    `unmapped_memory` says what torch's counters hold of an engine that is not on the GPU; an engine's owner sets it.
     """
 
     def __init__(self, device: torch.device) -> None:

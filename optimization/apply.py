@@ -1,4 +1,4 @@
-"""The optimisations of a run configuration, in order: on the process, then on the models once they are loaded."""
+"""The optimizations of a run configuration, in order: on the process, then on the models once they are loaded."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -35,7 +35,7 @@ from schemas.run import AnyRunConfig, load_run_config
 
 
 def apply_optimizations(config: AnyRunConfig, *, card: Card | None = None) -> tuple[AnyRunConfig, list[Record]]:
-    """What can be done before the memory plan is made: settings of torch and its allocator, choices of the card.
+    """What can be done before the memory plan is made: settings of torch and its allocator, choices of the GPU.
 
     Returns the configuration with those choices (attention kernel, fp8) and one record for each knob that is on; undo
     them with `undo_all` once the run is over.
@@ -167,12 +167,12 @@ def configure_all_optimizations(
 ) -> dict[str, Any]:
     """Apply everything to this process for the run configuration `run`, e.g. in a notebook.
 
-    Returns `batch_size` (micro-batch) and `gradient_accumulation_steps`, from the memory plan for the card that is here
+    Returns `batch_size` (micro-batch) and `gradient_accumulation_steps`, from the memory plan for the GPU that is here
     (`gpu_gb`: for one of that many decimal GB) or, without `optimize_batch`, as `run` has them; `settings` (key ->
     value, for `train.py`); `applied` (records; `undo_all` puts everything back).
 
     Raises:
-        UserError: the run does not fit the card.
+        UserError: the run does not fit the GPU.
     """
     card = find_card()
     settings: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""./optimize.sh: chosen optimisations, what they would change, what they give, and training with them.
+"""./optimize.sh: chosen optimizations, what they would change, what they give, and training with them.
 
 Without --train nothing runs: the settings, what applies to this machine and what it gives are printed.
 """
@@ -28,7 +28,7 @@ DEFAULT_RUN = "teacher_rlt_tiny"
 GROUPS = {
     "memory": "expandable segments, checkpoints in host memory, tiled MLP, paged 8-bit optimizer",
     "cuda": "TF32 and the order of attention kernels",
-    "fp8": "fp8 KV cache, generator and scoring, on a card that has it",
+    "fp8": "fp8 KV cache, generator and scoring, on a GPU that has it",
     "attention": "the attention kernel that torch tries first",
     "flash_attention": "Flash Attention 3 or 2 where it is installed",
     "prealloc": "take the planned memory at once, to fail early",
@@ -39,9 +39,9 @@ GROUPS = {
 _GIVES = {
     "allow_tf32": "faster float32 products (16-bit ones are as they were)",
     "compile_models": "fewer launches in scoring; speed not measured",
-    "optim": "states may move to host memory when the card is full",
+    "optim": "states may move to host memory when the GPU is full",
     "per_device_train_batch_size": "fewer, larger forwards",
-    "preallocate_memory": "a card that is too full fails in the first second",
+    "preallocate_memory": "a GPU that is too full fails in the first second",
     "recover_from_nan": "a bad step does not end the run",
     "sdpa_backend": "flash or efficient first; auto: nothing more, every run has cuDNN's kernel off (NaN gradients)",
     "use_flash_attention": "padding is not computed, no mask in memory, where it applies",

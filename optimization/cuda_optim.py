@@ -1,4 +1,4 @@
-"""Settings of torch on an NVIDIA GPU: TF32, attention kernels, and what the card is doing.
+"""Settings of torch on an NVIDIA GPU: TF32, attention kernels, and what the GPU is doing.
 
 `torch.backends.cudnn.benchmark` is left alone: it tunes convolutions, and these models have none. cuDNN's attention is
 never used (`switch_cudnn_attention_off`).
@@ -117,7 +117,7 @@ def switch_cudnn_attention_off() -> None:
 def enable_flash_attention(*, current: str = "sdpa", card: Card | None = None) -> ChosenSettings | Obstacle:
     """The setting `model_args.attn_implementation` for this machine: Flash Attention 3, 2, or what is set already.
 
-    3 needs a Hopper card and the package flash_attn_interface, 2 needs Ampere or later and flash_attn.
+    3 needs a Hopper GPU and the package flash_attn_interface, 2 needs Ampere or later and flash_attn.
     """
     card = card or find_card()
     if current != "sdpa":

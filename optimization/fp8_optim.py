@@ -1,4 +1,4 @@
-"""8-bit floating point (e4m3) on the cards that multiply in it: frozen models that are scored, and the generator.
+"""8-bit floating point (e4m3) on the GPUs that multiply in it: frozen models that are scored, and the generator.
 
 Letters: N tokens, K in features, O out features.
 """
@@ -16,17 +16,17 @@ _MAX = torch.finfo(_E4M3).max
 
 
 def check_fp8_support(*, card: Card | None = None) -> ChosenSettings | Obstacle:
-    """Whether this card multiplies in fp8 (compute 8.9 and above): `use_fp8`, or in `skipped` the reason against it."""
+    """Whether this GPU multiplies in fp8 (compute 8.9 and above): `use_fp8`, or in `skipped` the reason against it."""
     card = card or find_card()
     if card is None:
-        return nothing("fp8", f"not on this card: {NO_CARD}")
+        return nothing("fp8", f"not on this GPU: {NO_CARD}")
     if card.capability < ADA:
-        return nothing("fp8", f"not on this card: {card} has no fp8 units (compute 8.9 and above: Ada, Hopper, later)")
+        return nothing("fp8", f"not on this GPU: {card} has no fp8 units (compute 8.9 and above: Ada, Hopper, later)")
     return ChosenSettings(name="fp8", settings={"use_fp8": True}, reason=f"{card} multiplies in fp8")
 
 
 def choose_fp8(config: AnyRunConfig, *, card: Card | None = None) -> ChosenSettings | Obstacle:
-    """The settings that fp8 brings to this run on this card; nothing is loaded yet."""
+    """The settings that fp8 brings to this run on this GPU; nothing is loaded yet."""
     choose = method_of(config).choose_fp8
     if choose is None:
         return nothing("fp8", "this run has neither a generator nor a frozen model of its own")

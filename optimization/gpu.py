@@ -34,6 +34,11 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def num_gpus() -> int:
+    """CUDA devices that torch sees."""
+    return torch.cuda.device_count()
+
+
 def find_card() -> Card | None:
     """The first GPU; None where torch sees none."""
     if not has_gpu():

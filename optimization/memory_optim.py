@@ -1,4 +1,4 @@
-"""Memory of the card: allocator, what autograd keeps, what an MLP needs for a moment, cleaning.
+"""Memory of the GPU: allocator, what autograd keeps, what an MLP needs for a moment, cleaning.
 
 Letters: B rows, T tokens, H hidden size.
 """
@@ -29,7 +29,7 @@ from optimization.record import (
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _EXPANDABLE = "expandable_segments"
 _MIN_OFFLOADED_BYTES = 1 << 20
-"""Smaller saved tensors (masks, positions, statistics of norms) stay on the card: their copies would only cost time."""
+"""Smaller saved tensors (masks, positions, statistics of norms) stay on the GPU: their copies would only cost time."""
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -98,22 +98,22 @@ def _give_blocks_back() -> AppliedOptimization | Obstacle:
 
 
 def preallocate_cuda_memory(num_bytes: int, *, keep: bool = False) -> AppliedOptimization | Obstacle:
-    """Take `num_bytes` from the card in one piece, to find out at once whether they are there.
+    """Take `num_bytes` from the GPU in one piece, to find out at once whether they are there.
 
     `keep` leaves them in torch's cache, so that nobody else takes them. A vLLM in this process is somebody else: it
     allocates past torch's cache, so a run with one gives them back.
 
     Raises:
-        UserError: the card has less than that free.
+        UserError: the GPU has less than that free.
     """
     if not has_gpu():
         return nothing("preallocation", NO_CARD)
     free_bytes, total_bytes = free_and_total_bytes()
     if num_bytes > free_bytes + torch.cuda.memory_reserved() - torch.cuda.memory_allocated():
         raise UserError(
-            f"{format_gb(num_bytes)} to preallocate, and the card has {format_gb(free_bytes)} free",
-            expected=f"the peak of the memory plan within the card's {format_gb(total_bytes)}",
-            remedy="nvidia-smi lists what else runs on the card; stop it, or lower per_device_train_batch_size",
+            f"{format_gb(num_bytes)} to preallocate, and the GPU has {format_gb(free_bytes)} free",
+            expected=f"the peak of the memory plan within the GPU's {format_gb(total_bytes)}",
+            remedy="nvidia-smi lists what else runs on the GPU; stop it, or lower per_device_train_batch_size",
         )
     block = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
     del block
@@ -123,7 +123,7 @@ def preallocate_cuda_memory(num_bytes: int, *, keep: bool = False) -> AppliedOpt
     return AppliedOptimization(
         name="preallocation",
         changes=(Change(what=format_gb(num_bytes), before="free", after="kept in torch's cache"),),
-        effect="a card that is too full fails now; saves no memory",
+        effect="a GPU that is too full fails now; saves no memory",
         undo_steps=[torch.cuda.empty_cache],
     )
 
@@ -240,5 +240,5 @@ def offload_checkpoints(*, gradient_checkpointing: bool) -> ChosenSettings | Obs
         name="checkpoint offload",
         settings={"offload_checkpoints": True},
         reason="layer inputs wait in pinned host memory during each micro-batch: 2 * hidden * layers bytes per token "
-        "less on the card; time not measured",
+        "less on the GPU; time not measured",
     )

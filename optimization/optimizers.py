@@ -16,7 +16,7 @@ def get_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float = 
     """An optimizer over the trainable parameters of `model`; use it as any torch optimizer.
 
     Names: `OPTIMIZERS`. Decoupled weight decay throughout. 8-bit states are block-wise (256 values a scale), and
-    tensors below 4096 values keep 32-bit ones. Paged states may be moved to host memory by the driver when the card is
+    tensors below 4096 values keep 32-bit ones. Paged states may be moved to host memory by the driver when the GPU is
     full; on a CPU paged is plain. `adalomo` updates inside `backward` and frees each gradient at once: no gradient
     accumulation, no clipping, no fp16 scaler. `apollo` scales gradients by a low-rank Adam (rank 128); its package is
     licensed for non-commercial use (CC-BY-NC).

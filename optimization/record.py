@@ -1,4 +1,4 @@
-"""Records of optimisations: a change that was made, a choice of settings, or an obstacle. Each is one of the three."""
+"""Records of optimizations: a change that was made, a choice of settings, or an obstacle. Each is one of the three."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +56,7 @@ class AppliedOptimization(Record):
     changes: tuple[Change, ...]
     """At least one."""
     effect: str = ""
-    """Bytes or time, and where the figure is from (predicted by the planner, measured on a card, not measured)."""
+    """Bytes or time, and where the figure is from (predicted by the planner, measured on a GPU, not measured)."""
     undo_steps: list[Callable[[], object]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -130,7 +130,7 @@ def undo_all(records: Sequence[Record]) -> None:
         record.undo()
 
 
-def records_table(records: Sequence[Record], title: str = "optimisations") -> Table:
+def records_table(records: Sequence[Record], title: str = "optimizations") -> Table:
     """One row per record: what changed or was chosen, what it gives, why it did nothing."""
     table = Table(title=title, title_justify="left", show_lines=True)
     for column in ("", "changed or chosen", "effect", "not done, because"):

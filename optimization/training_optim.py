@@ -52,14 +52,14 @@ class BatchChoice:
     """Of the phase that needs most, predicted."""
     card_bytes: int
     reason: str
-    """What was planned, for which card."""
+    """What was planned, for which GPU."""
 
     def __iter__(self) -> Iterator[int]:
         return iter((self.batch_size, self.gradient_accumulation_steps))
 
 
 def choose_batch_size(config: AnyRunConfig, card_bytes: int, where: str) -> BatchChoice:
-    """The largest micro-batch of `config` that the planner fits into a card; prompt groups and the step stay whole.
+    """The largest micro-batch of `config` that the planner fits into a GPU; prompt groups and the step stay whole.
 
     Raises:
         UserError: not even one row at a time fits.
@@ -88,12 +88,12 @@ def _with_micro_batch(config: AnyRunConfig, micro_batch: int) -> AnyRunConfig:
 
 
 def planned_card(config: AnyRunConfig, card: Card | None) -> tuple[int, str]:
-    """Bytes and description of the card to plan for: `gpu_gb`, the one that is here, or the configuration's own."""
+    """Bytes and description of the GPU to plan for: `gpu_gb`, the one that is here, or the configuration's own."""
     if config.gpu_gb is not None:
-        return int(config.gpu_gb * 1e9), f"the card of gpu_gb={config.gpu_gb:g}"
+        return int(config.gpu_gb * 1e9), f"the GPU of gpu_gb={config.gpu_gb:g}"
     if card is not None:
         return card.total_bytes, str(card)
-    return int(config.card_gb * 1e9), f"a card of {config.card_gb:g} GB, which {config.run_name} is for ({NO_CARD})"
+    return int(config.card_gb * 1e9), f"a GPU of {config.card_gb:g} GB, which {config.run_name} is for ({NO_CARD})"
 
 
 def get_optimal_batch_size_for_gpu(
@@ -105,7 +105,7 @@ def get_optimal_batch_size_for_gpu(
 
     `run: None` is the run configuration that the model is trained with (`optimization.catalogue`).
 
-    `gpu_gb: None` plans for the card that is here, without one for the card of the run.
+    `gpu_gb: None` plans for the GPU that is here, without one for the GPU of the run.
 
     Raises:
         UserError: family or size is not known (the known ones are listed), or it does not fit.

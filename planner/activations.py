@@ -31,7 +31,7 @@ def train_activation_bytes(settings: PlanSettings) -> float:
             kept += _adapter_casts(settings)
         moment = max(_last_layer_forward(settings) * num_tokens, _head_moment(settings))
     else:
-        # Offloaded: the block's own input is back on the card, and the next one's on its way.
+        # Offloaded: the block's own input is back on the GPU, and the next one's on its way.
         num_on_card = 2 if settings.checkpointing == "layers_offloaded" else shape.num_layers
         kept = 2.0 * shape.hidden * num_tokens * num_on_card
         if settings.precision == "int8" and not settings.int8_inputs_released:

@@ -1,4 +1,4 @@
-"""Every number of the memory model that is not arithmetic, in one table: value, how it is known, card and date.
+"""Every number of the memory model that is not arithmetic, in one table: value, how it is known, GPU and date.
 
 `assumed` figures are to be replaced by measured ones: `make gpu` proposes them (part c of benchmarks/gpu).
 """
@@ -14,7 +14,7 @@ class Constant:
     value: float
     label: Literal["measured", "simulated", "assumed", "from source"]
     card: str
-    """Card or library that the figure was taken from."""
+    """GPU or library that the figure was taken from."""
     date: str
     note: str
 

@@ -1,4 +1,4 @@
-"""What fits a card: the largest micro-batch, context and model of a configuration, and the nearest one that fits.
+"""What fits a GPU: the largest micro-batch, context and model of a configuration, and the nearest one that fits.
 
 Configurations here are composed values (plain containers, flat keys), so that whatever is proposed is a command line.
 """
@@ -25,11 +25,11 @@ _WORTH_BYTES = 1e8
 
 
 def resolve_auto(values: Mapping[str, Any], gpu_bytes: int | None) -> dict[str, Any]:
-    """`per_device_train_batch_size: auto` as the largest divisor of `train_batch_size` that fits the card.
+    """`per_device_train_batch_size: auto` as the largest divisor of `train_batch_size` that fits the GPU.
 
     Call before `load_run_config`. Gradient accumulation then stays whole; prompt groups may span micro-batches, since
     advantages are computed over the whole generation batch. `gpu_gb` of the configuration goes before `gpu_bytes`;
-    without a card, or where nothing fits, the value is 1 and the plan says the rest.
+    without a GPU, or where nothing fits, the value is 1 and the plan says the rest.
     """
     resolved = dict(values)
     if resolved.get("per_device_train_batch_size") != AUTO:
@@ -43,7 +43,7 @@ def resolve_auto(values: Mapping[str, Any], gpu_bytes: int | None) -> dict[str, 
 
 
 def own_card_bytes(values: Mapping[str, Any]) -> int:
-    """Bytes of the card that a run configuration is for (`card_gb`), whatever GPU is here.
+    """Bytes of the GPU that a run configuration is for (`card_gb`), whatever GPU is here.
 
     Raises:
         ConfigError: the configuration is not valid.
@@ -140,7 +140,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> d
 
 
 def nearest_fit(values: Mapping[str, Any], gpu_bytes: int) -> dict[str, Any]:
-    """Overrides with which the configuration fits the card, as few and as mild as it goes; empty: it fits as it is.
+    """Overrides with which the configuration fits the GPU, as few and as mild as it goes; empty: it fits as it is.
 
     Walks through the changes of its settings in order, taking each that lowers the highest peak, until it fits; then
     drops what turns out not to be needed, the severest first.
@@ -156,9 +156,9 @@ def nearest_fit(values: Mapping[str, Any], gpu_bytes: int) -> dict[str, Any]:
         )
         if step is None:
             raise UserError(
-                f"a card of {gb(gpu_bytes):.1f} GB for {current.settings.teacher.name}",
+                f"a GPU of {gb(gpu_bytes):.1f} GB for {current.settings.teacher.name}",
                 expected=f"{gb(current.max_bytes):.1f} GB ({current.binding_phase} phase, with every lever pulled)",
-                remedy="use a larger card, or ./launch_mono.sh for the embedded model on the CPU",
+                remedy="use a larger GPU, or ./launch_mono.sh for the embedded model on the CPU",
             )
         steps.append(step)
     for step in reversed(list(steps)):
@@ -185,9 +185,9 @@ def _peak_bytes(values: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], g
 
 
 def why_not(memory_plan: MemoryPlan) -> str:
-    """One sentence: what exceeds the card of the plan, and by how much."""
+    """One sentence: what exceeds the GPU of the plan, and by how much."""
     if memory_plan.gpu_bytes is None:
-        raise ValueError("this plan was made without a card")
+        raise ValueError("this plan was made without a GPU")
     if memory_plan.kv_is_too_small:
         return "the KV cache that is set does not hold one row of full length: raise kv_cache_gb or leave it on auto"
     usable, phase = usable_bytes(memory_plan.gpu_bytes), memory_plan.binding_phase

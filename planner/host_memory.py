@@ -1,4 +1,4 @@
-"""Host RAM of a run on a GPU: the pinned memory that torch takes for what leaves the card for a while.
+"""Host RAM of a run on a GPU: the pinned memory that torch takes for what leaves the GPU for a while.
 
 torch's host allocator rounds every block up to a power of two, keeps it for the next block of that size, and gives none
 back to the system (`ATen/core/CachingHostAllocator.h`, torch 2.11 to 2.13).
@@ -17,7 +17,7 @@ _MIB = 1 << 20
 _SMALL_TENSOR, _SMALL_SEGMENT = 1 * _MIB, 2 * _MIB
 _MEDIUM_TENSOR, _MEDIUM_SEGMENT = 10 * _MIB, 20 * _MIB
 _ROUNDED_TO = 2 * _MIB
-"""How torch's allocator of the card lays tensors into segments; vLLM copies whole segments when it falls asleep."""
+"""How torch's allocator of the GPU lays tensors into segments; vLLM copies whole segments when it falls asleep."""
 
 
 def pinned_bytes(num_bytes: float) -> int:

@@ -22,9 +22,9 @@ class MemoryPlan:
 
     settings: PlanSettings
     components: Mapping[Phase, Mapping[str, int]]
-    """Phase -> component -> bytes on the card, allocator overhead included."""
+    """Phase -> component -> bytes on the GPU, allocator overhead included."""
     kv_cache_bytes: int
-    """KV cache of vLLM: what the batch needs, capped by the card and by `vllm_gpu_memory_utilization`."""
+    """KV cache of vLLM: what the batch needs, capped by the GPU and by `vllm_gpu_memory_utilization`."""
     kv_needed_bytes: int
     """KV that keeps every completion of one generation call resident."""
     kv_minimum_bytes: int
@@ -32,7 +32,7 @@ class MemoryPlan:
     host_components: Mapping[str, int]
     """What lies in pinned host memory -> bytes of the blocks that it takes there."""
     gpu_bytes: int | None
-    """The card that the KV cache was capped by; None: no card, no cap."""
+    """The GPU that the KV cache was capped by; None: no GPU, no cap."""
 
     def peak_bytes(self, phase: Phase) -> int:
         return sum(self.components[phase].values())
@@ -51,10 +51,10 @@ class MemoryPlan:
         return self.peak_bytes(self.binding_phase)
 
     def fits(self, gpu_bytes: int | None = None) -> bool:
-        """Every phase stays within the usable share (97 %) of the card; the plan's own card unless one is given."""
+        """Every phase stays within the usable share (97 %) of the GPU; the plan's own GPU unless one is given."""
         card = gpu_bytes if gpu_bytes is not None else self.gpu_bytes
         if card is None:
-            raise ValueError("fits() needs a card: this plan was made without one")
+            raise ValueError("fits() needs a GPU: this plan was made without one")
         return self.max_bytes <= usable_bytes(card) and not self.kv_is_too_small
 
     @property
@@ -95,7 +95,7 @@ def settings_of(config: AnyRunConfig, *, allow_download: bool = False) -> PlanSe
 
 
 def plan_run(config: AnyRunConfig, gpu_bytes: int | None, *, allow_download: bool = False) -> MemoryPlan:
-    """The plan of a run configuration for a card of `gpu_bytes` (as the driver reports them), or for no card.
+    """The plan of a run configuration for a GPU of `gpu_bytes` (as the driver reports them), or for no GPU.
 
     Raises:
         UserError: a model's shape is not known here.

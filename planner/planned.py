@@ -1,4 +1,4 @@
-"""A run configuration and its memory plan on one card, as a result that shows itself."""
+"""A run configuration and its memory plan on one GPU, as a result that shows itself."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ from schemas.run import AnyRunConfig, load_run_config
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Planned(Shown):
-    """One configuration on one card; every figure is predicted."""
+    """One configuration on one GPU; every figure is predicted."""
 
     name: str
     values: dict[str, Any]
-    """As composed, with `auto` resolved for the card."""
+    """As composed, with `auto` resolved for the GPU."""
     config: AnyRunConfig
     plan: MemoryPlan
 
     @property
     def fits(self) -> bool:
-        """Every phase stays within 97 % of the card."""
+        """Every phase stays within 97 % of the GPU."""
         return self.plan.fits()
 
     def tables(self) -> list[RenderableType]:
@@ -47,15 +47,15 @@ class Planned(Shown):
     def verdict(self) -> str:
         card = format_gb(self.plan.gpu_bytes or 0)
         if not self.fits:
-            return f"{self.name} does not fit a card of {card}: {why_not(self.plan)}"
+            return f"{self.name} does not fit a GPU of {card}: {why_not(self.plan)}"
         peak = format_gb(self.plan.max_bytes)
-        return f"{self.name} peaks at {peak} ({self.plan.binding_phase}) on a card of {card}"
+        return f"{self.name} peaks at {peak} ({self.plan.binding_phase}) on a GPU of {card}"
 
 
 def plan_config(name: str, gpu_bytes: int | None, words: Sequence[str] = ()) -> Planned:
     """Compose, validate and plan; `words` are settings as on the command line.
 
-    Without `gpu_bytes` the card is `gpu_gb` of the configuration, the GPU that is here, or `card_gb` of the
+    Without `gpu_bytes` the GPU is `gpu_gb` of the configuration, the GPU that is here, or `card_gb` of the
     configuration.
 
     Raises:
@@ -67,7 +67,7 @@ def plan_config(name: str, gpu_bytes: int | None, words: Sequence[str] = ()) -> 
 
 
 def plan_on_own_card(name: str) -> Planned:
-    """Compose, validate and plan for the card that the run configuration is for, whatever GPU is here.
+    """Compose, validate and plan for the GPU that the run configuration is for, whatever GPU is here.
 
     Raises:
         HydraException, OmegaConfBaseException, ConfigError, UserError: as `plan_config`.

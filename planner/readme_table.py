@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.log import console
+from core.marked_block import with_block
 from core.types import Phase
 from core.units import gb
 from planner.fit import resolve_auto
@@ -15,20 +16,20 @@ from planner.plan import MemoryPlan, plan_run
 from schemas.compose import CONFIG_ROOT, compose_run_config, run_config_names
 from schemas.run import AnyRunConfig, load_run_config
 
-# Cards as people call them -> decimal GB that their drivers report.
+# GPUs as people call them -> decimal GB that their drivers report.
 CARDS_GB = {"80/85": 85.0, "96": 102.0, "141": 150.0}
 MEASUREMENTS = CONFIG_ROOT.parent / "docs" / "measurements.json"
-"""Figures of cards, written by `python -m benchmarks.gpu`."""
+"""Figures of GPUs, written by `python -m benchmarks.gpu`."""
 START, END = "<!-- table:configs -->", "<!-- /table:configs -->"
 _PRECISIONS = {"int8": "8-bit", "nf4": "4-bit", "bf16": "bf16", "fp32": "fp32"}
 _SHOWN_PHASES = (Phase.GENERATE, Phase.SCORE, Phase.TRAIN)
 
 
 def table(measurements: Path = MEASUREMENTS) -> str:
-    """Markdown: one row a configuration, one column a card with the predicted GB of GENERATE / SCORE / TRAIN."""
+    """Markdown: one row a configuration, one column a GPU with the predicted GB of GENERATE / SCORE / TRAIN."""
     measured = measured_peaks(json.loads(measurements.read_text()))
-    header = ["config", "card", "teacher", "student", "reference", "batch", "context"]
-    header += [*(f"{card} GB card" for card in CARDS_GB), "measured"]
+    header = ["config", "GPU", "teacher", "student", "reference", "batch", "context"]
+    header += [*(f"{card} GB GPU" for card in CARDS_GB), "measured"]
     lines = [_row(header), _row(["---"] * len(header))]
     planned_bytes = int(CARDS_GB["80/85"] * 1e9)
     composed = {name: resolve_auto(compose_run_config(name), planned_bytes) for name in run_config_names()}
@@ -37,16 +38,16 @@ def table(measurements: Path = MEASUREMENTS) -> str:
         lines.append(_row([*_cells(name, config), measured.get(name, "not measured")]))
     phases = " / ".join(phase.value for phase in _SHOWN_PHASES)
     note = (
-        "GB; all figures but those of the last column are predicted. Card: its own, and the peak there. Larger cards: "
-        f"{phases}, the highest in **bold**; the KV cache grows with the card up to what the batch needs. Measured: "
-        "the same phases by the driver's count, memory set as for the configuration's own card (`make gpu`). "
+        "GB; all figures but those of the last column are predicted. GPU: its own, and the peak there. Larger GPUs: "
+        f"{phases}, the highest in **bold**; the KV cache grows with the GPU up to what the batch needs. Measured: "
+        "the same phases by the driver's count, memory set as for the configuration's own GPU (`make gpu`). "
         "Batch: completions per step, per prompt, per micro-batch. Context: prompt + completion."
     )
     return "\n".join([*lines, "", note])
 
 
 def measured_peaks(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Run configuration -> measured peaks and the card they were measured on; of the latest measurement."""
+    """Run configuration -> measured peaks and the GPU they were measured on; of the latest measurement."""
     cells = {}
     for entry in sorted(entries, key=lambda entry: entry["date"]):
         peaks = entry.get("peaks_gb", {})
@@ -88,25 +89,12 @@ def _peaks(plan: MemoryPlan) -> str:
     return " / ".join(f"**{gb(peak):.0f}**" if peak == highest else f"{gb(peak):.0f}" for peak in peaks.values())
 
 
-def with_table(readme: str, measurements: Path = MEASUREMENTS) -> str:
-    """README text with everything between the markers replaced.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    before, start, rest = readme.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise ValueError(f"README.md has no {START} ... {END}")
-    return f"{before}{START}\n{table(measurements)}\n{END}{after}"
-
-
 def main(words: list[str] | None = None, readme: Path = CONFIG_ROOT.parent / "README.md") -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 where the table is out of date")
     arguments = parser.parse_args(words)
     old = readme.read_text()
-    new = with_table(old)
+    new = with_block(old, table(), start=START, end=END)
     if arguments.check:
         if old != new:
             console.print("README.md: the table is out of date; run python -m planner.readme_table")

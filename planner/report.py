@@ -1,4 +1,4 @@
-"""A memory plan for people: one bar per phase against the card."""
+"""A memory plan for people: one bar per phase against the GPU."""
 
 from collections.abc import Sequence
 
@@ -44,7 +44,7 @@ def plan_table(plan: MemoryPlan, *, title: str) -> Table:
     for kind, (color, _) in _KINDS.items():
         legend.append("█ ", style=color).append(f"{kind}  ")
     table.add_row(
-        "", legend, "", "* binding phase   │ usable (97 % of the card)" if plan.gpu_bytes else "* binding phase"
+        "", legend, "", "* binding phase   │ usable (97 % of the GPU)" if plan.gpu_bytes else "* binding phase"
     )
     return table
 

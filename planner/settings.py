@@ -1,4 +1,4 @@
-"""What every plan depends on, apart from the card: one class per method derives from `PlanSettings`."""
+"""What every plan depends on, apart from the GPU: one class per method derives from `PlanSettings`."""
 
 import os
 from abc import ABC, abstractmethod

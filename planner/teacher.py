@@ -49,9 +49,9 @@ class TeacherSettings(PlanSettings):
     generator_precision: Precision = "int8"
     enforce_eager: bool = False
     vllm_utilization_frac: float = 0.9
-    """Cap of vLLM's weights, workspace and KV cache together, as a share of the card."""
+    """Cap of vLLM's weights, workspace and KV cache together, as a share of the GPU."""
     kv_cache_bytes: int | None = None
-    """None: what the batch needs, within what the card leaves."""
+    """None: what the batch needs, within what the GPU leaves."""
     num_generations: int
     aggregation_steps: int
     """Prompt groups that are generated at once."""
@@ -210,7 +210,7 @@ def plan_teacher(settings: TeacherSettings, gpu_bytes: int | None) -> MemoryPlan
 
 
 def _kv_cache_bytes(settings: TeacherSettings, gpu_bytes: int | None, *, resident: float, awake: float) -> int:
-    """What is set, else what the batch needs, within what the card leaves and vLLM's own share of it."""
+    """What is set, else what the batch needs, within what the GPU leaves and vLLM's own share of it."""
     if settings.generator == "server":
         return 0
     if settings.kv_cache_bytes is not None:
@@ -258,7 +258,7 @@ def _vllm_asleep(settings: TeacherSettings) -> dict[str, float]:
 
 
 def _vllm_awake(settings: TeacherSettings) -> dict[str, float]:
-    """Weights, 16-bit adapter slots and working memory, on the card while vLLM is awake."""
+    """Weights, 16-bit adapter slots and working memory, on the GPU while vLLM is awake."""
     if settings.generator != "vllm":
         return {}
     return {

@@ -1,4 +1,4 @@
-"""Memory that grows from step to step: the trend, and when it would reach the card's limit."""
+"""Memory that grows from step to step: the trend, and when it would reach the GPU's limit."""
 
 import statistics
 from collections.abc import Sequence

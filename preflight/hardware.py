@@ -14,7 +14,7 @@ from core.one_gpu import visible_gpus
 from core.packages import is_installed
 from core.units import format_gb
 from optimization.cuda_optim import switch_cudnn_attention_off
-from optimization.gpu import memory_of, pick_device
+from optimization.gpu import gpu_bytes, has_gpu, memory_of, num_gpus, pick_device
 from planner.fit import resolve_auto
 from planner.plan import MemoryPlan, plan_run
 from preflight.inputs import check_hub
@@ -27,13 +27,12 @@ _ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "
 
 
 def load_for_this_machine(values: Mapping[str, Any]) -> AnyRunConfig:
-    """Validate composed values, with `auto` resolved for the card of this machine.
+    """Validate composed values, with `auto` resolved for the GPU of this machine.
 
     Raises:
         ConfigError: see `load_run_config`.
     """
-    gpu_bytes = memory_of(torch.device("cuda:0")) if torch.cuda.is_available() else None
-    return load_run_config(resolve_auto(values, gpu_bytes))
+    return load_run_config(resolve_auto(values, gpu_bytes()))
 
 
 def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.device]:
@@ -41,22 +40,22 @@ def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.dev
 
     Raises:
         UserError: there is no GPU for a run that needs one, or several, its driver is too old, there is no C compiler
-            for vLLM, a setting needs a package, a GPU or the hub that is not there, or the plan exceeds the card.
+            for vLLM, a setting needs a package, a GPU or the hub that is not there, or the plan exceeds the GPU.
     """
     _require_gpu_software(config)
     device = pick_device(config.model_args.device_map)
-    num_cards = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= num_cards:
+    num_devices = num_gpus()
+    if device.type == "cuda" and (device.index or 0) >= num_devices:
         raise UserError(
-            f"`model_args.device_map` is {config.model_args.device_map!r}, and torch sees {num_cards or 'no'} CUDA "
-            f"device{'s' * (num_cards > 1)}",
+            f"`model_args.device_map` is {config.model_args.device_map!r}, and torch sees {num_devices or 'no'} CUDA "
+            f"device{'s' * (num_devices > 1)}",
             expected="an NVIDIA GPU, its driver and a CUDA build of torch",
-            remedy="model_args.device_map=auto; nvidia-smi shows cards and driver; without a GPU run ./launch_mono.sh "
+            remedy="model_args.device_map=auto; nvidia-smi shows GPUs and driver; without a GPU run ./launch_mono.sh "
             "(the embedded model, on the CPU)",
         )
-    if num_cards > 1 and device.type == "cuda" and "LOCAL_RANK" not in os.environ:
+    if num_devices > 1 and device.type == "cuda" and "LOCAL_RANK" not in os.environ:
         raise UserError(
-            f"{num_cards} GPUs that this process sees",
+            f"{num_devices} GPUs that this process sees",
             expected="one: transformers would multiply the batch by their number, and vLLM takes the first",
             remedy="set CUDA_VISIBLE_DEVICES to the one to use before torch is imported; train.py does so itself",
         )
@@ -66,23 +65,23 @@ def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.dev
     _require_what_settings_need(config.arguments, device)
     if device.type == "cuda":
         check_hub(config)
-    gpu_bytes = _card_bytes(config, device)
-    plan = plan_run(config, gpu_bytes, allow_download=device.type == "cuda")
+    total_bytes = _gpu_bytes_to_plan_for(config, device)
+    plan = plan_run(config, total_bytes, allow_download=device.type == "cuda")
     planned = f"{config.run_name} plans for {format_gb(plan.max_bytes)} ({plan.binding_phase} phase)"
     if device.type == "cpu":
         if config.model_args.device_map != "cpu" and plan.max_bytes > MAX_CPU_AUTO_BYTES:
             raise UserError(
-                f"no CUDA device on this machine, and {planned} on a card of {format_gb(gpu_bytes)}",
+                f"no CUDA device on this machine, and {planned} on a GPU of {format_gb(total_bytes)}",
                 expected="an NVIDIA GPU that has as much free",
                 remedy="run ./launch_mono.sh (the embedded model, minutes on a CPU); "
                 "python test_config_85gb.py --all shows what each configuration needs",
             )
         check_hub(config)
         return plan, device
-    if not plan.fits(gpu_bytes) and not config.allow_oversubscription:
+    if not plan.fits(total_bytes) and not config.allow_oversubscription:
         raise UserError(
-            f"{planned}, and the card has {format_gb(gpu_bytes)}",
-            expected="every phase within 97 % of the card",
+            f"{planned}, and the GPU has {format_gb(total_bytes)}",
+            expected="every phase within 97 % of the GPU",
             remedy=f"python test_config_85gb.py --config-name {config.run_name} shows what would fit; "
             "allow_oversubscription=true starts all the same",
         )
@@ -95,7 +94,7 @@ def _require_gpu_software(config: AnyRunConfig) -> None:
         return
     uses_vllm = getattr(config, "generator", "transformers") != "transformers" and is_installed("vllm")
     obstacle = None
-    if not torch.cuda.is_available():
+    if not has_gpu():
         obstacle = driver_obstacle(driver_version(), int(torch.version.cuda.partition(".")[0]))
     elif uses_vllm or config.compile_models:
         obstacle = compiler_obstacle()
@@ -103,8 +102,8 @@ def _require_gpu_software(config: AnyRunConfig) -> None:
         raise obstacle
 
 
-def _card_bytes(config: AnyRunConfig, device: torch.device) -> int:
-    """The card to plan for; where there is none, the one that the configuration is for."""
+def _gpu_bytes_to_plan_for(config: AnyRunConfig, device: torch.device) -> int:
+    """Memory of the GPU here; where there is none, of the one that the configuration is for."""
     if config.gpu_gb is not None:
         return int(config.gpu_gb * 1e9)
     if device.type == "cuda":

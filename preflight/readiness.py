@@ -97,7 +97,7 @@ def check_gpu(gpu: Gpu | None, plan: MemoryPlan) -> Iterator[Check]:
     """Driver, torch's build and free memory; one line that says that they were skipped where there is no GPU."""
     if gpu is None:
         detail = "no NVIDIA GPU or driver here: CUDA, driver, GPU and free memory were not checked"
-        yield Check(name="GPU", status="warning", detail=detail, remedy="run this again on the machine with the card")
+        yield Check(name="GPU", status="warning", detail=detail, remedy="run this again on the machine with the GPU")
         return
     yield Check(name="GPU", status="ok", detail=f"{gpu.name}, {format_gb(gpu.total_bytes)}, driver {gpu.driver}")
     cuda = _torch_cuda_version()
@@ -119,7 +119,7 @@ def check_gpu(gpu: Gpu | None, plan: MemoryPlan) -> Iterator[Check]:
             name="free memory",
             status="failure",
             detail=f"{format_gb(free)} are free and the run plans for {format_gb(plan.max_bytes)}",
-            remedy="nvidia-smi lists what else runs on the card; stop it, or use a configuration for a smaller card",
+            remedy="nvidia-smi lists what else runs on the GPU; stop it, or use a configuration for a smaller GPU",
         )
     else:
         yield Check(name="free memory", status="ok", detail=f"{format_gb(free)} are free")

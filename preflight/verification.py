@@ -82,10 +82,10 @@ def show_plan(planned: Planned, found: list[Lever]) -> None:
 
 
 def fit_line(planned: Planned) -> str:
-    """What else the card could take, one limit at a time."""
+    """What else the GPU could take, one limit at a time."""
     settings, card = planned.plan.settings, planned.plan.gpu_bytes or 0
     return (
-        f"this card at most: micro-batch {largest_micro_batch(settings, card) or 'none'}, context "
+        f"this GPU at most: micro-batch {largest_micro_batch(settings, card) or 'none'}, context "
         f"{largest_context(settings, card) or 'none'} tokens (the model's limit is {settings.teacher.max_positions}), "
         f"model {largest_model(settings, card) or 'none known'}; each with the rest as it is"
     )
@@ -103,15 +103,15 @@ def show_checks(checks: list[Check]) -> None:
 def parse_arguments(words: list[str] | None, description: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-name", default=DEFAULT_CONFIG, help="a run configuration (default: %(default)s)")
-    parser.add_argument("--gpu-gb", type=float, help="plan for a card of this many decimal GB")
+    parser.add_argument("--gpu-gb", type=float, help="plan for a GPU of this many decimal GB")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write checks and plans here")
-    parser.add_argument("--all", action="store_true", help="plan every run configuration on the card it is for")
+    parser.add_argument("--all", action="store_true", help="plan every run configuration on the GPU it is for")
     arguments = parser.parse_args(words)
     arguments.config_name = run_config_name(arguments.config_name)
     if arguments.config_name not in run_config_names():
         parser.error(f"no run configuration {arguments.config_name!r}; there are: {', '.join(run_config_names())}")
     if arguments.gpu_gb is not None and not 0 < arguments.gpu_gb < math.inf:
-        parser.error(f"--gpu-gb is {arguments.gpu_gb}; give the card's memory in GB, e.g. --gpu-gb 24")
+        parser.error(f"--gpu-gb is {arguments.gpu_gb}; give the GPU's memory in GB, e.g. --gpu-gb 24")
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
         parser.error(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
     return arguments

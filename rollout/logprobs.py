@@ -36,7 +36,7 @@ def score_spans(
     Rows are batched by length, with at most `max_batch_tokens` padded tokens a batch (a longer row goes alone), see
     `token_batches`. Tokens after a row's last scored one are not computed.
 
-    The caller decides on adapters, dropout (`model.eval()`) and what is on the card.
+    The caller decides on adapters, dropout (`model.eval()`) and what is on the GPU.
 
     Returns:
         One tuple a row with one float32 CPU tensor a span, in the order of `row.spans`; empty for an empty span.

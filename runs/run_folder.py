@@ -25,7 +25,7 @@ import yaml
 
 from core.errors import UserError
 from core.log import console, log
-from runs.files import write_whole
+from runs.files import replaced_file, write_whole
 from runs.metrics import METRICS_FILE, drop_metrics_after
 
 CONFIG_FILE, SUMMARY_FILE, STAGING_FOLDER = "config.yaml", "summary.json", ".saving"
@@ -184,9 +184,8 @@ def write_evaluation(path: Path, step: int, table: Mapping[str, list[Any]]) -> N
 
     folder = path / EVALUATIONS_FOLDER
     folder.mkdir(exist_ok=True)
-    partial = folder / f".evaluation_{step:05d}.partial"
-    pd.DataFrame(table).to_parquet(partial)
-    os.replace(partial, folder / f"evaluation_{step:05d}.parquet")
+    with replaced_file(folder / f"evaluation_{step:05d}.parquet") as partial:
+        pd.DataFrame(table).to_parquet(partial)
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:

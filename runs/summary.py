@@ -84,7 +84,7 @@ class Meter(Protocol):
 def memory_by_phase(plan: MemoryPlan, meter: Meter) -> dict[str, Any]:
     """Predicted and measured peak of each phase in decimal GB; on a CPU the measured one is the process's RSS.
 
-    `driver_gb`: what the driver reported as used on the card, CUDA's context and other processes included.
+    `driver_gb`: what the driver reported as used on the GPU, CUDA's context and other processes included.
     """
     return {
         "measured": "reserved on the GPU" if meter.device.type == "cuda" else "RSS of the process (no GPU)",
@@ -149,7 +149,7 @@ def memory_table(summary: dict[str, Any]) -> Table:
     columns = {
         "predicted_gb": "predicted for a GPU",
         "measured_gb": memory["measured"],
-        "driver_gb": "used on the card",
+        "driver_gb": "used on the GPU",
     }
     shown = [key for key in columns if any(key in peak for peak in memory["phases"].values())]
     for column in ("phase", *(columns[key] for key in shown)):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from core.log import console
+from core.marked_block import with_block
 from data.tags import TAG_STYLES, TEACHER_PROMPT_FILE
 from planner.constants import lora_rank_slot
 from schemas.compose import CONFIG_ROOT, compose_run_config
@@ -189,25 +190,12 @@ def readme_part() -> str:
     return usage.markdown()
 
 
-def with_usage(readme: str) -> str:
-    """README text with everything between the markers replaced.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    before, start, rest = readme.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise ValueError(f"README.md has no {START} ... {END}")
-    return f"{before}{START}\n{readme_part()}\n{END}{after}"
-
-
 def main(words: list[str] | None = None, readme: Path = CONFIG_ROOT.parent / "README.md") -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 where README.md is out of date")
     arguments = parser.parse_args(words)
     old = readme.read_text(encoding="utf-8")
-    new = with_usage(old)
+    new = with_block(old, readme_part(), start=START, end=END)
     if arguments.check:
         if old != new:
             console.print("README.md: its use of a teacher is out of date; run python -m runs.usage")

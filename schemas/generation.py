@@ -29,4 +29,4 @@ class GenerationConfig:
     use_vllm_server: bool = False
     """Generate on a running `trl vllm-serve` (bf16 bases only) instead of in this process."""
     use_ray: bool = False
-    """Refused: one process owns the card. Kept so that configurations of the published code get a clear answer."""
+    """Refused: one process owns the GPU. Kept so that configurations of the published code get a clear answer."""

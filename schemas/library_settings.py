@@ -19,13 +19,13 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-_ONE_PROCESS = "one process trains on one card, so there is nothing to share out"
+_ONE_PROCESS = "one process trains on one GPU, so there is nothing to share out"
 _OWN_EVALUATION = "evaluation samples and scores held-out questions itself, not by the library's loop"
 _OWN_ENGINE = "the generator is started by this framework (`generator`, `generator_weights`, `kv_cache_gb`)"
 _NO_BEST = "the run's result is that of its last step; `save_total_limit` says how many checkpoints stay to choose from"
 _NO_BATCHING = "the generator decodes all rows of a call together already (`generation_aggregation_steps`)"
 _SHARDING = (
-    "shards a model over processes, and this framework trains in one process on one card. An 8-bit or 4-bit base "
+    "shards a model over processes, and this framework trains in one process on one GPU. An 8-bit or 4-bit base "
     "(`model_args.load_in_8bit`, `model_args.load_in_4bit`) and `optim=paged_adamw_8bit` save memory there"
 )
 
@@ -191,7 +191,7 @@ GRPO_CONFIG = LibrarySettings(
         "ds3_gather_for_generation": f"DeepSpeed {_SHARDING}",
         "cache_implementation": _OWN_ENGINE,
         "vllm_model_impl": _OWN_ENGINE,
-        "vllm_enable_sleep_mode": "vLLM always sleeps while the card scores and trains",
+        "vllm_enable_sleep_mode": "vLLM always sleeps while the GPU scores and trains",
         "vllm_tensor_parallel_size": _ONE_PROCESS,
         "use_transformers_continuous_batching": _NO_BATCHING,
         "transformers_continuous_batching_config": _NO_BATCHING,

@@ -52,7 +52,7 @@ class Method:
     plan_settings: Entry
     """(config, allow_download=...) -> `planner.settings.PlanSettings`, which can plan themselves."""
     choose_fp8: Entry | None = None
-    """(config, card) -> the settings that fp8 brings; None: there is neither a generator nor a frozen model."""
+    """(config, GPU) -> the settings that fp8 brings; None: there is neither a generator nor a frozen model."""
     train: Entry
     """(config, values, plan, device, on_results) -> the finished run."""
     report: Entry

@@ -1,4 +1,4 @@
-"""Knobs of the models on the card: which ones, in what precision, with what adapter."""
+"""Knobs of the models on the GPU: which ones, in what precision, with what adapter."""
 
 import re
 from dataclasses import dataclass, field

@@ -18,7 +18,7 @@ class OptimizationConfig:
     sdpa_backend: Literal["torch", "auto", "cudnn", "flash", "efficient"] = "torch"
     """Kernel that torch's attention tries first on a GPU; `torch`, `auto`: its own order. `cudnn` is refused (NaN)."""
     use_flash_attention: bool = False
-    """Replace `sdpa` by Flash Attention 3 or 2 where the package and the card are there: no padding is computed."""
+    """Replace `sdpa` by Flash Attention 3 or 2 where the package and the GPU are there: no padding is computed."""
     expandable_segments: bool = False
     """Let the trainer's allocator grow its segments: less memory lost between tensors of varying sizes."""
     offload_checkpoints: bool = False
@@ -26,9 +26,9 @@ class OptimizationConfig:
     mlp_tile_tokens: PositiveInt | None = None
     """Run the MLPs on this many tokens at a time; their wide activations then exist for one tile only."""
     preallocate_memory: bool = False
-    """Take the planned peak from the card before anything is loaded: one that is too full fails in the first second."""
+    """Take the planned peak from the GPU before anything is loaded: one that is too full fails in the first second."""
     use_fp8: bool = False
-    """On a card with fp8: KV cache and an unquantised generator in fp8; frozen models of their own scored in fp8."""
+    """On a GPU with fp8: KV cache and an unquantised generator in fp8; frozen models of their own scored in fp8."""
     compile_models: bool = False
     """torch.compile for the forward of a student and a reference of their own (GPU; bf16 or fp8; a minute once)."""
     recover_from_nan: bool = False

@@ -123,7 +123,7 @@ def _check_combinations(config: RunConfig) -> None:
     if config.use_ray:
         raise ValueError(
             "`use_ray` is true; this framework runs teacher, student, reference and generator in one process on one "
-            "card and starts no Ray cluster. Set use_ray=false."
+            "GPU and starts no Ray cluster. Set use_ray=false."
         )
     quantised = config.model_args.load_in_8bit or config.model_args.load_in_4bit
     if config.use_vllm_server and quantised:
@@ -254,7 +254,7 @@ def _path(loc: tuple[int | str, ...], values: Any) -> tuple[int | str, ...]:
 def resolved_values(config: AnyRunConfig, composed: Mapping[str, Any]) -> dict[str, Any]:
     """Flat key -> value as composed, with the defaults of all other settings; `auto` stays what it is.
 
-    It does not depend on the machine, so that a run may be continued on another card.
+    It does not depend on the machine, so that a run may be continued on another GPU.
     """
     method = method_of(config)
     values = TypeAdapter(type(config)).dump_python(config, mode="json")

@@ -16,11 +16,11 @@ class TrainerConfig:
     """`auto` continues an unfinished run of the same configuration in `output_dir`, `never` starts anew (the old folder
     is kept beside it), anything else is the checkpoint folder to continue from."""
     card_gb: Annotated[float, Field(gt=0)] = 85.0
-    """Decimal GB of the card that the run configuration is for: what is planned for where no GPU is found."""
+    """Decimal GB of the GPU that the run configuration is for: what is planned for where no GPU is found."""
     gpu_gb: Annotated[float, Field(gt=0)] | None = None
-    """Plan for a card of this many decimal GB instead of the one that is found."""
+    """Plan for a GPU of this many decimal GB instead of the one that is found."""
     allow_oversubscription: bool = False
-    """Start although the memory plan exceeds the card."""
+    """Start although the memory plan exceeds the GPU."""
     max_growth_warnings: Annotated[int, Field(ge=0)] = 3
     """How often the watchdog may warn that memory grows from step to step."""
 

@@ -25,6 +25,7 @@ import pyarrow.parquet
 from core.errors import UserError
 from core.log import configure_logging, console, log
 from data.sources import RawRow, read_rows
+from runs.files import replaced_file
 from schemas.run import ConfigError
 from scoring.texts import TextScorer
 
@@ -56,7 +57,7 @@ def score_file(source: str, target: Path, *, run: str, column: str, close_explan
     for raw, row in zip(rows, scored, strict=True):
         row[column] = row.pop("explanation")
         table.append(dict.fromkeys(names) | _columns(raw) | row)
-    _write_whole(table, target)
+    _write(table, target)
     return table
 
 
@@ -82,13 +83,12 @@ def _check_target(source: str, target: Path) -> None:
     )
 
 
-def _write_whole(table: list[Row], target: Path) -> None:
-    partial = target.with_name(f".{target.name}.partial")
-    if target.suffix == ".jsonl":
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in table))
-    else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), partial)
-    os.replace(partial, target)
+def _write(table: list[Row], target: Path) -> None:
+    with replaced_file(target) as partial:
+        if target.suffix == ".jsonl":
+            partial.write_text("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in table))
+        else:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), partial)
 
 
 def main(words: Sequence[str] | None = None) -> int:

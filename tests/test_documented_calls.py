@@ -267,7 +267,7 @@ def test_a_recommendation_names_precision_attention_and_calls_that_exist(vram_gb
     config = Efficient.recommend_config(vram_gb=vram_gb, training=True)
     assert "bf16" in config.precision and "sdpa" in config.attention and config.device == "cuda"
     assert all(hasattr(Efficient, name) for name in re.findall(r"Efficient\.(\w+)", config.use))
-    assert ("checkpointing" in config.optimisations) == ("enable_checkpointing" in config.use)
+    assert ("checkpointing" in config.optimizations) == ("enable_checkpointing" in config.use)
 
 
 # what our own documents say
@@ -292,7 +292,7 @@ EXPLAINED = (
 )
 EXAMPLES = [
     *((f"optimization/README.md {i}", b) for i, b in enumerate(python_blocks(ROOT / "optimization" / "README.md"))),
-    *((f"docs/optimisations.md {i}", b) for i, b in enumerate(python_blocks(ROOT / "docs" / "optimisations.md"))),
+    *((f"docs/optimizations.md {i}", b) for i, b in enumerate(python_blocks(ROOT / "docs" / "optimizations.md"))),
     *((f"{thing.__name__} {i}", b) for thing in EXPLAINED for i, b in enumerate(docstring_blocks(thing))),
 ]
 
@@ -332,7 +332,7 @@ OLDER_NAMES = {
 
 
 def rows_of(heading: str) -> list[tuple[str, str]]:
-    text = (ROOT / "docs" / "optimisations.md").read_text()
+    text = (ROOT / "docs" / "optimizations.md").read_text()
     table = text.split(f"| {heading if '`' in heading else f'`{heading}`'} | here |\n", 1)[1].split("\n\n", 1)[0]
     return [tuple(cell.strip() for cell in row.strip("|").split("|")) for row in table.splitlines()[1:]]
 
@@ -366,11 +366,11 @@ def test_the_table_of_recommendations_is_what_is_recommended():
         assert cells == [
             f"`{scratch.model}`",
             f"{scratch.batch_size} x {scratch.seq_len}",
-            ", ".join(scratch.optimisations[1:]),
+            ", ".join(scratch.optimizations[1:]),
             f"{scratch.predicted_gb:.1f}",
             teacher.model.split("/")[1].removesuffix("-Instruct"),
             f"{teacher.batch_size} x {teacher.seq_len}",
-            teacher.optimisations[0],
+            teacher.optimizations[0],
             f"{teacher.predicted_gb:.1f}",
         ]
     assert len(table) > 5

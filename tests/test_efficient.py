@@ -317,7 +317,7 @@ def test_recommendations_fit_their_card_and_grow_with_it(training):
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
     for vram_gb, one in zip(CARDS_GB, found, strict=True):
         assert one.predicted_gb <= 0.97 * vram_gb
-        assert one.batch_size >= 1 and one.seq_len >= 1024 and one.optimisations and one.device == "cuda"
+        assert one.batch_size >= 1 and one.seq_len >= 1024 and one.optimizations and one.device == "cuda"
         assert "sdpa" in one.attention and one.precision
 
 
@@ -359,8 +359,8 @@ def test_a_recommended_training_fits_and_twice_its_rows_do_not():
                 shape=shape,
                 batch=batch,
                 length=one.seq_len,
-                optimizer=one.optimisations[-1],
-                checkpointing="checkpointing" in one.optimisations,
+                optimizer=one.optimizations[-1],
+                checkpointing="checkpointing" in one.optimizations,
             )
         )
 

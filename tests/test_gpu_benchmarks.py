@@ -1,4 +1,4 @@
-"""benchmarks/gpu on a machine without a card: the runner, the arithmetic, the pages, and every script end to end."""
+"""benchmarks/gpu on a machine without a GPU: the runner, the arithmetic, the pages, and every script end to end."""
 
 import importlib
 import json
@@ -67,7 +67,7 @@ def test_a_cell_that_fails_stops_no_other_and_the_next_call_repeats_only_what_fa
     assert {name: result.status for name, result in results.items()} == {
         "fails": "failed", "refused": "failed", "skips": "skipped", "works": "ok",
     }  # fmt: skip
-    assert "the card is on fire" in results["fails"].reason and results["fails"].figures["measured_before"] == "4.2"
+    assert "the GPU is on fire" in results["fails"].reason and results["fails"].figures["measured_before"] == "4.2"
     assert "remedy" in results["refused"].reason and "take the other" in results["refused"].reason
     assert results["skips"].reason == "nothing to measure here"
     assert results["works"].figures["argument"] == 7 and results["works"].figures["shape"] == "tiny"
@@ -252,7 +252,7 @@ def test_a_paused_watch_asks_nothing(monkeypatch):
 
 
 class FakeCard:
-    """A card of 100 GB of which 3 are in use outside of torch."""
+    """A GPU of 100 GB of which 3 are in use outside of torch."""
 
     def __init__(self, monkeypatch):
         self.reserved, self.asleep, self.fraction = int(2e9), 0, 1.0
@@ -291,7 +291,7 @@ def test_sleeping_bytes_are_those_that_the_allocator_marks(monkeypatch):
 
 
 def test_components_on_a_card_add_up(monkeypatch):
-    """Figures of a stand-in for the card: each component is what is left after the others."""
+    """Figures of a stand-in for the GPU: each component is what is left after the others."""
     gigabyte = int(1e9)
     card = FakeCard(monkeypatch)
     card.reserved, card.asleep = 40 * gigabyte, 27 * gigabyte
@@ -366,7 +366,7 @@ def test_the_grid_becomes_points_and_the_points_proposals(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_gradients_are_looked_at(monkeypatch, masked):
-    """On a CPU, whose fused kernel stands for a card's; a kernel that does not exist says so."""
+    """On a CPU, whose fused kernel stands for a GPU's; a kernel that does not exist says so."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     time_ms, gradients = kernels._forward_and_backward(SDPBackend.FLASH_ATTENTION, masked, length=80, device="cpu")
     assert float(time_ms) > 0 and gradients == "finite"
@@ -456,7 +456,7 @@ def test_the_pages_show_the_present_figures():
 
 
 def test_a_page_without_markers_is_refused():
-    with pytest.raises(ValueError, match="measured on a card"):
+    with pytest.raises(ValueError, match="measured on a GPU"):
         report.with_section("no markers", [])
 
 

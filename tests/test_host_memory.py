@@ -1,4 +1,4 @@
-"""Peaks of the phases while vLLM sleeps and wakes on the same card, and its end: on a stand-in for the card."""
+"""Peaks of the phases while vLLM sleeps and wakes on the same GPU, and its end: on a stand-in for the GPU."""
 
 import json
 import random
@@ -46,7 +46,7 @@ def card(monkeypatch):
 
 @pytest.fixture
 def host(card, monkeypatch):
-    """A host whose models take 18 GB of the card."""
+    """A host whose models take 18 GB of the GPU."""
 
     def load(*_):
         card.allocate(9 * GB)
@@ -186,7 +186,7 @@ def test_on_a_card_too_full_to_wake_in_the_engine_is_left_to_the_end_of_the_proc
 
 
 def test_vllm_takes_as_many_tokens_at_once_as_the_plan_counts(card, monkeypatch):
-    """Its own choice is 16,384 on cards of 70 GB and more."""
+    """Its own choice is 16,384 on GPUs of 70 GB and more."""
     stub_module(monkeypatch, "vllm", LLM=lambda **settings: settings)
     assert vllm_engine._start_engine(ENGINE)["max_num_batched_tokens"] == VLLM_BATCHED_TOKENS.value
     long_calls = replace(ENGINE, max_model_len=16_384)

@@ -1,6 +1,7 @@
-"""One process, one GPU: which one it is, and that the others are hidden in time, with two fake cards."""
+"""One process, one GPU: which one it is, and that the others are hidden in time, with two fake GPUs."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -161,3 +162,11 @@ def test_the_others_are_hidden_before_torch_is_loaded(call: str, tmp_path: Path)
     command = [sys.executable, "-c", f"ROOT = {str(ROOT)!r}{_UP_TO_TORCH}{call}"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["GPU-b"], done.stderr
+
+
+def test_one_module_asks_torch_which_gpu_there_is_and_what_it_can_do() -> None:
+    question = re.compile(r"torch\.cuda\.(is_available|device_count|get_device_|is_bf16_supported)")
+    packages = [path for path in ROOT.iterdir() if path.is_dir() and path.name not in ("tests", ".venv", "results")]
+    files = [*ROOT.glob("*.py"), *(file for package in packages for file in package.rglob("*.py"))]
+    asking = {str(file.relative_to(ROOT)) for file in files if question.search(file.read_text())}
+    assert asking == {"optimization/gpu.py"}

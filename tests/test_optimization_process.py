@@ -1,4 +1,4 @@
-"""Optimisations of the process: each changes what it says, puts it back, and says why it does nothing."""
+"""Optimizations of the process: each changes what it says, puts it back, and says why it does nothing."""
 
 import gc
 import os
@@ -163,7 +163,7 @@ def test_environment_variables_are_set_unless_the_user_set_them():
 def test_fp8_is_told_by_the_compute_level():
     ada = Card(name="4090", capability=(8, 9), total_bytes=25_000_000_000)
     assert check_fp8_support(card=H100).skipped is None and check_fp8_support(card=ada).skipped is None
-    assert "not on this card" in check_fp8_support(card=A100).skipped
+    assert "not on this GPU" in check_fp8_support(card=A100).skipped
 
 
 class _Cyclic:
@@ -256,8 +256,8 @@ def test_undo_goes_backwards_once():
 def test_the_table_says_what_changed_and_why_not():
     done = AppliedOptimization(name="one", changes=(Change(what="x", before=1, after=2),), effect="3 GB")
     chosen = ChosenSettings(name="three", settings={"use_fp8": True}, reason="it can")
-    text = shown(records_table([done, Obstacle(name="two", skipped="no card"), chosen]))
-    assert "x: 1 -> 2" in text and "3 GB" in text and "no card" in text
+    text = shown(records_table([done, Obstacle(name="two", skipped="no GPU"), chosen]))
+    assert "x: 1 -> 2" in text and "3 GB" in text and "no GPU" in text
     assert "chosen: use_fp8=True" in text and "it can" in text
     assert str(chosen) == "three: chosen: use_fp8=True" and not chosen.applied
 
@@ -285,7 +285,7 @@ def test_the_readme_names_every_function_and_every_setting():
 
 @pytest.mark.parametrize("script", OLD_SCRIPTS)
 def test_the_old_names_are_mapped(script):
-    rows = (CONFIG_ROOT.parent / "docs" / "optimisations.md").read_text().splitlines()
+    rows = (CONFIG_ROOT.parent / "docs" / "optimizations.md").read_text().splitlines()
     assert any(script in row and "./optimize.sh --" in row for row in rows)
 
 

@@ -136,7 +136,7 @@ def test_a_knob_of_the_process_is_applied_and_undone_with_the_run(words, name, c
     assert (torch.get_float32_matmul_precision(), torch._C._get_sdp_priority_order()) == (precision, order)
 
 
-def test_a_run_without_optimisations_gets_none():
+def test_a_run_without_optimizations_gets_none():
     config = config_of("optimization_cfg=none")
     assert apply_optimizations(config, card=H100) == (config, [])
     assert optimize_models(config, torch.nn.Linear(1, 1), None, None) == []
@@ -255,7 +255,7 @@ def test_leaving_early_ends_the_thread():
 
 @pytest.mark.gpu
 def test_copies_to_the_gpu_beside_the_computation_are_the_batches():
-    """Which way is faster depends on the card and its bus: the times are printed, not asserted."""
+    """Which way is faster depends on the GPU and its bus: the times are printed, not asserted."""
     batches = [torch.randn(64, 1024, 1024) for _ in range(8)]
     weight = torch.randn(1024, 1024, device="cuda")
 

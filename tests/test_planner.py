@@ -1,4 +1,4 @@
-"""Properties of the memory plan, of what fits a card, and of the models' shapes. No torch."""
+"""Properties of the memory plan, of what fits a GPU, and of the models' shapes. No torch."""
 
 import io
 import json
@@ -27,7 +27,7 @@ from planner.fit import (
 from planner.host_memory import pinned_bytes, vllm_tensors
 from planner.plan import MemoryPlan, plan, plan_run, usable_bytes
 from planner.planned import plan_config
-from planner.readme_table import END, START, main, with_table
+from planner.readme_table import END, START, main
 from planner.report import lever_lines, plan_table, summary_lines
 from planner.settings import Precision
 from planner.shapes import known_shapes, load_shape, shape_from_config
@@ -294,7 +294,7 @@ def test_a_run_that_fits_needs_no_change(values: dict) -> None:
 
 
 def test_what_fits_no_card_says_so(values: dict) -> None:
-    with pytest.raises(UserError, match="larger card"):
+    with pytest.raises(UserError, match="larger GPU"):
         nearest_fit(values, int(1.5e9))
 
 
@@ -386,8 +386,9 @@ def test_every_run_config_has_a_row_and_the_check_sees_an_old_table(tmp_path: Pa
     text = readme.read_text()
     assert text.startswith("intro\n") and text.endswith(f"{END}\nend\n") and "before" not in text
     assert all(f"`{name}`" in text for name in run_config_names())
+    readme.write_text("no markers")
     with pytest.raises(ValueError, match="no <!-- table"):
-        with_table("no markers")
+        main([], readme)
 
 
 def test_the_planner_answers_without_torch() -> None:

@@ -16,7 +16,7 @@ def config_of(*words, run="teacher_rlt_tiny"):
 
 @pytest.fixture
 def one_gpu(monkeypatch):
-    """A CUDA build of torch that sees one card of 85 GB."""
+    """A CUDA build of torch that sees one GPU of 85 GB."""
     properties = SimpleNamespace(name="H100", major=9, minor=0, total_memory=85_000_000_000)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

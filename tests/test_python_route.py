@@ -117,7 +117,7 @@ def test_a_plan_is_that_of_the_run_and_shows_itself():
     plan = plan_run(load_run_config(compose_run_config("teacher_rlt_mono_85gb", words)), int(24e9))
     assert shown.plan == plan and not shown.fits
     text, html = repr(shown), shown._repr_html_()
-    for word in ("load", "generate", "score", "train", "sync", "does not fit a card of 24.0 GB", "KV cache"):
+    for word in ("load", "generate", "score", "train", "sync", "does not fit a GPU of 24.0 GB", "KV cache"):
         assert word in text and word in html
     assert html.startswith("<pre") and html.endswith("</pre>") and "\x1b" not in text
     assert rlt.plan("teacher_rlt_mono_85gb", gpu_gb=85).fits

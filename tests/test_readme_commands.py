@@ -38,7 +38,7 @@ NO_GPU = Expected(2, "no CUDA device on this machine")
 WALKED = {
     "./launch_mono.sh": Expected(0, "after 2 steps", added="max_steps=2"),
     "python test_config_85gb.py": Expected(0, "ready"),
-    "python test_config_85gb.py --gpu-gb 24 --all": Expected(1, "teacher_rlt_mono_85gb does not fit a card of 24.0 GB"),
+    "python test_config_85gb.py --gpu-gb 24 --all": Expected(1, "teacher_rlt_mono_85gb does not fit a GPU of 24.0 GB"),
     "./launch_mono.sh teacher_rlt_mono_85gb max_steps=300 logging_steps=2": NO_GPU,
     "python train.py --config-name=teacher_rlt_mono_85gb learning_rate=2e-5": NO_GPU,
     "./optimize.sh --all": Expected(0, "to train with it:"),

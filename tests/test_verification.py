@@ -91,8 +91,8 @@ def test_missing_and_old_packages_come_with_the_pip_line(monkeypatch: pytest.Mon
 def test_gpu_checks_compare_free_memory_with_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_config("teacher_rlt_mono_85gb", int(85e9)).plan
     monkeypatch.setattr(readiness, "_torch_cuda_version", lambda: "13.0")
-    free = Gpu(name="card", driver="580", total_bytes=int(85e9), used_bytes=0)
-    taken = Gpu(name="card", driver="580", total_bytes=int(85e9), used_bytes=int(60e9))
+    free = Gpu(name="GPU", driver="580", total_bytes=int(85e9), used_bytes=0)
+    taken = Gpu(name="GPU", driver="580", total_bytes=int(85e9), used_bytes=int(60e9))
     assert all(check.status == "ok" for check in check_gpu(free, plan))
     assert [check.name for check in check_gpu(taken, plan) if check.status == "failure"] == ["free memory"]
     assert [check.status for check in check_gpu(None, plan)] == ["warning"]

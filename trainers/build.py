@@ -103,13 +103,13 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
     config = run.config
     quiet_libraries()
     set_seed(config.grpo.seed)  # the adapter's initial values
-    optimisations = preallocate_planned(config, run.plan)
+    optimizations = preallocate_planned(config, run.plan)
     roles = [Role.TEACHER, Role.STUDENT, *([Role.REFERENCE] if config.grpo.beta else [])]
     host = ModelHost(config, roles=roles, max_score_tokens=run.plan.settings.score_batch_tokens)
     try:
-        optimisations += optimize_models(config, host.teacher, host.student, host.reference)
-        if optimisations:
-            console.print(records_table(optimisations, "optimisations of the models"))
+        optimizations += optimize_models(config, host.teacher, host.student, host.reference)
+        if optimizations:
+            console.print(records_table(optimizations, "optimizations of the models"))
         return _assemble(run, host)
     except BaseException:
         host.close()

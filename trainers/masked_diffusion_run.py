@@ -150,12 +150,12 @@ def build_diffusion_trainer(
     quiet_libraries()
     set_seed(config.args.seed)  # a new model's or adapter's initial values
     meter = PhaseMeter(device)
-    optimisations = preallocate_planned(config, plan)
+    optimizations = preallocate_planned(config, plan)
     with meter.phase(Phase.LOAD):
         model = load_diffusion_model(config, device, tokenizer)
-    optimisations += optimize_models(config, model, None, None)
-    if optimisations:
-        console.print(records_table(optimisations, "optimisations of the model"))
+    optimizations += optimize_models(config, model, None, None)
+    if optimizations:
+        console.print(records_table(optimizations, "optimizations of the model"))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
     log.info("the model is on %s; %s of %s parameters are trained", device, f"{trained:,}", f"{everything:,}")

@@ -18,12 +18,12 @@ _MILDEST_FIRST = (0, 2, 1)
 def run_jobs(command: Sequence[str], jobs: Sequence[Mapping[str, Any]]) -> int:
     """Run `command` once for each job, one after the other; it reads the job's composed values from its stdin as JSON.
 
-    A GPU is then as empty for the second job as it was for the first: what a library leaves on the card, or broken in
+    A GPU is then as empty for the second job as it was for the first: what a library leaves on the GPU, or broken in
     CUDA, ends with its process. A job that fails does not stop the others; Ctrl-C and SIGTERM reach the job at work,
     which saves and ends, and no further one starts.
 
     Raises:
-        ConfigError: a job is not valid; none was started. The card is not touched for it: it is the jobs' own.
+        ConfigError: a job is not valid; none was started. The GPU is not touched for it: it is the jobs' own.
 
     Returns:
         The worst exit status of the jobs: 1 over 2 over 0; 130 where the sweep was interrupted.

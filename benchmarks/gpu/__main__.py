@@ -1,9 +1,9 @@
-"""Measure a card: `make gpu`, or `python -m benchmarks.gpu [--part a] [--shape 7B]`.
+"""Measure a GPU: `make gpu`, or `python -m benchmarks.gpu [--part a] [--shape 7B]`.
 
 Parts a to g (`--list` names them), each within --limit-s, their cells in fresh processes. The same call goes on where
-the last one stopped: a cell with a result of this card, these versions and these sources is not run again. Results are
-JSON in --out; on a card (shape 7B) they also go into docs/measurements.json, from which docs/measurements.md and the
-README's table are written. Without a card what needs CUDA is skipped with the reason, and the docs stay as they are:
+the last one stopped: a cell with a result of this GPU, these versions and these sources is not run again. Results are
+JSON in --out; on a GPU (shape 7B) they also go into docs/measurements.json, from which docs/measurements.md and the
+README's table are written. Without a GPU what needs CUDA is skipped with the reason, and the docs stay as they are:
 
     python -m benchmarks.gpu --shape tiny          everything end to end on a CPU, minutes
 
@@ -25,7 +25,7 @@ from core.log import configure_logging, console, log
 from planner.shapes import model_sizes
 
 SHAPES = ("tiny", *(size for size in model_sizes("Qwen2.5") if size != "72B"))
-"""A 72B takes 145 GB in 16 bits, more than the cards have that these parts are for."""
+"""A 72B takes 145 GB in 16 bits, more than the GPUs have that these parts are for."""
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -49,9 +49,9 @@ def require_cuda() -> None:
     Raises:
         SkipCell: torch sees no CUDA device.
     """
-    import torch
+    from optimization.gpu import has_gpu
 
-    if not torch.cuda.is_available():
+    if not has_gpu():
         raise SkipCell("torch sees no CUDA device")
 
 

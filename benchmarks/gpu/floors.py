@@ -1,4 +1,4 @@
-"""The least time that a card needs for a step, from the rates that it was measured at. Arithmetic; no torch.
+"""The least time that a GPU needs for a step, from the rates that it was measured at. Arithmetic; no torch.
 
 Linear layers take 2 operations a weight and token, attention 4 a pair of query and key and channel. Training an
 adapter with recomputed blocks runs each linear three times (forward, forward again, gradient of the inputs; none of the
@@ -15,7 +15,7 @@ from planner.shapes import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What the card was measured at."""
+    """What the GPU was measured at."""
 
     copy_bytes_per_s: float
     """Bytes read and written a second."""

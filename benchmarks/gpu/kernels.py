@@ -4,7 +4,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import gpu_optimisations
+from benchmarks import gpu_optimizations
 from benchmarks.gpu.cell import Setup, require_cuda
 from benchmarks.gpu.runner import Figures
 
@@ -17,13 +17,13 @@ _KERNELS = {
 }
 
 
-def optimisations(setup: Setup, figures: Figures) -> None:
-    """The ratios of benchmarks/gpu_optimisations.py."""
+def optimizations(setup: Setup, figures: Figures) -> None:
+    """The ratios of benchmarks/gpu_optimizations.py."""
     require_cuda()
     rows = []
-    for what, plain_s, optimised_s in gpu_optimisations.comparisons():
-        rows.append([what, f"{1e3 * plain_s:.2f}", f"{1e3 * optimised_s:.2f}", f"{optimised_s / plain_s:.2f}"])
-        figures.add_table("optimisations", ("what", "plain, ms", "with it, ms", "ratio"), rows)
+    for what, plain_s, optimized_s in gpu_optimizations.comparisons():
+        rows.append([what, f"{1e3 * plain_s:.2f}", f"{1e3 * optimized_s:.2f}", f"{optimized_s / plain_s:.2f}"])
+        figures.add_table("optimizations", ("what", "plain, ms", "with it, ms", "ratio"), rows)
 
 
 def attention_kernels(setup: Setup, figures: Figures) -> None:
@@ -62,7 +62,7 @@ def _forward_and_backward(
 
     try:
         with sdpa_kernel(kernel):
-            milliseconds = 1e3 * gpu_optimisations.seconds_of(step)
+            milliseconds = 1e3 * gpu_optimizations.seconds_of(step)
     except RuntimeError as error:  # no kernel of this kind for these inputs
         return "", str(error).splitlines()[0][:80]
     finite = all(bool(t.grad.isfinite().all()) for t in (query, key, value) if t.grad is not None)

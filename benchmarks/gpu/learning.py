@@ -1,4 +1,4 @@
-"""Part g: the embedded run on the card. Real weights, small: it has to learn as it does on a CPU."""
+"""Part g: the embedded run on the GPU. Real weights, small: it has to learn as it does on a CPU."""
 
 import json
 import subprocess

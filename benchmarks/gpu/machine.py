@@ -1,4 +1,4 @@
-"""What a figure depends on: card, driver, versions, sources. Standard library and the driver only; no torch."""
+"""What a figure depends on: GPU, driver, versions, sources. Standard library and the driver only; no torch."""
 
 import hashlib
 import importlib.metadata

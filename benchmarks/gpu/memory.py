@@ -1,7 +1,7 @@
-"""Bytes on the card as its driver counts them, and which of them belong to what.
+"""Bytes on the GPU as its driver counts them, and which of them belong to what.
 
 torch's own counters go on counting what a sleeping vLLM has given back, so peaks are taken from the driver, by a thread
-that asks it every few milliseconds; not while CUDA graphs are captured, which other threads' calls may break. The card
+that asks it every few milliseconds; not while CUDA graphs are captured, which other threads' calls may break. The GPU
 is taken to be this process's alone.
 """
 
@@ -16,6 +16,7 @@ from torch import nn
 from core.types import Phase
 from core.units import gb
 from models.meter import PhaseMeter
+from optimization.gpu import free_and_total_bytes, has_gpu
 from planner.plan import MemoryPlan
 
 OUTSIDE = "outside of the phases"
@@ -24,7 +25,7 @@ _INTERVAL_S = 0.005
 
 
 class DriverWatch:
-    """Peak of the bytes in use on the card for each phase of a host. Without CUDA it watches nothing."""
+    """Peak of the bytes in use on the GPU for each phase of a host. Without CUDA it watches nothing."""
 
     def __init__(self) -> None:
         self.peak_bytes: dict[str, int] = {}
@@ -35,7 +36,7 @@ class DriverWatch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        if torch.cuda.is_available():
+        if has_gpu():
             self._thread.start()
         try:
             yield
@@ -64,13 +65,13 @@ class DriverWatch:
 
 
 def used_bytes() -> int:
-    """In use on the card, by the driver's count."""
-    free, total = torch.cuda.mem_get_info()
+    """In use on the GPU, by the driver's count."""
+    free, total = free_and_total_bytes()
     return total - free
 
 
 def outside_torch_bytes() -> int:
-    """In use on the card and not reserved by torch: CUDA context, libraries' workspaces, vLLM outside its pools."""
+    """In use on the GPU and not reserved by torch: CUDA context, libraries' workspaces, vLLM outside its pools."""
     torch.cuda.synchronize()
     return used_bytes() - (torch.cuda.memory_reserved() - vllm_pool_bytes(asleep=True))
 
@@ -128,16 +129,16 @@ def touch_card() -> None:
 
 
 class MemoryCap:
-    """Makes a card as small as another one, for torch, for vLLM and for the plan.
+    """Makes a GPU as small as another one, for torch, for vLLM and for the plan.
 
     torch counts a sleeping pool as in use, so its share is raised by as much while the engine sleeps.
     """
 
     def __init__(self, card_bytes: int, warm_up: Callable[[], None] = touch_card) -> None:
-        """`card_bytes` as the driver of the smaller card would report them; call before anything is loaded."""
+        """`card_bytes` as the driver of the smaller GPU would report them; call before anything is loaded."""
         self.card_bytes = card_bytes
         warm_up()
-        _, self._total_bytes = torch.cuda.mem_get_info()
+        _, self._total_bytes = free_and_total_bytes()
         self._outside_bytes = outside_torch_bytes()
         self.apply()
 
@@ -146,7 +147,7 @@ class MemoryCap:
         torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / self._total_bytes))
 
     def share(self, utilization_frac: float) -> float:
-        """vLLM's share of the smaller card as a share of this one."""
+        """vLLM's share of the smaller GPU as a share of this one."""
         return utilization_frac * self.card_bytes / self._total_bytes
 
 

@@ -7,7 +7,7 @@ from benchmarks.gpu.runner import Cell
 
 _NUM_GRID_POINTS = 7
 """Of tests/test_planner_gpu.py; a test holds the two together without importing torch here."""
-# Configurations for small cards, and the shape that each has its teacher of.
+# Configurations for small GPUs, and the shape that each has its teacher of.
 _SMALL_CARDS = {
     "teacher_rlt_mono_8gb": "1.5B",
     "teacher_rlt_mono_12gb": "3B",
@@ -51,7 +51,7 @@ PARTS = {
         ),
         Part(
             letter="e",
-            question="QLoRA configurations for small cards, on a card made as small",
+            question="QLoRA configurations for small GPUs, on a GPU made as small",
             if_it_fails="out of memory: the components table, then the configuration's levers "
             "(python test_config_85gb.py --config-name NAME)",
         ),
@@ -62,7 +62,7 @@ PARTS = {
         ),
         Part(
             letter="g",
-            question="50 steps of the embedded run: does it learn on this card",
+            question="50 steps of the embedded run: does it learn on this GPU",
             if_it_fails="results of the run below OUT/scratch/embedded: metrics.jsonl, completions/",
         ),
     )
@@ -110,7 +110,7 @@ _CELLS: dict[str, list[Cell]] = {
     ],
     "f": [
         _cell("f", "attention", "kernels:attention_kernels", 60),
-        _cell("f", "optimisations", "kernels:optimisations", 180),
+        _cell("f", "optimizations", "kernels:optimizations", 180),
     ],
     "g": [_cell("g", "embedded_run", "learning:embedded_run", 300)],
 }

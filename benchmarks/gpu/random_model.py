@@ -1,6 +1,6 @@
 """A checkpoint of a real shape with random weights, its tokenizer, and questions of a wanted length.
 
-Made on the spot, on the card where there is one. Every row of the embedding has a token, so that whatever is sampled
+Made on the spot, on the GPU where there is one. Every row of the embedding has a token, so that whatever is sampled
 decodes; the weights follow transformers' own initial values (normal, 0.02), so that log-probs are close to uniform.
 """
 
@@ -19,6 +19,7 @@ from core.log import log
 from core.units import format_gb
 from data.formats import PromptFormat, encode
 from data.tags import TAG_STYLES
+from optimization.gpu import pick_device
 from planner.shapes import ModelShape, load_shape, model_sizes
 
 TINY = ModelShape(
@@ -167,7 +168,7 @@ def _write_weights(config: Qwen2Config, folder: Path) -> int:
         state = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device("auto").type
     generator = torch.Generator(device).manual_seed(0)
     shard: dict[str, torch.Tensor] = {}
     weight_map: dict[str, str] = {}

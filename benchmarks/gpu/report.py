@@ -1,6 +1,6 @@
-"""Figures of cards in the docs: docs/measurements.json holds them, docs/measurements.md and README.md show them.
+"""Figures of GPUs in the docs: docs/measurements.json holds them, docs/measurements.md and README.md show them.
 
-`python -m benchmarks.gpu.report` writes both pages anew from the file; `--add FOLDER` takes in the results of a card on
+`python -m benchmarks.gpu.report` writes both pages anew from the file; `--add FOLDER` takes in the results of a GPU on
 another machine, which lie in its --out folder.
 """
 
@@ -16,18 +16,19 @@ from benchmarks.gpu.machine import ROOT
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.runner import Result, write_whole
 from core.log import console
+from core.marked_block import with_block
 from planner import readme_table
 
 PUBLISHED_SHAPE = "7B"
 """What the configurations of parts a and d are made for; figures of other shapes stay where they were measured."""
-START, END = "<!-- measured on a card -->", "<!-- /measured on a card -->"
+START, END = "<!-- measured on a GPU -->", "<!-- /measured on a GPU -->"
 
 
 def publish(results: Sequence[Result], root: Path = ROOT) -> None:
     """Add results to docs/measurements.json and write the pages.
 
-    A cell that is measured again on the same card with the same versions replaces its earlier figures; figures of
-    other cards and versions stay.
+    A cell that is measured again on the same GPU with the same versions replaces its earlier figures; figures of
+    other GPUs and versions stay.
     """
     file = root / "docs" / "measurements.json"
     new = [_published(result) for result in results if result.status == "ok"]
@@ -38,7 +39,7 @@ def publish(results: Sequence[Result], root: Path = ROOT) -> None:
 
 
 def results_in(folder: Path) -> list[Result]:
-    """Results of a card in an --out folder, of the shape that the configurations are made for."""
+    """Results of a GPU in an --out folder, of the shape that the configurations are made for."""
     results = [Result(**json.loads(path.read_text())) for path in sorted(folder.glob("?-*.json"))]
     return [result for result in results if result.machine["card"] is not None and result.shape == PUBLISHED_SHAPE]
 
@@ -56,7 +57,7 @@ def _key(entry: dict[str, Any]) -> str:
 
 
 def _setting(machine: dict[str, Any]) -> str:
-    """Card, driver and versions in words: figures under one such heading may be compared."""
+    """GPU, driver and versions in words: figures under one such heading may be compared."""
     versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
     card = f"{machine['card']} ({machine['card_gb']} GB), driver {machine['driver']}"
     return f"{card}, Python {machine['python']}, {versions}"
@@ -92,22 +93,17 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def with_section(page: str, entries: Sequence[dict[str, Any]]) -> str:
-    """
-    Raises:
-        ValueError: a marker is missing.
-    """
-    before, start, rest = page.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise ValueError(f"docs/measurements.md has no {START} ... {END}")
-    return f"{before}{START}\n{section(entries)}\n{END}{after}"
+    """docs/measurements.md with the figures of these entries."""
+    return with_block(page, section(entries), start=START, end=END)
 
 
 def write_pages(root: Path = ROOT) -> None:
     measurements = root / "docs" / "measurements.json"
     page, readme = root / "docs" / "measurements.md", root / "README.md"
     page.write_text(with_section(page.read_text(), json.loads(measurements.read_text())))
-    readme.write_text(readme_table.with_table(readme.read_text(), measurements))
+    readme.write_text(
+        with_block(readme.read_text(), readme_table.table(measurements), start=readme_table.START, end=readme_table.END)
+    )
 
 
 def main(words: Sequence[str] | None = None) -> int:

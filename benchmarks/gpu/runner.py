@@ -165,7 +165,7 @@ def _run(command: list[str], lines: Any, limit_s: float) -> int | None:
 
 
 def _environment() -> dict[str, str]:
-    """That of this process; one card is to be seen, the first that is visible, numbered as nvidia-smi does."""
+    """That of this process; one GPU is to be seen, the first that is visible, numbered as nvidia-smi does."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return _QUIET | dict(os.environ) | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
 

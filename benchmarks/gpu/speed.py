@@ -1,4 +1,4 @@
-"""Part d: seconds and tokens/s of each phase beside the floor that this card's own rates allow."""
+"""Part d: seconds and tokens/s of each phase beside the floor that this GPU's own rates allow."""
 
 import time
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from benchmarks.gpu.floors import Rates, StepWork, floor_seconds
 from benchmarks.gpu.parts import WHOLE_RUN
 from benchmarks.gpu.random_model import shape_named
 from benchmarks.gpu.runner import Figures, read_result
+from optimization.gpu import has_gpu, pick_device
 
 _COPY_BYTES = {"cuda": 4 << 30, "cpu": 64 << 20}
 _MATMUL_WIDTH = {"cuda": 8192, "cpu": 512}
@@ -36,7 +37,7 @@ def phases_beside_floors(setup: Setup, figures: Figures) -> None:
 
 def measured_rates() -> Rates:
     """Of a large copy on the device, and of a large square bf16 product."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device("auto").type
     source = torch.empty(_COPY_BYTES[device], dtype=torch.uint8, device=device).fill_(1)
     target, width = torch.empty_like(source), _MATMUL_WIDTH[device]
     a = torch.randn(width, width, device=device).bfloat16()
@@ -52,7 +53,7 @@ def _seconds_of(call: Callable[[], Any]) -> float:
     for _ in range(3 + _NUM_CALLS):
         started = time.perf_counter()
         call()
-        if torch.cuda.is_available():
+        if has_gpu():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
     return min(seconds)
@@ -63,7 +64,7 @@ def compare_with_floors(setup: Setup, figures: Figures, rates: Rates, whole_run:
     step = whole_run["steps"][-1]
     work = StepWork(
         shape=shape_named(setup.shape),
-        generator_precision="int8" if torch.cuda.is_available() else "bf16",
+        generator_precision="int8" if has_gpu() else "bf16",
         rows=whole_run["rows"],
         group=whole_run["rows"],
         prompt_len=whole_run["prompt_len"],

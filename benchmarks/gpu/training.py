@@ -42,7 +42,7 @@ from generation.vllm_engine import VLLMGenerator
 from models.host import ModelHost
 from models.meter import PhaseMeter
 from optimization import optimized
-from optimization.gpu import memory_of
+from optimization.gpu import has_gpu, memory_of
 from planner.fit import own_card_bytes
 from planner.plan import MemoryPlan, plan_run
 from preflight.hardware import check_hardware_and_plan, load_for_this_machine
@@ -79,7 +79,7 @@ class Stopwatch:
             try:
                 return function(*args, **kwargs)
             finally:
-                if torch.cuda.is_available():
+                if has_gpu():
                     torch.cuda.synchronize()
                 self.calls.setdefault(name, []).append(time.perf_counter() - started)
 
@@ -118,16 +118,16 @@ def whole_configuration(setup: Setup, figures: Figures) -> None:
 
 
 def small_card(setup: Setup, figures: Figures) -> None:
-    """Part e: a configuration for a small card, on a card made as small."""
+    """Part e: a configuration for a small GPU, on a GPU made as small."""
     shape = "tiny" if setup.is_tiny else setup.arguments["shape"]
     measure_run(setup, figures, setup.arguments["config"], shape, capped=True)
 
 
 def measure_run(setup: Setup, figures: Figures, config_name: str, shape: str, *, capped: bool = False) -> None:
-    on_card = torch.cuda.is_available()
+    on_card = has_gpu()
     card_bytes = own_card_bytes(compose_run_config(config_name))
     if on_card and not setup.is_tiny and memory_of(torch.device("cuda:0")) < 0.97 * card_bytes:
-        raise SkipCell(f"{config_name} is for {format_gb(card_bytes)}, and this card has less")
+        raise SkipCell(f"{config_name} is for {format_gb(card_bytes)}, and this GPU has less")
     for left_behind in setup.scratch.glob(f"{setup.cell}*"):  # by a call that was killed: as large as the model
         shutil.rmtree(left_behind)
     checkpoint = ensure_random_model(shape, setup.scratch / "models")
@@ -145,7 +145,7 @@ def measure_run(setup: Setup, figures: Figures, config_name: str, shape: str, *,
         config=config_name,
         card_gb=gb(card_bytes),
         overrides=list(words),
-        capped="torch's and vLLM's shares of the card" if cap else "no: there is no CUDA device" if capped else None,
+        capped="torch's and vLLM's shares of the GPU" if cap else "no: there is no CUDA device" if capped else None,
         rows=compose_run_config(config_name, words)["train_batch_size"],
         prompt_len=mean(prompt_lens),
     )
@@ -157,7 +157,7 @@ def measure_run(setup: Setup, figures: Figures, config_name: str, shape: str, *,
         assert teacher_config is not None, "speed and memory are measured on teachers' runs"
         peak_bytes = _run(teacher_config, values, figures, watch, stopwatch)
     if cap is not None and peak_bytes > cap.card_bytes:
-        raise RuntimeError(f"a peak of {format_gb(peak_bytes)} on a card that stands for {format_gb(cap.card_bytes)}")
+        raise RuntimeError(f"a peak of {format_gb(peak_bytes)} on a GPU that stands for {format_gb(cap.card_bytes)}")
 
 
 def _words(setup: Setup, config_name: str, checkpoint: Path, card_bytes: int) -> tuple[str, ...]:
@@ -215,9 +215,9 @@ def _and_then(call: Callable[..., Any], cap: MemoryCap) -> Callable[..., Any]:
 
 
 def _run(config: RunConfig, values: dict[str, Any], figures: Figures, watch: DriverWatch, stopwatch: Stopwatch) -> int:
-    """Train, report; returns the highest peak by the driver, 0 without a card."""
+    """Train, report; returns the highest peak by the driver, 0 without a GPU."""
     context_bytes = None
-    if torch.cuda.is_available():
+    if has_gpu():
         touch_card()
         context_bytes = outside_torch_bytes()
     plan, device = check_hardware_and_plan(config)
@@ -237,7 +237,7 @@ def _run(config: RunConfig, values: dict[str, Any], figures: Figures, watch: Dri
 
 
 def _measured(trainer: TeacherGRPOTrainer, sizes: _StepSizes, context_bytes: int | None) -> dict[str, float]:
-    """Component -> measured GB, under the plan's names; what only a card can tell is absent without one."""
+    """Component -> measured GB, under the plan's names; what only a GPU can tell is absent without one."""
     host = trainer.host
     measured = {
         "teacher": module_bytes(host.teacher, adapters=False),

@@ -1,4 +1,4 @@
-"""Decoders that are small enough to train from scratch on one small card."""
+"""Decoders that are small enough to train from scratch on one small GPU."""
 
 import functools
 from collections.abc import Callable

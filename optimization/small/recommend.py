@@ -1,4 +1,4 @@
-"""What a card of a given size can do, as the memory planner sees it.
+"""What a GPU of a given size can do, as the memory planner sees it.
 
 Answers are monotone: with more memory neither model, tokens a row nor tokens a forward ever fall. Each kind of training
 is a ladder of rungs that grow in all three, and the answer is the highest rung that fits.
@@ -34,7 +34,7 @@ _SCRATCH_RUNGS = (
     ("medium", 4096, 8),
     ("medium", 4096, 16),
 )
-"""Size, tokens a row, rows: the model grows first. 65,536 tokens of a forward keep any card busy."""
+"""Size, tokens a row, rows: the model grows first. 65,536 tokens of a forward keep any GPU busy."""
 _CHANGES: tuple[dict[str, Any], ...] = (
     {},
     {"checkpointing": True},
@@ -69,7 +69,7 @@ class Recommendation:
     precision: str
     attention: str
     """The attention kernel that computes it."""
-    optimisations: tuple[str, ...]
+    optimizations: tuple[str, ...]
     device: Literal["cuda", "cpu"]
     predicted_gb: float | None
     """Peak, decimal GB, with the CUDA context and without what the allocator loses; None on the CPU: not planned."""
@@ -78,7 +78,7 @@ class Recommendation:
 
 
 def recommend_config(vram_gb: float, training: Training | bool = True) -> Recommendation:
-    """The largest model that a card of `vram_gb` decimal GB trains or serves, with batch, length and optimisations.
+    """The largest model that a GPU of `vram_gb` decimal GB trains or serves, with batch, length and optimizations.
 
         config = recommend_config(vram_gb=get_vram(), training=True)
 
@@ -88,7 +88,7 @@ def recommend_config(vram_gb: float, training: Training | bool = True) -> Recomm
     `vram_gb` 0, which is what `get_vram` says without a GPU: the smallest of each kind, on the CPU.
 
     Raises:
-        UserError: a card under 4 GB.
+        UserError: a GPU under 4 GB.
     """
     kinds: dict[bool, Training] = {True: "scratch", False: "none"}
     kind = kinds[training] if isinstance(training, bool) else training
@@ -96,7 +96,7 @@ def recommend_config(vram_gb: float, training: Training | bool = True) -> Recomm
         return {"scratch": _scratch_on_cpu, "teacher": _teacher_on_cpu, "none": _serving_on_cpu}[kind]()
     if not vram_gb >= MIN_CARD_GB:
         raise UserError(
-            f"a card of {vram_gb:g} GB for training={training!r}",
+            f"a GPU of {vram_gb:g} GB for training={training!r}",
             expected=f"{MIN_CARD_GB:g} GB or more, or 0 for the CPU",
             remedy="recommend_config(vram_gb=0), or ./launch_mono.sh, which trains the embedded model on the CPU",
         )
@@ -119,7 +119,7 @@ def _small_shape(name: str) -> ModelShape:
 
 
 def _describe_scratch(name: str, training: FullTraining, made: FullTrainingPlan) -> Recommendation:
-    optimisations = ["mixed precision", *(["checkpointing"] if training.checkpointing else []), training.optimizer]
+    optimizations = ["mixed precision", *(["checkpointing"] if training.checkpointing else []), training.optimizer]
     steps = [
         f"Efficient.{name}_llm(vocab_size={_VOCAB_SIZE})",
         *(["Efficient.enable_checkpointing(model)"] if training.checkpointing else []),
@@ -132,7 +132,7 @@ def _describe_scratch(name: str, training: FullTraining, made: FullTrainingPlan)
         seq_len=training.length,
         precision="bf16 over float32 weights (before Ampere: fp16)",
         attention="sdpa: FlashAttention where no row is padded (before Ampere: memory-efficient)",
-        optimisations=tuple(optimisations),
+        optimizations=tuple(optimizations),
         device="cuda",
         predicted_gb=gb(made.peak_bytes + CUDA_CONTEXT_BYTES.value),
         use=", ".join(steps),
@@ -146,7 +146,7 @@ def _scratch_on_cpu() -> Recommendation:
         seq_len=_CPU_LEN,
         precision="float32",
         attention="sdpa",
-        optimisations=("adamw",),
+        optimizations=("adamw",),
         device="cpu",
         predicted_gb=None,
         use=f"Efficient.nano_llm(vocab_size={_VOCAB_SIZE}), Efficient.get_optimizer(model, 'adamw', lr)",
@@ -171,7 +171,7 @@ def _planned(name: str, words: str) -> tuple[RunConfig, TeacherSettings]:
 def _describe_teacher(
     config: RunConfig, settings: TeacherSettings, words: str, predicted_gb: float | None
 ) -> Recommendation:
-    optimisations = [
+    optimizations = [
         _BASES.get(settings.precision, settings.precision),
         f"LoRA rank {settings.lora_r}",
         settings.optimizer,
@@ -186,7 +186,7 @@ def _describe_teacher(
         seq_len=settings.row_len,
         precision=f"{_BASES.get(settings.precision, settings.precision)}, {config.model_args.torch_dtype} products",
         attention=f"{config.model_args.attn_implementation}: {kernel}",
-        optimisations=tuple(optimisations),
+        optimizations=tuple(optimizations),
         device=device,
         predicted_gb=predicted_gb,
         use=f"./launch_mono.sh {words}",
@@ -224,7 +224,7 @@ def _describe_serving(shape: ModelShape, precision: str, predicted_gb: float | N
         seq_len=_SERVED_LEN,
         precision=precision,
         attention="FlashAttention in vLLM, sdpa in transformers" if device == "cuda" else "sdpa",
-        optimisations=(precision,),
+        optimizations=(precision,),
         device=device,
         predicted_gb=predicted_gb,
         use=f"transformers or vLLM with {shape.name}",

@@ -1,4 +1,4 @@
-"""A card without a card: what torch's allocator counts, what vLLM's has mapped, and what the driver would report.
+"""A stand-in for a GPU: what torch's allocator counts, what vLLM's has mapped, and what the driver would report.
 
 `FakeCard.install` puts it behind the functions of `torch.cuda` that the project calls, and behind vLLM's allocator.
 """
@@ -15,7 +15,7 @@ _TRAINER_POOL, _VLLM_POOL = (0, 0), (0, 7)
 
 
 class FakeCard:
-    """One card. `now_bytes` is the truth: every byte that is mapped, beside CUDA's context."""
+    """One GPU. `now_bytes` is the truth: every byte that is mapped, beside CUDA's context."""
 
     def __init__(self) -> None:
         self.segments: dict[int, dict[str, Any]] = {}

@@ -18,7 +18,7 @@ def skips(setup: Setup, figures: Figures) -> None:
 
 def fails(setup: Setup, figures: Figures) -> None:
     figures.update(measured_before="4.2")
-    raise RuntimeError("the card is on fire")
+    raise RuntimeError("the GPU is on fire")
 
 
 def refused(setup: Setup, figures: Figures) -> None:

@@ -19,7 +19,7 @@ class Measured:
     allocated_bytes: int
     reserved_bytes: int
     outside_torch_bytes: int
-    """Used on the card but not by torch's allocator: CUDA context, cuBLAS."""
+    """Used on the GPU but not by torch's allocator: CUDA context, cuBLAS."""
 
 
 def measure_training_step(settings: TeacherSettings) -> Measured:

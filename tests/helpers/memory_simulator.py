@@ -227,7 +227,7 @@ def _on_meta(attention: str, autocast: Bf16Autocast) -> Iterator[None]:
 
 
 def _state_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Everything that lies on the card before the step: parameters, buffers, quantisation statistics."""
+    """Everything that lies on the GPU before the step: parameters, buffers, quantisation statistics."""
     yield from model.parameters()
     yield from model.buffers()
     for module in model.modules():

@@ -1,11 +1,12 @@
 """Rollouts made by hand: one completion per question, of ids that a test chose."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from data.formats import encode
-from rollout.types import Completion, Group, Rollout, RolloutRow
+from rollout.types import Rollout, RolloutRow
+from scoring.with_models import written_rollout
 from tests.helpers.golden import golden_format, golden_tokenizer
 
 
@@ -17,19 +18,14 @@ def rollout_of(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Rollout:
     """Groups of one completion, with the golden tokenizer and format unless another tokenizer is given."""
-    tokenizer = tokenizer or golden_tokenizer()
-    logprobs = sampler_logprobs if sampler_logprobs is not None else [None] * len(completion_ids)
-    return Rollout(
-        groups=tuple(
-            Group(
-                question=question,
-                solution=solution,
-                prompt_ids=encode(tokenizer, golden_format().teacher_prompt_text(tokenizer, question, solution)),
-                completions=(Completion(token_ids=ids, logprobs=values, finish_reason="stop"),),
-            )
-            for question, solution, ids, values in zip(questions, solutions, completion_ids, logprobs, strict=True)
-        )
-    )
+    rollout = written_rollout(tokenizer or golden_tokenizer(), golden_format(), questions, solutions, completion_ids)
+    if sampler_logprobs is None:
+        return rollout
+    groups = [
+        replace(group, completions=(replace(group.completions[0], logprobs=values),))
+        for group, values in zip(rollout.groups, sampler_logprobs, strict=True)
+    ]
+    return replace(rollout, groups=tuple(groups))
 
 
 def row_of(

@@ -40,7 +40,7 @@ Comparison = tuple[str, float, float]
 
 
 def comparisons() -> Iterator[Comparison]:
-    """Everything that this card can do, each beside the plain way."""
+    """Everything that this GPU can do, each beside the plain way."""
     yield from compare_settings()
     yield from compare_scoring()
 
@@ -93,9 +93,9 @@ def main() -> None:
         console.print(f"nothing to measure: {NO_CARD}")
         return
     console.print(str(card))
-    for what, plain_s, optimised_s in comparisons():
-        milliseconds = f"{1e3 * plain_s:.2f} ms plain, {1e3 * optimised_s:.2f} ms"
-        console.print(f"{what}: {milliseconds}, ratio {optimised_s / plain_s:.2f}")
+    for what, plain_s, optimized_s in comparisons():
+        milliseconds = f"{1e3 * plain_s:.2f} ms plain, {1e3 * optimized_s:.2f} ms"
+        console.print(f"{what}: {milliseconds}, ratio {optimized_s / plain_s:.2f}")
 
 
 if __name__ == "__main__":
