@@ -122,7 +122,7 @@ def score_texts(
     run: str | Path,
     close_explanations: bool = True,
 ) -> "pd.DataFrame":
-    """Every term of a run's reward for explanations of your own, a row each; see `scoring.texts.score_texts`.
+    """Every term of a run's reward for explanations of your own, one row each; see `scoring.texts.score_texts`.
 
     `run` is the folder of a run, or the name of a run configuration. A row that is not written in the run's format has
     no numbers and says why in its column `problem`.

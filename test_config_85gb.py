@@ -1,4 +1,4 @@
-"""Is this machine ready for a run? Configurations, memory plan, packages, GPU, disk, models: seconds, no model loaded.
+"""Verification before a run: configurations, memory plan, packages, GPU, disk, models. Seconds; no model is loaded.
 
     python test_config_85gb.py                                   teacher_rlt_mono_85gb
     python test_config_85gb.py --config-name teacher_rlt_mono_24gb --gpu-gb 24

@@ -1,4 +1,4 @@
-"""On a GPU, each in one process side by side: TF32, attention kernels, fp8 and compiled scoring, offloaded checkpoints.
+"""Benchmark of optimizations on a GPU: TF32, attention kernels, fp8 and compiled scoring, offloaded checkpoints.
 
 Without a GPU it says so and ends with status 0.
 """
@@ -24,7 +24,7 @@ NUM_CALLS = 10
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    """Mean time of a call after three to warm up."""
+    """Mean seconds of a call, after three calls to warm up."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()
@@ -40,7 +40,7 @@ Comparison = tuple[str, float, float]
 
 
 def comparisons() -> Iterator[Comparison]:
-    """Everything that this GPU can do, each beside the plain way."""
+    """Name, plain seconds and optimized seconds of everything that this GPU can do."""
     yield from compare_settings()
     yield from compare_scoring()
 

@@ -33,7 +33,7 @@ NUM_GENERATIONS, MICRO_ROWS, MAX_PROMPT_LEN, MAX_COMPLETION_LEN = 8, 2, 1024, 10
 
 
 class Fixed:
-    """Stands in for generator and canary: the completions are given."""
+    """Stand-in for generator and canary that returns given completions."""
 
     def __init__(self, completions: list[Completion]) -> None:
         self.completions = completions
@@ -95,7 +95,7 @@ def measure(folder: Path, words: argparse.Namespace) -> None:
         *(1 - sum(lengths) / n for n in (padded, len(lengths) * (longest_p + longest_c))),
     )
     for name, values in seconds.items():
-        log.info("%s: %.2f s a step (least of %d)", name, min(values), len(values))
+        log.info("%s: %.2f s per step (least of %d)", name, min(values), len(values))
     log.info("ratio stock / ours: %.2f", min(seconds["stock TRL"]) / min(seconds["ours"]))
 
 

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, apart from bugs.
+"""Errors that the user can correct, and those that stop a run.
 
 `train.py` and the command-line tools turn a `UserError` into one message and exit status 2; every other exception keeps
 its traceback.

@@ -1,4 +1,4 @@
-"""What a run on a GPU needs of the machine besides Python packages: a driver, a C compiler, Python's headers.
+"""Driver, C compiler and Python's headers: what a run on a GPU needs besides Python packages.
 
 Standard library only: `scripts/setup_env.py` asks before it installs gigabytes.
 """

@@ -1,4 +1,4 @@
-"""Models and datasets by name: local folders and hub ids, and whether the hub answers. Nothing is loaded."""
+"""Names of models and datasets: local folders and hub ids, and whether the hub answers. Nothing is loaded."""
 
 import os
 import sys
@@ -11,13 +11,14 @@ _MODEL_FILES = ("config.json", "tokenizer_config.json")  # one of them at least:
 
 
 def is_hub_id(name_or_path: str) -> bool:
-    """`name` or `owner/name`, unless a file or folder of that name lies here."""
+    """Whether a name is a hub id: `name` or `owner/name`, unless a file or folder of that name lies here."""
     has_the_form = name_or_path.count("/") <= 1 and not name_or_path.startswith((".", "/", "~"))
     return has_the_form and not Path(name_or_path).exists()
 
 
 def check_model_path(name_or_path: str) -> None:
-    """
+    """Refuse a local folder without a model.
+
     Raises:
         UserError: the name is that of a local folder, and it holds no model.
     """
@@ -51,7 +52,7 @@ def model_is_cached(hub_id: str) -> bool:
 
 
 def dataset_is_cached(hub_id: str) -> bool:
-    """Whether the hub's cache or the one of prepared datasets knows it."""
+    """Whether the hub's cache, or the one of prepared datasets, holds the dataset."""
     from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub import constants
 

@@ -44,7 +44,7 @@ class CopyingConsole(Console):
         self.copy("".join(line.rstrip() + "\n" for line in text.getvalue().splitlines()))
 
     def copy(self, text: str) -> None:
-        """Text for the file alone."""
+        """Write text to the file alone."""
         if self._log_file is None:
             self._earlier.append(text)
         else:
@@ -95,7 +95,7 @@ def configure_logging(level: str = "INFO") -> None:
 
 @contextmanager
 def long_work(what: str) -> Iterator[None]:
-    """Say what is begun and how long it took; on a terminal the seconds so far are shown while it lasts."""
+    """Log the start and the duration of long work; on a terminal the seconds so far are shown while it lasts."""
     log.info("%s", what)
     start_s = time.perf_counter()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

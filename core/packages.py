@@ -1,4 +1,4 @@
-"""Installed packages, asked without importing them."""
+"""Installed packages, looked up without importing them."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""What a process needs before torch is loaded, and that it is the only one of its run.
+"""Process set-up before torch is loaded, and the check that a run has a single process.
 
 Nothing happens at import; entry points call `prepare_process` and `check_one_process`.
 """
@@ -15,7 +15,7 @@ _READ_WHEN_TORCH_IS_LOADED = {"OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL
 
 
 def prepare_process() -> bool:
-    """Set what torch reads when it is loaded, where nothing is set yet.
+    """Set the environment variables that torch reads when it is loaded, where they are not set yet.
 
     Returns:
         Whether that came in time: false where torch was there before and the threads' setting was not, as in a notebook
@@ -33,7 +33,7 @@ _LET_THE_FIRST_SPEAK_S = 2.0
 
 
 def check_one_process() -> None:
-    """Only the first process says anything. A launcher of one process may go on.
+    """Refuse a launcher of several processes; only the first of them says so.
 
     Raises:
         UserError: the launcher started several.

@@ -5,7 +5,7 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    """Who a set of weights is in the run."""
+    """Role of a set of weights in the run."""
 
     TEACHER = "teacher"
     """The policy: the base with the adapter that is trained."""
@@ -16,7 +16,7 @@ class Role(StrEnum):
 
 
 class Phase(StrEnum):
-    """What the GPU is being used for. Each phase has its own memory plan."""
+    """Phase of a run: what the GPU is used for. Each has its own memory plan."""
 
     LOAD = "load"
     GENERATE = "generate"
@@ -27,7 +27,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class UnmappedMemory:
-    """What torch's memory counters still hold of an engine although it is not on the GPU."""
+    """Memory that torch's counters still hold of an engine although it is not on the GPU."""
 
     allocated_bytes: int = 0
     reserved_bytes: int = 0

@@ -1,4 +1,4 @@
-"""Questions and solutions from any source, checked row by row and turned into prompts."""
+"""Dataset rows from any source, checked one by one and turned into prompts."""
 
 import random
 from collections.abc import Callable
@@ -104,7 +104,7 @@ _EXPECTED_ROW = f"chats, or the columns {' / '.join(QUESTION_COLUMNS)} and {' / 
 
 
 def report_bad_rows(name: str, problems: list[str], num_rows: int, limit: float, expected: str = _EXPECTED_ROW) -> None:
-    """Logs the rows that are left out with place and reason.
+    """Log the rows that are left out, with place and reason.
 
     Raises:
         UserError: there are no rows, or more than the share `limit` of them is unusable.
@@ -174,7 +174,7 @@ def _hold_out(rows: list[Row], num_wanted: int, seed: int) -> list[Row]:
 
 
 def warn_that_nothing_is_evaluated(num_found: int, noun: str) -> None:
-    """Said where a dataset is too small to hold anything out."""
+    """Warn that a dataset is too small to hold anything out."""
     log.warning(
         "%d %s%s: at most a fifth is taken off training, so none is held out and nothing is evaluated",
         *(num_found, noun, "s" * (num_found != 1)),

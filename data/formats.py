@@ -1,4 +1,4 @@
-"""How a question, a solution and an explanation are written for the teacher and for the student.
+"""Prompt formats: how question, solution and explanation are written for the teacher and for the student.
 
 Every text is put together from its pieces; nothing is ever searched for in a finished text.
 """
@@ -19,7 +19,7 @@ _ASSISTANT_CONTENT = "[[content of the assistant]]"
 
 @dataclass(frozen=True, slots=True)
 class StudentTail:
-    """What follows the explanation in the student's chat, and where the solution lies in it (characters, half-open)."""
+    """Text after the explanation in the student's chat, and the solution's place in it (characters, half-open)."""
 
     text: str
     solution_start: int
@@ -71,7 +71,7 @@ class PromptFormat:
         return self.teacher_prompt_text(tokenizer, "{question}", "{solution}")
 
     def teacher_completion_text(self, tokenizer: PreTrainedTokenizerBase, question: str, explanation: str) -> str:
-        """What a well-formed teacher writes after `teacher_prompt_text`, to the end of its turn: a supervised target.
+        """A well-formed completion of `teacher_prompt_text`, to the end of the turn: a supervised target.
 
         A trace that brings its own leading padding, as those of Bespoke-Stratos do, does not get it twice.
         """

@@ -1,4 +1,4 @@
-"""The layouts in which datasets write a question and its solution, read into rows of one kind.
+"""Dataset layouts: the ways in which datasets write a question and its solution, read into rows of one kind.
 
 A row holds either a chat (`conversations`, `messages`) or columns; both may have the reasoning before the solution.
 """
@@ -29,12 +29,12 @@ Row = dict[str, Any]
 
 
 class BadRowError(ValueError):
-    """One row cannot be used; the message says why."""
+    """A dataset row that cannot be used; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What stands in an assistant's turn or in the column of the solution."""
+    """Content of an assistant's turn or of the column of the solution."""
 
     solution: str
     thought: str | None = None
@@ -89,7 +89,7 @@ class RowParser:
         return row
 
     def check_columns(self, dataset: str) -> None:
-        """Called behind the last row: a column that no row has is an error of the setting, not of the rows."""
+        """Refuse a set column that no row has; called after the last row."""
         check_columns(self._names, self._columns, dataset)
 
     def _find(self, field: ColumnField, usual: tuple[str, ...], values: Mapping[str, Any]) -> str | None:

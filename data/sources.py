@@ -1,4 +1,4 @@
-"""Raw rows of a dataset on disk or on the hub, each with the place that a message can name."""
+"""Raw rows of a dataset on disk or on the hub, each with its place for messages."""
 
 import csv
 import gzip
@@ -58,7 +58,8 @@ def read_rows(dataset_id_or_path: str, config_name: str | None, split: str) -> I
 
 
 def check_dataset_path(dataset_id_or_path: str) -> None:
-    """
+    """Refuse a local dataset that is missing or of a kind that is not read.
+
     Raises:
         UserError: the name is that of a local file or folder, and there is none, or a file of a kind that is not read.
     """

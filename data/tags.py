@@ -19,7 +19,7 @@ class TagPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TagStyle:
-    """Tags are plain text for the tokenizer; they must not be special tokens."""
+    """Tags of a prompt format: plain text for the tokenizer, never special tokens."""
 
     thought: TagPair
     """Around the student's reasoning."""

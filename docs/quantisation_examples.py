@@ -60,7 +60,7 @@ def hand_table() -> str:
 
 
 def absmax_int8(weight: Tensor, block: int) -> Tensor:
-    """Quantised and back, one scale max / 127 a block."""
+    """Quantised and back, one scale max / 127 per block."""
     blocks = weight.reshape(-1, block)
     scale = blocks.abs().amax(dim=1, keepdim=True) / 127
     return ((blocks / scale).round() * scale).reshape(weight.shape)
@@ -131,7 +131,7 @@ def constant_bytes_table() -> str:
     rows = [[name, *[f"{value:,}" for value in values]] for name, *values in columns]
     before, after = (sum(column[i] for column in columns) for i in (2, 4))
     rows.append(["sum", "", f"{before:,}", "", f"{after:,}"])
-    rows.append(["bits a weight", "", f"{8 * before / weight.numel():.4f}", "", f"{8 * after / weight.numel():.4f}"])
+    rows.append(["bits per weight", "", f"{8 * before / weight.numel():.4f}", "", f"{8 * after / weight.numel():.4f}"])
     return table(["a matrix of 1,024 x 4,096", "single", "bytes", "double", "bytes"], rows)
 
 
@@ -158,7 +158,7 @@ def outlier_product_table() -> str:
 
 # memory
 
-INT8, NF4_DOUBLE = "int8, a scale a row of 4,096", "NF4, double quantisation"
+INT8, NF4_DOUBLE = "int8, one scale per row of 4,096", "NF4, double quantisation"
 BITS = {
     "float32": 32.0,
     "float16, bfloat16": 16.0,
@@ -245,7 +245,7 @@ def training_table() -> str:
     ]
     rows.append([f"and activations: one row of {ROW_LEN:,} tokens, checkpointed, QLoRA", "", "", ""])
     rows[-1] += [f"{gb(activation_bytes('nf4')):.1f}", ""]
-    return table(["training 10 billion", "weights", "gradients", "states", "GB", "bytes a parameter"], rows)
+    return table(["training 10 billion", "weights", "gradients", "states", "GB", "bytes per parameter"], rows)
 
 
 def adapter_states() -> tuple[int, int]:
@@ -274,7 +274,7 @@ def paging_table() -> str:
     ]
     can_page = columns["states of tensors of 100,000 values and more"][:2]
     seconds = [2 * gb(size) / BUS_GB_PER_S for size in can_page]
-    rows.append(["seconds a step if all of it is out, to the GPU and back", *[f"{s:.3f}" for s in seconds], ""])
+    rows.append(["seconds per step if all of it is out, to the GPU and back", *[f"{s:.3f}" for s in seconds], ""])
     return table(["GB", f"QLoRA, r = {LORA_R}", "8-bit AdamW on all weights", "pages out"], rows)
 
 

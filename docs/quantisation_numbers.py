@@ -60,7 +60,7 @@ def int8_per_tensor(weight: Tensor) -> Tensor:
 
 
 def int8_per_row(weight: Tensor) -> Tensor:
-    """LLM.int8's weights: one scale SCB / 127 a row."""
+    """LLM.int8's weights: one scale SCB / 127 per row."""
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
     return (weight / scale).round() * scale
 
@@ -83,11 +83,11 @@ def four_bit(weight: Tensor, kind: str, block: int = 64, double_quant: bool = Fa
 
 
 SCHEMES: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
-    # name: bits a weight (of a matrix 3584 wide), scheme
-    "int8, one scale a matrix": (8.0, int8_per_tensor),
-    "int8, one scale a row (LLM.int8)": (8 + 32 / 3584, int8_per_row),
+    # name: bits per weight (of a matrix 3584 wide), scheme
+    "int8, one scale per matrix": (8.0, int8_per_tensor),
+    "int8, one scale per row (LLM.int8)": (8 + 32 / 3584, int8_per_row),
     "8-bit dynamic map, blocks of 256": (8 + 32 / 256, lambda w: blockwise_8bit(w, 256)),
-    "4-bit even steps, one scale a matrix": (4.0, lambda w: linear_4bit(w, w.numel())),
+    "4-bit even steps, one scale per matrix": (4.0, lambda w: linear_4bit(w, w.numel())),
     "4-bit even steps, blocks of 64": (4 + 32 / 64, lambda w: linear_4bit(w, 64)),
     "FP4, blocks of 64": (4 + 32 / 64, lambda w: four_bit(w, "fp4")),
     "NF4, blocks of 4096": (4 + 32 / 4096, lambda w: four_bit(w, "nf4", 4096)),
@@ -154,14 +154,14 @@ def bits_table() -> str:
     rows = []
     for name, bits in (
         ("bf16", 16.0),
-        ("int8, one float32 scale a row of 3,584", 8 + 32 / 3584),
+        ("int8, one float32 scale per row of 3,584", 8 + 32 / 3584),
         ("NF4, float32 scales", 4 + 32 / 64),
         ("NF4, double quantisation", 4 + 8 / 64 + 32 / (64 * 256)),
     ):
         rows.append([name, f"{bits:.3f}", f"{gb(bits / 8 * linear):.2f}"])
     rows.append(["saved by double quantisation", f"{32 / 64 - 8 / 64 - 32 / (64 * 256):.3f}"])
     rows[-1].append(f"{gb((32 / 64 - 8 / 64 - 32 / (64 * 256)) / 8 * linear):.2f}")
-    return table(["linear layers of a 7B", "bits a weight", "GB"], rows)
+    return table(["linear layers of a 7B", "bits per weight", "GB"], rows)
 
 
 def whole_model_table() -> str:
@@ -173,7 +173,7 @@ def whole_model_table() -> str:
         ("NF4, double quantisation", weight_bytes(shape, "nf4")),
     ]
     rows = [[name, f"{gb(size):.2f}", f"{8 * size / shape.num_params:.2f}"] for name, size in sizes]
-    return table([f"whole {shape.name}", "GB", "bits a parameter"], rows)
+    return table([f"whole {shape.name}", "GB", "bits per parameter"], rows)
 
 
 def double_quantisation_table() -> str:
@@ -201,7 +201,7 @@ def normal_error_table() -> str:
         [name, f"{bits:.3f}", *[f"{100 * relative_error(weight, scheme):.2f}" for weight in weights]]
         for name, (bits, scheme) in SCHEMES.items()
     ]
-    return table(["error, % of the weight's norm", "bits a weight", "normal", "with outliers"], rows)
+    return table(["error, % of the weight's norm", "bits per weight", "normal", "with outliers"], rows)
 
 
 def real_error_table() -> str:
@@ -228,7 +228,7 @@ def slips_table() -> str:
     lines = {
         f"Double quantisation saves {saved:.2f} GB a billion parameters": f"{saved:.3f} bits, an eighth of that: "
         f"{gb(saved / 8 * 1e9):.3f} GB a billion, {gb(saved / 8 * NUM_PARAMS):.2f} GB of 10 billion",
-        "Before double quantisation the scales cost a bit a weight": f"32 / 64 = {32 / 64:.3f}",
+        "Before double quantisation the scales cost a bit per weight": f"32 / 64 = {32 / 64:.3f}",
         "NF4's level i is the quantile at (i + 0.5) / 16": "those are symmetric, without a zero: the smallest would be "
         f"{quantile(8.5 / 16) / quantile(15.5 / 16):+.4f}; NF4 has an exact zero, then {nf4_levels()[8]:+.4f}",
         "10 billion parameters are 10 GB in 8 bits and 5 GB in 4": f"{gb(whole[examples.INT8]):.2f} and "
@@ -242,7 +242,7 @@ def slips_table() -> str:
         "A zero point makes int8 weights twice as good": "it does where values have one sign. Of normal weights by row "
         f"the error is {100 * relative_error(weight, int8_per_row):.2f} % without and "
         f"{100 * relative_error(weight, lambda w: examples.zero_point_int8(w)[1]):.2f} % with one",
-        "Mixed precision halves the memory of training": f"{full / NUM_PARAMS:.0f} bytes a parameter without and "
+        "Mixed precision halves the memory of training": f"{full / NUM_PARAMS:.0f} bytes per parameter without and "
         f"{mixed / NUM_PARAMS:.0f} with it, for the float32 copy and the states stay",
         "16-bit weights can be trained as they are": f"in bfloat16 1 + 0.001 is {one + 0.001:g}, and the next number "
         f"is {1 + torch.finfo(torch.bfloat16).eps:g}: the updates of a small learning rate are lost",

@@ -60,7 +60,7 @@ def report(model: nn.Module, ids: Tensor, words: str) -> None:
 
 
 def train(args: argparse.Namespace) -> list[float]:
-    """The loss of every step."""
+    """Train; returns the loss of every step."""
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     device = pick_device("auto").type

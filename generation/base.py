@@ -1,4 +1,4 @@
-"""What every generator offers.
+"""Generator: the protocol of every sampling engine, and the settings of sampling.
 
 Letters: P prompts, G generations per prompt, B = P * G rows (prompt-major), T tokens.
 """
@@ -17,7 +17,7 @@ ProgressCallback = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSettings:
-    """How tokens are drawn, e.g. `SamplingSettings(temperature=0.7, max_new_tokens=6144, stop_token_ids=(151645,))`."""
+    """Settings of sampling, e.g. `SamplingSettings(temperature=0.7, max_new_tokens=6144, stop_token_ids=(151645,))`."""
 
     temperature: float
     max_new_tokens: int
@@ -31,7 +31,7 @@ class SamplingSettings:
 
     @classmethod
     def of_run(cls, config: RunConfig, tokenizer: Any, model: Any) -> "SamplingSettings":
-        """As the run samples; a row ends with any end token of the tokenizer or of the model."""
+        """Settings of a run; a row ends with any end token of the tokenizer or of the model."""
         end_ids = model.generation_config.eos_token_id
         end_ids = end_ids if isinstance(end_ids, list) else [end_ids] if end_ids is not None else []
         return cls(
@@ -76,19 +76,19 @@ class Generator(Protocol):
         """Undo `sleep`; the adapter of the last `sync_adapter` serves again."""
 
     def unmapped_memory(self) -> UnmappedMemory:
-        """What torch's counters still hold of this engine although it is not on the GPU."""
+        """Memory that torch's counters still hold of this engine although it is not on the GPU."""
 
     def close(self) -> None:
         """Free everything. The generator cannot be used afterwards."""
 
 
 def prompts_in_a_call(rows_per_call: int, num_generations: int) -> int:
-    """Whole prompt groups for one call; an evaluation (one generation each) gets as many rows as a training step."""
+    """Prompts of one call, in whole groups; an evaluation (one completion each) has as many rows as a step."""
     return max(1, rows_per_call // num_generations)
 
 
 def check_rows(prompt_token_ids: Sequence[Sequence[int]], num_generations: int, seeds: Sequence[int]) -> None:
-    """Every row has its seed and every prompt a token."""
+    """Check that every row has a seed and no prompt is empty."""
     num_rows = len(prompt_token_ids) * num_generations
     if len(seeds) != num_rows:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Does the generator sample from the policy that is being trained?
+"""Canary: does the generator sample from the policy that is being trained?
 
 Two failures are known elsewhere: an adapter that gets lost when an engine wakes up, and one that is not replaced by the
 newer one. Both leave a generator that works and slowly ruins training. The canary compares log-probs of fixed probe
@@ -38,7 +38,7 @@ _STAYED_BELOW = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CanaryReading:
-    """One passed check."""
+    """Figures of a passed check."""
 
     mean_abs_difference: float
     """mean |log p(generator) - log p(trainer)| over the probe tokens, in nats."""
@@ -59,7 +59,7 @@ class _Check:
 
 
 class Canary:
-    """Raises as soon as the probe log-probs show that the generator is not the policy.
+    """Check that raises as soon as the probe log-probs show that the generator is not the policy.
 
     Call `check` after each wake-up and each swap. Where the trainer has moved too little since the last check to tell,
     an older check is kept for comparison until the movements add up to enough: nothing passes unseen for ever.

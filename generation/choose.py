@@ -33,7 +33,7 @@ class BaseForVLLM:
 
 
 def check_generator(config: GenerationConfig, device: torch.device, trainer: Precision, lora_rank: int) -> None:
-    """What can be known before a model is loaded; `trainer` is the precision of the teacher's linears.
+    """Refuse a generator that cannot work, before a model is loaded; `trainer`: precision of the teacher's linears.
 
     Raises:
         UserError: vLLM was asked for and is not installed, or cannot serve these weights or this adapter here.
@@ -151,7 +151,7 @@ def _require_fp8(setting: str, on_gpu: bool) -> None:
 
 
 def trainer_precision(model: Any) -> Precision:
-    """In what precision the linears of the trainer's base are: LLM.int8, 4 bits, or not quantised."""
+    """Precision of the linears of the trainer's base: LLM.int8, 4 bits, or not quantised."""
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear8bitLt):
             return "int8"

@@ -24,7 +24,7 @@ def generate_responses(
     seed: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[int]]:
-    """Token ids of one response a prompt, `settings.max_response_length` each, masks no more (LLaDA, section 2.4).
+    """Token ids of one response per prompt, `settings.max_response_length` each, without masks (LLaDA, section 2.4).
 
     A response starts as masks. Each step predicts all masked tokens of the block at hand and keeps some of them; the
     others are masked again (`settings.remasking`). Prompts are never changed. Runs `max_rows` prompts at once, padded
@@ -83,7 +83,7 @@ def _fill_block(
 
 
 def tokens_per_step(block_length: int, num_steps: int) -> list[int]:
-    """How many tokens of a block each step keeps: as even as it goes, the larger numbers first."""
+    """Number of tokens of a block that each step keeps: as even as possible, the larger numbers first."""
     return [block_length // num_steps + (step < block_length % num_steps) for step in range(num_steps)]
 
 

@@ -1,4 +1,4 @@
-"""PolicySampler: completions of the policy as it is now, from a generator that was given its adapter and checked.
+"""PolicySampler: completions of the current policy, from a generator that got its adapter and passed the canary.
 
 Letters: P prompts, G generations per prompt, B = P * G rows (prompt-major).
 """
@@ -19,12 +19,12 @@ TRAIN_STREAM, EVAL_STREAM = 0, 1
 
 
 def sampling_seeds(seed: int, *, stream: int, step: int, num_rows: int) -> list[int]:
-    """[B] one 32-bit seed per row: a function of (seed, stream, step, row) alone: a resumed run repeats itself."""
+    """[B] one 32-bit seed per row, from (seed, stream, step, row) alone, so that a resumed run repeats itself."""
     return [int(np.random.SeedSequence([seed, stream, step, row]).generate_state(1)[0]) for row in range(num_rows)]
 
 
 def with_completions(groups: Sequence[Group], completions: Sequence[Completion]) -> Rollout:
-    """The groups with [B] completions, as many for each."""
+    """The groups with [B] completions, the same number for each."""
     num_generations = len(completions) // len(groups)
     return Rollout(
         groups=tuple(

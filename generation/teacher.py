@@ -1,4 +1,4 @@
-"""A trained teacher that explains: the base in the run's precision, its adapter, its prompt format and sampling."""
+"""Trained teacher that writes explanations: base in the run's precision, adapter, prompt format and sampling."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ def load_teacher(run: str | Path) -> "Teacher":
 
 
 class Teacher:
-    """A teacher with the weights that it holds on the run's device; `close()` or a `with` block frees them."""
+    """A trained teacher on the run's device; `close()` or a `with` block frees its weights."""
 
     def __init__(self, run: TrainedRun) -> None:
         config = run.config

@@ -35,7 +35,7 @@ _MIN_BATCHED_TOKENS_ON_CPU = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VLLMEngineConfig:
-    """What the engine is built from."""
+    """Settings of the engine."""
 
     checkpoint: str
     """Folder or hub id that vLLM loads."""
@@ -247,7 +247,7 @@ def _adapter_folder(parent: Path | None) -> "tempfile.TemporaryDirectory[str]":
 
 
 def _unmapped_memory(segments: Sequence[Mapping[str, Any]], allocations: Mapping[int, Any]) -> UnmappedMemory:
-    """What torch counts in vLLM's memory pools and what is not on the GPU.
+    """Memory that torch counts in vLLM's pools although it is not on the GPU.
 
     vLLM unmaps behind torch's back: every allocation of a pool while it sleeps, and for good, dropping it from its own
     books, what was free in a pool when loading was done.

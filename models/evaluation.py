@@ -1,4 +1,4 @@
-"""Forward passes without what only training needs."""
+"""Evaluation mode: forward passes without what only training needs."""
 
 import contextlib
 from collections.abc import Iterator

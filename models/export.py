@@ -1,4 +1,4 @@
-"""Write the trainer's quantised base, value for value, as a checkpoint that vLLM loads.
+"""Export of the trainer's quantised base, value for value, as a checkpoint that vLLM loads.
 
 Forms of a linear layer with int8 values q [N out, K in] and LLM.int8 scales SCB [N] (weight = q * SCB / 127):
 

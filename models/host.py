@@ -1,4 +1,4 @@
-"""Who is on the GPU.
+"""ModelHost: the models of a run by role, and which of them are on the GPU in each phase.
 
 `ModelHost` owns every set of weights and is the only place where weights or the generation engine sleep, wake or move.
 """
@@ -29,7 +29,7 @@ REFERENCE_ADAPTER = "ref"
 
 
 class SleepingEngine(Protocol):
-    """What the host needs of a generation engine: memory that can be given back and taken again."""
+    """A generation engine as the host sees it: memory that can be given back and taken again."""
 
     def sleep(self) -> None: ...
 
@@ -78,7 +78,8 @@ class ModelHost:
 
     @property
     def teacher(self) -> PeftModel:
-        """
+        """The teacher: base and adapter.
+
         Raises:
             ValueError: none was asked for, or the host is closed.
         """

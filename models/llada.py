@@ -1,4 +1,4 @@
-"""A Llama whose attention looks both ways: the network of a masked-diffusion language model (LLaDA, arXiv 2502.09992).
+"""Bidirectional Llama: the network of a masked-diffusion language model (LLaDA, arXiv 2502.09992).
 
 The layers are transformers' own. What differs from a causal Llama: no causal mask, no key-value cache, a mask token, a
 head that can be applied to chosen positions only. The published LLaDA-8B checkpoints are read into this class: the

@@ -50,7 +50,7 @@ def load_tokenizer(name_or_path: str, args: ModelArgs) -> PreTrainedTokenizerBas
 
 
 def load_tokenizers(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
-    """The teacher's, and the student's where that has another vocabulary.
+    """The teacher's tokenizer, and the student's where its vocabulary differs.
 
     With the same vocabulary the student reads the teacher's tokens and chat template, as in the published run.
     """
@@ -91,7 +91,7 @@ def load_base(name_or_path: str, args: ModelArgs, device: torch.device) -> PreTr
 
 
 def load_frozen(name_or_path: str, config: ModelConfig, device: torch.device) -> PreTrainedModel:
-    """A model of its own that is only scored, in the precision of `config.scoring_weights`.
+    """A frozen model with weights of its own, which only scores, in the precision of `config.scoring_weights`.
 
     fp8 is made on the CPU, so that the GPU never holds the 16-bit weights.
 
@@ -113,7 +113,8 @@ def load_frozen(name_or_path: str, config: ModelConfig, device: torch.device) ->
 
 
 def check_adapter(args: ModelArgs) -> None:
-    """
+    """Refuse a folder without an adapter.
+
     Raises:
         UserError: `args.adapter_path` names a folder without an adapter.
     """
@@ -184,6 +185,6 @@ def _unloadable(name_or_path: str, error: Exception) -> UserError:
 
 
 def quiet_libraries() -> None:
-    """transformers' own progress bars and warnings off: ours say it."""
+    """Switch transformers' own progress bars and warnings off; ours take their place."""
     disable_progress_bar()
     set_verbosity_error()

@@ -98,7 +98,7 @@ def target_logprobs(model: Any, batch: DiffusionBatch, masked_BT: Tensor, mask_t
 
 
 def attention_mask(sample_ids_BT: Tensor) -> Tensor | None:
-    """What keeps samples apart: None where each row is one sample, [B, T] (1: token) where padding follows it.
+    """Mask that keeps samples apart: None where each row is one sample, [B, T] (1: token) where padding follows it.
 
     Where samples are packed, boolean [B, 1, T, T]: tokens of one sample see each other and nothing else.
     """

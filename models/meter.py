@@ -13,7 +13,7 @@ from core.types import Phase, UnmappedMemory
 
 @dataclass(slots=True)
 class PhaseUse:
-    """What a phase took so far. On a CPU the first two peaks are this process's resident set and the third is 0."""
+    """Time and peak memory of a phase so far. On a CPU the first two peaks are the process's RSS, the third is 0."""
 
     seconds: float = 0.0
     peak_allocated_bytes: int = 0

@@ -1,4 +1,4 @@
-"""What a run trained, read from its folder: configuration, adapter, and the model that they make together."""
+"""Trained run, read from its folder: configuration, adapter, and the model that they make together."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Makes a run faster, smaller or sturdier; every function says what it changed and why it did nothing."""
+"""Optimizations of speed, memory and robustness; every function says what it changed, or why it did nothing."""
 
 from optimization.apply import (
     apply_optimizations,

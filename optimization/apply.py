@@ -35,10 +35,10 @@ from schemas.run import AnyRunConfig, load_run_config
 
 
 def apply_optimizations(config: AnyRunConfig, *, card: Card | None = None) -> tuple[AnyRunConfig, list[Record]]:
-    """What can be done before the memory plan is made: settings of torch and its allocator, choices of the GPU.
+    """Apply what precedes the memory plan: settings of torch and its allocator, choices that depend on the GPU.
 
-    Returns the configuration with those choices (attention kernel, fp8) and one record for each knob that is on; undo
-    them with `undo_all` once the run is over.
+    Returns the configuration with those choices (attention kernel, fp8) and one record for each setting that is on;
+    undo them with `undo_all` once the run is over.
 
     Raises:
         UserError: the optimizer cannot work here.
@@ -70,7 +70,7 @@ def apply_optimizations(config: AnyRunConfig, *, card: Card | None = None) -> tu
 
 @contextlib.contextmanager
 def optimized(config: AnyRunConfig) -> Iterator[AnyRunConfig]:
-    """`apply_optimizations` for the length of a run: says what was done, and undoes it at the end."""
+    """`apply_optimizations` for the duration of a run: logs what was done, and undoes it at the end."""
     config, records = apply_optimizations(config)
     if records:
         console.print(records_table(records))
@@ -99,7 +99,7 @@ def preallocate_planned(config: AnyRunConfig, plan: MemoryPlan) -> list[Record]:
 def optimize_models(
     config: AnyRunConfig, teacher: nn.Module, student: nn.Module | None, reference: nn.Module | None
 ) -> list[Record]:
-    """What is done to the loaded models; None for a role that the teacher's own base plays.
+    """Apply what changes the loaded models; None for a role that the teacher's own base plays.
 
     A run of a method without frozen models has one, in the teacher's place.
     """

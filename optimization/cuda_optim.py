@@ -1,4 +1,4 @@
-"""Settings of torch on an NVIDIA GPU: TF32, attention kernels, and what the GPU is doing.
+"""Settings of torch on an NVIDIA GPU: TF32, attention kernels, and statistics of the GPU.
 
 `torch.backends.cudnn.benchmark` is left alone: it tunes convolutions, and these models have none. cuDNN's attention is
 never used (`switch_cudnn_attention_off`).

@@ -99,7 +99,7 @@ class Fp8Linear(nn.Module):
 def _quantise_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """e4m3 values and the float32 scale [rows, 1] that gives the matrix back.
 
-    The division promotes a 16-bit matrix to float32 as it reads it: 5 bytes a value beside the matrix at the peak.
+    The division promotes a 16-bit matrix to float32 as it reads it: 5 bytes per value beside the matrix at the peak.
     """
     scale = matrix.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / _MAX
     return (matrix / scale).to(_E4M3), scale

@@ -18,7 +18,7 @@ AMPERE, ADA, HOPPER = (8, 0), (8, 9), (9, 0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """A GPU."""
+    """A GPU as torch sees it."""
 
     name: str
     capability: tuple[int, int]
@@ -76,7 +76,7 @@ def memory_of(device: torch.device) -> int:
 
 
 def free_and_total_bytes() -> tuple[int, int]:
-    """Of the first GPU, as the driver sees it: what torch's cache holds is not free."""
+    """Free and total bytes of the first GPU by the driver's count: what torch's cache holds is not free."""
     return torch.cuda.mem_get_info()
 
 

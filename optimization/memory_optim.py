@@ -1,4 +1,4 @@
-"""Memory of the GPU: allocator, what autograd keeps, what an MLP needs for a moment, cleaning.
+"""GPU memory: allocator settings, activation checkpointing and offloading, tiled MLPs, cleaning.
 
 Letters: B rows, T tokens, H hidden size.
 """
@@ -204,7 +204,7 @@ class _WithItsCache:
         return getattr(torch.cuda, name)
 
     def empty_cache(self) -> None:
-        """The cache stays."""
+        """Do nothing: the cache stays."""
 
 
 class CheckpointOffload:

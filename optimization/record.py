@@ -12,7 +12,7 @@ from core.log import log
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One thing that is now different."""
+    """One value that was changed."""
 
     what: str
     before: Any
@@ -24,7 +24,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """The answer of a function of this package; one row of `records_table`."""
+    """Result of a function of this package; one row of `records_table`."""
 
     applied: ClassVar[bool] = False
     """Whether something is different now."""
@@ -41,7 +41,7 @@ class Record:
         return ["nothing changed"]
 
     def gives(self) -> str:
-        """Bytes or time, and where the figure is from."""
+        """Bytes or time that it gives, and where the figure is from."""
         return ""
 
     def undo(self) -> None:

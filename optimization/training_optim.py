@@ -1,4 +1,4 @@
-"""Batch size from the memory plan, compiled forwards, optimizers that can be had, prefetching, getting past NaN."""
+"""Batch size from the memory plan, compiled forwards, checks of optimizers, prefetching, recovery from NaN."""
 
 import queue
 import threading

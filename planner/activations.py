@@ -1,4 +1,4 @@
-"""Peak bytes of what a forward (and backward) adds to the weights, as the largest of a few moments of the step.
+"""Activation memory: peak bytes that a forward (and backward) adds to the weights.
 
 Each moment is a sum of the tensors that are alive then, read off the live storages of the simulator (tests/helpers/
 memory_simulator.py) at its peak; `tests/test_planner_formula.py` holds the two within 2 %.
@@ -185,6 +185,6 @@ def forward_bytes(settings: PlanSettings, shape: ModelShape, num_tokens: float, 
 
 
 def dynamic_components(settings: PlanSettings, activations: float) -> dict[str, float]:
-    """Activations come and go in sizes that vary, so the allocator reserves more than is allocated."""
+    """Activations, and what the allocator reserves beyond them because their sizes vary."""
     overhead = EXPANDABLE_FRAGMENTATION_FRAC if settings.expandable_segments else FRAGMENTATION_FRAC
     return {"activations": activations, "allocator": activations * overhead.value}

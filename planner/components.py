@@ -1,4 +1,4 @@
-"""Bytes of what stays on the GPU through a phase: weights, adapter, optimizer states, vLLM (docs/memory.md)."""
+"""Static memory: bytes that stay on the GPU through a phase: weights, optimizer states, vLLM (docs/memory.md)."""
 
 from typing import TYPE_CHECKING
 

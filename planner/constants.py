@@ -1,4 +1,4 @@
-"""Every number of the memory model that is not arithmetic, in one table: value, how it is known, GPU and date.
+"""Constants of the memory model: every number that is not arithmetic, with how it is known, GPU and date.
 
 `assumed` figures are to be replaced by measured ones: `make gpu` proposes them (part c of benchmarks/gpu).
 """

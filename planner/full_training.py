@@ -123,7 +123,7 @@ def plan_full_training(training: FullTraining) -> FullTrainingPlan:
 
 
 def optimizer_state_bytes(training: FullTraining) -> float:
-    """States of the optimizer; factored ones (Adafactor, AdaLomo) keep a row and a column a matrix, counted as none."""
+    """States of the optimizer; factored ones (Adafactor, AdaLomo) keep two vectors per matrix, counted as none."""
     shape, name = training.shape, training.optimizer
     if name == "adalomo":
         return 0.0

@@ -54,7 +54,7 @@ class MaskedDiffusionSettings(PlanSettings):
     def described(self) -> Described:
         return Described(
             models=f"masked diffusion of {self.teacher.name} ({self.precision})",
-            rows=f"{self.train_batch} rows a step, {self.micro_batch} at once",
+            rows=f"{self.train_batch} rows per step, {self.micro_batch} at once",
             student="none (masked diffusion)",
             reference="none",
             student_name=None,

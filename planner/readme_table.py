@@ -26,7 +26,7 @@ _SHOWN_PHASES = (Phase.GENERATE, Phase.SCORE, Phase.TRAIN)
 
 
 def table(measurements: Path = MEASUREMENTS) -> str:
-    """Markdown: one row a configuration, one column a GPU with the predicted GB of GENERATE / SCORE / TRAIN."""
+    """Markdown: one row per configuration, one column per GPU with the predicted GB of GENERATE / SCORE / TRAIN."""
     measured = measured_peaks(json.loads(measurements.read_text()))
     header = ["config", "GPU", "teacher", "student", "reference", "batch", "context"]
     header += [*(f"{card} GB GPU" for card in CARDS_GB), "measured"]

@@ -1,4 +1,4 @@
-"""What every plan depends on, apart from the GPU: one class per method derives from `PlanSettings`."""
+"""PlanSettings: what every plan depends on apart from the GPU; one class per method derives from it."""
 
 import os
 from abc import ABC, abstractmethod
@@ -107,15 +107,15 @@ class PlanSettings(ABC):
 
     @abstractmethod
     def changes(self) -> Iterator[Change]:
-        """What a user can change to save memory, what costs the least quality first; some may not suit the run."""
+        """Changes that save memory, the least costly in quality first; some may not suit the run."""
 
     @abstractmethod
     def written_bytes(self, num_checkpoints: int) -> float:
-        """What the run writes to its disk: checkpoints, and an export for a generator."""
+        """Bytes that the run writes to disk: checkpoints, and an export for a generator."""
 
     @property
     def has_vllm(self) -> bool:
-        """A vLLM in this process samples."""
+        """Whether a vLLM in this process samples."""
         return False
 
     @property
@@ -129,7 +129,7 @@ class PlanSettings(ABC):
 
 
 def common_settings(config: AnyRunConfig, shape: ModelShape) -> dict[str, Any]:
-    """What is read off every run configuration alike; `shape` is that of the trained network."""
+    """Settings that are read from a run configuration of any method; `shape` is that of the trained network."""
     args = config.model_args
     return {
         "teacher": shape,

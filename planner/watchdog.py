@@ -1,4 +1,4 @@
-"""Memory that grows from step to step: the trend, and when it would reach the GPU's limit."""
+"""Growth watchdog: the trend of peak memory over the steps, and when it would reach the GPU's limit."""
 
 import statistics
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class GrowthForecast:
     @property
     def message(self) -> str:
         return (
-            f"{self.kind} memory grows by {self.bytes_per_step / 1e6:.1f} MB a step: "
+            f"{self.kind} memory grows by {self.bytes_per_step / 1e6:.1f} MB per step: "
             f"at this rate out of memory at about step {self.out_of_memory_step}"
         )
 

@@ -1,4 +1,4 @@
-"""What is checked before anything is downloaded or loaded: the hardware, and the memory plan against it."""
+"""Hardware checks before anything is downloaded or loaded: GPU, driver, packages, and the memory plan."""
 
 import os
 from collections.abc import Mapping

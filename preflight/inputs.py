@@ -1,4 +1,4 @@
-"""What a run is given by name: models, data, output folder. Looked at before torch is imported and the hub is asked."""
+"""Input checks before torch is imported and the hub is asked: models, data and output folder of a run."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from schemas.run import AnyRunConfig, load_run_config
 
 
 def check_inputs(values: Mapping[str, Any]) -> None:
-    """Composed values of a run: they validate, local models and data exist, and the output folder can be written.
+    """Check composed values of a run: they validate, local models and data exist, the output folder can be written.
 
     Raises:
         ConfigError, UserError: what is wrong; nothing was imported or loaded that takes a second.
@@ -29,7 +29,7 @@ def check_inputs(values: Mapping[str, Any]) -> None:
 
 
 def check_hub(config: AnyRunConfig) -> None:
-    """One request, where the run names something of the hub; without an answer the run works with what is cached.
+    """Ask the hub once, where the run names something of it; without an answer the run works with what is cached.
 
     Raises:
         UserError: the hub cannot be reached, and something of it is not cached.

@@ -1,4 +1,4 @@
-"""What a run needs from this machine, checked without importing torch: packages, GPU, disk, model files, logins."""
+"""Readiness of this machine for a run, checked without importing torch: packages, GPU, disk, model files, logins."""
 
 import ast
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Whether an explanation arrives at the solution's answer, as a test and as a TRL reward function.
+"""Correctness reward: whether an explanation arrives at the solution's final answer.
 
 Meant for tasks with a short final answer (a number, or the content of `\\boxed{...}`). The RLT reward does not need it:
 it is a check on the explanations that the RLT reward prefers.
@@ -51,7 +51,7 @@ class CorrectnessReward:
         self.tags = tags
 
     def __call__(self, completions: Sequence[str], solution: Sequence[str], **columns: Any) -> list[float]:
-        """One reward a completion; `solution` is the dataset's column. A solution without a final answer gives 0."""
+        """One reward per completion; `solution` is the dataset's column. A solution without a final answer gives 0."""
         rewards = []
         for completion, text in zip(completions, solution, strict=True):
             stated = final_answer(completion.partition(self.tags.explanation.closing)[0])

@@ -1,4 +1,4 @@
-"""Whether a completion keeps to the format, as a test and as a TRL reward function."""
+"""Format reward: whether a completion keeps to the format."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,5 +23,5 @@ class FormatReward:
         self.tags = tags
 
     def __call__(self, completions: Sequence[str], **columns: Any) -> list[float]:
-        """One reward a completion; special tokens must have been left out when decoding, as TRL does."""
+        """One reward per completion; special tokens must have been left out when decoding, as TRL does."""
         return [float(is_well_formed(completion, self.tags)) for completion in completions]

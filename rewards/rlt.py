@@ -123,7 +123,7 @@ class RLTReward:
         return terms | with_teacher | {"kl_reward": kl_reward_B}
 
     def _reduce_kl(self, prefix: str, kl: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """One [B] score a reduction, and minus their weighted sum."""
+        """One [B] score per reduction, and minus their weighted sum."""
         values = [_apply(self.config.normalize_kl_fn, row_T) for row_T in kl]
         if self.config.clip_kl is not None:
             values = [row_T.clamp(max=self.config.clip_kl) for row_T in values]

@@ -1,1 +1,1 @@
-"""Rollouts: prompts with their sampled completions, and what is found out about them on the way to a gradient."""
+"""Rollouts: prompts with their completions, then log-probs, rewards and advantages, up to the micro-batches."""

@@ -53,7 +53,7 @@ def score_spans(
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of the rows of each batch: rows of like length together, at most `max_tokens` padded tokens a batch.
+    """Indices of the rows of each batch: rows of like length together, at most `max_tokens` padded tokens per batch.
 
     Of all ways to cut the rows, sorted by length, into batches, the one with the fewest padded tokens, where a batch
     costs as much as `BATCH_OVERHEAD_TOKENS` beside them. Longest first, so that the largest batch meets the memory

@@ -1,4 +1,4 @@
-"""From completions to rewards: build the rows, have them scored, combine. Holds no model and no trainer."""
+"""RolloutScorer: rewards of completions (build rows, have them scored, combine). Holds no model and no trainer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ class ScoredRollout:
 
 
 def check_scoring(config: RewardConfig, sampling_temperature: float, *, shares_tokens: bool) -> None:
-    """What can be known before a model is loaded.
+    """Refuse reward settings that cannot work, before a model is loaded.
 
     Raises:
         UserError: the KL term is on although the models' tokenizers differ, or sampler log-probs are wanted at another

@@ -1,4 +1,4 @@
-"""Rows to score, built once from the sampled token ids: which tokens count is decided here and nowhere else.
+"""Spans of a completion that are scored, and the rows around them: which tokens count is decided here alone.
 
 A token counts iff its text lies wholly inside the content between the tags; those that fuse with a tag do not. Of the
 explanation only sampled tokens count; the padding after the opening tag belongs to the prompt. Spans are half-open.

@@ -1,4 +1,4 @@
-"""Tables of completions and the figures of an evaluation, for whoever samples and scores a policy.
+"""Tables of completions, and the table and metrics of an evaluation.
 
 Letters: B completions.
 """

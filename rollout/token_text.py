@@ -1,4 +1,4 @@
-"""The bytes that each token stands for, so that sampled ids are cut at a tag exactly, also inside a character."""
+"""TokenText: the bytes of each token, so that sampled ids are cut at a tag exactly, even inside a character."""
 
 from transformers import PreTrainedTokenizerBase
 

@@ -20,7 +20,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def drop_metrics_after(file: Path, step: int) -> None:
-    """Leave out the lines of steps that a resumed run will make again, and a last one that was cut off."""
+    """Drop the lines of steps that a resumed run repeats, and a last line that was cut off."""
     if file.exists():
         lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if step and json.loads(line)["step"] <= step]

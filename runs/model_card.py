@@ -19,7 +19,7 @@ _LIBRARIES = ("transformers", "trl", "peft", "torch", "datasets", "bitsandbytes"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedSoFar:
-    """How far training came."""
+    """Progress of the training."""
 
     step: int
     max_steps: int

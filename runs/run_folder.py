@@ -65,7 +65,7 @@ def open_run_folder(values: Mapping[str, Any], output_dir: str, resume: str) -> 
 
 
 def check_output_dir(output_dir: str) -> None:
-    """Whether a run could be written there, which is tried beside it; nothing is left.
+    """Check that a run can be written there, by a trial beside it that leaves nothing behind.
 
     Raises:
         UserError: it cannot, or the folder holds something that is no run.
@@ -163,7 +163,7 @@ def _is_unfinished_run_of(path: Path, values: Mapping[str, Any]) -> bool:
 
 
 def last_checkpoint(path: Path) -> Path | None:
-    """The last one after step 0; going on from that would be starting anew without the first evaluation."""
+    """The last checkpoint after step 0; resuming from step 0 would skip the first evaluation."""
     steps = {int(match[1]): folder for folder in path.iterdir() if (match := _CHECKPOINT.fullmatch(folder.name))}
     whole = [step for step, folder in steps.items() if step and folder.is_dir()]
     return steps[max(whole)] if whole else None

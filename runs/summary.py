@@ -1,4 +1,4 @@
-"""The end of a run: before and after, from its metrics file, as a table and as `summary.json`."""
+"""Summary of a run: before and after, from its metrics file, as a table and as `summary.json`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _WINDOW = 5
 
 @dataclass(frozen=True)
 class Report:
-    """What the table at the end of a run shows."""
+    """Content of the table at the end of a run."""
 
     train_key: str
     train_name: str
@@ -73,7 +73,7 @@ class PhasePeak(Protocol):
 
 
 class Meter(Protocol):
-    """What is asked of `models.meter.PhaseMeter`, which needs torch."""
+    """Protocol of `models.meter.PhaseMeter`, which needs torch."""
 
     @property
     def device(self) -> Any: ...

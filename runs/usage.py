@@ -1,4 +1,4 @@
-"""How a trained teacher is used: the code that model cards and README.md show, from one source.
+"""Usage code for a trained teacher, from one source for model cards and README.md.
 
 python -m runs.usage            write it into README.md, for the embedded run
 python -m runs.usage --check    status 1 where README.md says something else
@@ -28,7 +28,7 @@ _README_ROW = ("7+4+7-2-9", "=7")
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """A teacher, an example for it, and how the code is to name its folder and its base."""
+    """A teacher, a dataset row for it, and how the code is to name its folder and its base."""
 
     config: RunConfig
     folder: str
@@ -182,7 +182,7 @@ def literal(text: str) -> str:
 
 
 def readme_part() -> str:
-    """What README.md says: the embedded run, which everybody has after the first `./launch_mono.sh`."""
+    """The code in README.md: for the embedded run, which everybody has after the first `./launch_mono.sh`."""
     config = load_teacher_config(compose_run_config(_README_RUN))
     question, solution = _README_ROW
     folder = config.grpo.output_dir

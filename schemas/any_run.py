@@ -1,4 +1,4 @@
-"""What every run configuration has, whatever it trains: the base class of one configuration class per method."""
+"""AnyRunConfig: the base class of the run configurations; each method has one class of its own."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ class AnyRunConfig(DataConfig, TrainerConfig, OptimizationConfig, ABC):
     @property
     @abstractmethod
     def arguments(self) -> Any:
-        """The library's own knobs, in the field that the table of methods names."""
+        """The library's own settings, in the field that the table of methods names."""
 
     @property
     @abstractmethod

@@ -1,4 +1,4 @@
-"""From names and `key=value` words to a validated `RunConfig`, with Hydra.
+"""Composition of run configurations with Hydra, from names and `key=value` words.
 
 Run configs are primary configs. A search-path plugin adds `cfgs` and `cfgs/run_cfg` to Hydra's search path, so that
 `--config-name=NAME`, `--config-path=cfgs/run_cfg --config-name=NAME` and `compose` find both from any directory.
@@ -123,7 +123,7 @@ def _literal(value: Any) -> str:
 
 
 def composition_problem(error: Exception) -> str:
-    """What Hydra says where a configuration cannot be composed, and which ones there are."""
+    """Message for a configuration that cannot be composed: what Hydra says, and which ones there are."""
     return f"{error}\nshipped: {', '.join(run_config_names())}"
 
 

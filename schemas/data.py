@@ -1,4 +1,4 @@
-"""Knobs of the data: where the questions come from and how they are written into prompts."""
+"""Settings of the data: where the questions come from and how they are written into prompts."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal

@@ -51,7 +51,7 @@ def _library() -> list[str]:
 
 
 def _grouped(title: str, texts: Mapping[str, str]) -> str:
-    """Settings that share a text, a line."""
+    """One line for all settings that share a text."""
     by_text: dict[str, list[str]] = {}
     for key, text in texts.items():
         by_text.setdefault(text, []).append(key)

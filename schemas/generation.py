@@ -1,4 +1,4 @@
-"""Knobs of the generator. Sampling itself (temperature, top_p, max_completion_length, ...) is declared by TRL."""
+"""Settings of the generator. Sampling itself (temperature, top_p, max_completion_length, ...) is declared by TRL."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

@@ -1,4 +1,4 @@
-"""What becomes of each setting of TRL's GRPOConfig and transformers' TrainingArguments in a run.
+"""Library settings: what becomes of each of TRL's GRPOConfig and transformers' TrainingArguments in a run.
 
 used      passed on, and it changes something
 derived   it follows from a setting of ours, which is named; it may not be set itself

@@ -1,4 +1,4 @@
-"""Knobs of masked-diffusion language models (LLaDA, arXiv 2502.09992) and the configuration of such a run."""
+"""Settings of masked-diffusion language models (LLaDA, arXiv 2502.09992) and the configuration of such a run."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -110,7 +110,7 @@ class MaskedDiffusionRunConfig(MaskedDiffusionConfig, AnyRunConfig):
     __pydantic_config__ = {"extra": "forbid"}
 
     args: Any
-    """transformers' own knobs (TrainingArguments field -> value), with its defaults where nothing is said."""
+    """transformers' own settings (TrainingArguments field -> value), with its defaults where nothing is said."""
 
     def __post_init__(self) -> None:
         ModelArgs.__post_init__(self.model_args)

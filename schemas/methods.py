@@ -40,9 +40,9 @@ class Method:
     config: Entry
     """Configuration class, derived from `AnyRunConfig`."""
     library: LibrarySettings
-    """What becomes of the library's own knobs."""
+    """What becomes of the library's own settings."""
     arguments_field: str
-    """Field of the configuration class that holds those knobs."""
+    """Field of the configuration class that holds those settings."""
     build_arguments: Entry
     """(config, use_cpu=...) -> the library's arguments object."""
     roles: tuple[str, ...]

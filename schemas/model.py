@@ -1,4 +1,4 @@
-"""Knobs of the models on the GPU: which ones, in what precision, with what adapter."""
+"""Settings of the models on the GPU: which ones, in what precision, with what adapter."""
 
 import re
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ class ModelArgs:
     """Section `model_args`: how every model of the run is loaded, and the teacher's LoRA adapter."""
 
     load_in_8bit: bool = False
-    """Base weights as bitsandbytes LLM.int8 (one byte a weight, outlier columns in 16 bits)."""
+    """Base weights as bitsandbytes LLM.int8 (one byte per weight, outlier columns in 16 bits)."""
     load_in_4bit: bool = False
     """Base weights as bitsandbytes NF4 with double quantisation (QLoRA)."""
     llm_int8_threshold: Annotated[float, Field(ge=0)] = 6.0
@@ -25,7 +25,7 @@ class ModelArgs:
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit data type."""
     bnb_4bit_use_double_quant: bool = True
-    """Quantise the 4-bit scales too (0.37 bit a weight less)."""
+    """Quantise the 4-bit scales too (0.37 bit per weight less)."""
     torch_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype of the weights that are not quantised, and of the activations."""
     device_map: str | None = "auto"

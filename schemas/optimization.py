@@ -1,4 +1,4 @@
-"""Knobs of what makes a run faster, smaller or sturdier; `optimization/README.md` says what each is worth.
+"""Settings of the optimizations of a run; `optimization/README.md` says what each is worth.
 
 Optimizer, learning rate and gradient checkpointing are TRL's (`optim`, `learning_rate`, `gradient_checkpointing`).
 """

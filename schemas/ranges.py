@@ -1,4 +1,4 @@
-"""What the values of TRL's and transformers' own settings may be: both check few of them, and most only while training.
+"""Ranges of TRL's and transformers' own settings: both check few of them, and most only while training.
 
 The names are one list for every trainer: a run is asked about those that its arguments have.
 """

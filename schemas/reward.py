@@ -1,4 +1,4 @@
-"""Knobs of the RLT reward. Names and defaults are those of the published code (SakanaAI/RLT, arXiv 2506.08388)."""
+"""Settings of the RLT reward. Names and defaults are those of the published code (SakanaAI/RLT, arXiv 2506.08388)."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeVar

@@ -1,4 +1,4 @@
-"""The whole configuration of a run: our knobs (this package) and TRL's (`RunConfig.grpo`), both flat for the user."""
+"""RunConfig: the configuration of a run, our settings and TRL's (`RunConfig.grpo`), both flat for the user."""
 
 import difflib
 from collections.abc import Iterator, Mapping
@@ -33,7 +33,7 @@ class RunConfig(ModelConfig, GenerationConfig, RewardConfig, TeacherStepConfig, 
     method: Literal["rlt"] = "rlt"
     """What the run trains: `rlt` (a teacher) or `masked_diffusion` (schemas/llada.py)."""
     grpo: Any
-    """TRL's own knobs (GRPOConfig field -> value), with TRL's defaults where the configuration says nothing."""
+    """TRL's own settings (GRPOConfig field -> value), with TRL's defaults where the configuration says nothing."""
 
     def __post_init__(self) -> None:
         ModelArgs.__post_init__(self.model_args)

@@ -1,4 +1,4 @@
-"""Knobs of the run that TRL and transformers do not declare."""
+"""Settings of the run that TRL and transformers do not declare."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

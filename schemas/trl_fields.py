@@ -1,6 +1,6 @@
 """Names, types and defaults of a trainer's own arguments, read from their source without importing it.
 
-TRL and transformers declare their knobs; we do not declare them again. Importing GRPOConfig takes seconds (torch,
+TRL and transformers declare their settings; we do not declare them again. Importing GRPOConfig takes seconds (torch,
 transformers); composing a configuration or planning memory should take a fraction of one. So the dataclass bodies are
 parsed instead. Fields of a type other than plain builtins accept anything here and are checked by the class itself when
 it is built; schemas/ranges.py narrows those that it would not check.

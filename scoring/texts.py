@@ -1,4 +1,4 @@
-"""The RLT reward of written explanations, with everything else taken from a run."""
+"""Scoring of written explanations: their RLT reward, with everything else taken from a run."""
 
 import math
 from collections.abc import Sequence
@@ -57,7 +57,8 @@ def score_texts(
 
 
 def check_lengths(questions: Sequence[str], solutions: Sequence[str], explanations: Sequence[str]) -> None:
-    """
+    """Refuse columns that are not three lists of one length.
+
     Raises:
         UserError: a text in place of a list, no row, or lists of different lengths.
     """

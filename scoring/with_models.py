@@ -1,4 +1,4 @@
-"""The RLT reward of plain texts under models that the caller holds. `scoring.texts` takes everything from a run."""
+"""Scoring of texts under models that the caller holds: the RLT reward. (`scoring.texts`: models of a run.)"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -72,7 +72,7 @@ def written_rollout(
     solutions: Sequence[str],
     completion_ids: Sequence[list[int]],
 ) -> Rollout:
-    """A rollout of texts that nobody sampled: one completion per question, without a sampler's log-probs."""
+    """Rollout of written texts: one completion per question, without a sampler's log-probs."""
     return Rollout(
         groups=tuple(
             Group(

@@ -1,4 +1,4 @@
-"""What a written explanation is: which texts can be scored, and as which completion of the teacher.
+"""Written explanations: which texts can be scored, and as which completion of the teacher.
 
 The teacher's prompt ends with the opened explanation tag and its padding. Three ways to write down what follows:
 
@@ -18,7 +18,7 @@ from data.tags import TAG_STYLES
 
 
 class WrittenExplanationError(ValueError):
-    """A text is no explanation in this format; the message says why."""
+    """A text that is no explanation in this format; the message says why."""
 
 
 def as_completion(

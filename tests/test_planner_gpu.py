@@ -1,6 +1,6 @@
 """The formula against a real GPU: a smaller grid, `max_memory_allocated` and `max_memory_reserved` of a training step.
 
-Prints one line a point and the figures for planner/constants.py (GPU and date included).
+Prints one line per point and the figures for planner/constants.py (GPU and date included).
 """
 
 import datetime

@@ -88,7 +88,7 @@ def test_optimize_shows_the_plan_of_a_size_on_any_machine():
     command = [sys.executable, "-m", "optimization.cli", *words]
     done = subprocess.run(command, cwd=CONFIG_ROOT.parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "new model of 22 x 2048, 256 rows a step" in done.stdout and "predicted peak" in done.stdout
+    assert "new model of 22 x 2048, 256 rows per step" in done.stdout and "predicted peak" in done.stdout
     # The reasons stand in a table, where lines are broken.
     assert "a masked-diffusion run has no student and no" in done.stdout and "this run has neither" in done.stdout
     assert "./launch_mono.sh llada_pretrain model_cfg=llada_medium" in done.stdout

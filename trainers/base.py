@@ -32,7 +32,7 @@ _NO_SCHEDULE = ("reduce_lr_on_plateau", "greedy")
 
 
 class RunTrainer(Trainer, ABC):
-    """What every trainer of a run shares; named before the library's trainer: `class T(RunTrainer, GRPOTrainer)`.
+    """Shared base of the trainers of a run; named before the library's trainer: `class T(RunTrainer, GRPOTrainer)`.
 
     Args:
         config: the run.
@@ -97,7 +97,7 @@ class RunTrainer(Trainer, ABC):
 
     @abstractmethod
     def held_out_metrics(self, dataset: Any) -> dict[str, float]:
-        """What an evaluation finds on the held-out rows."""
+        """Metrics of an evaluation on the held-out rows."""
 
     def finish(self) -> None:
         """Evaluate once more if the last step was not, and write the result with tokenizer and model card."""
@@ -117,7 +117,8 @@ class RunTrainer(Trainer, ABC):
     # Recovery from non-finite values (trainers/recovery.py)
 
     def start_recovery(self, *, max_recoveries: int, lr_backoff: float) -> None:
-        """
+        """Watch the steps for non-finite values, and recover from them.
+
         Raises:
             UserError: several processes, of which one alone would see a bad loss, or a rate that is not a schedule's.
         """
@@ -151,7 +152,7 @@ class RunTrainer(Trainer, ABC):
         return torch.zeros((), device=self.args.device)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Called once a step, after clipping and right before the optimizer; a bad step has no gradients after it."""
+        """Called once per step, after clipping and right before the optimizer; a bad step has no gradients after it."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if self.recovery is None or (self.recovery.check("the gradient norm", grad_norm) and not self.recovery.cause):
             return grad_norm

@@ -1,4 +1,4 @@
-"""From a validated configuration to a trainer: the checks that cost little, then everything that is loaded."""
+"""Building a teacher's trainer from its configuration: cheap checks first, then everything that is loaded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ _NUM_CANARY_ROWS, _CANARY_ROW_LEN = 4, 64
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedRun:
-    """Everything that is known before a model is loaded."""
+    """Parts of a run that are known before a model is loaded."""
 
     config: RunConfig
     plan: MemoryPlan

@@ -1,4 +1,4 @@
-"""What happens beside the training loop: metrics file, progress on the console, reference that follows, Ctrl-C."""
+"""Trainer callbacks: metrics file, progress on the console, reference that follows, Ctrl-C."""
 
 import signal
 import threading

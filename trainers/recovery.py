@@ -1,4 +1,4 @@
-"""Past a non-finite loss, gradient or reward: skip the step, then lower the learning rate, then roll back, then stop.
+"""Recovery from a non-finite loss, gradient or reward: skip the step, lower the rate, roll back, stop.
 
 A bad step changes nothing: its gradients are dropped before the optimizer sees them. The second bad step in a row also
 multiplies the learning rate by `lr_backoff`; the third lowers it again and goes back to the last good checkpoint

@@ -1,4 +1,4 @@
-"""Runs from composed values to their results, for the command line and for Python alike."""
+"""Start of runs: from composed values to results, for the command line and for Python alike."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any

@@ -71,7 +71,7 @@ def _std(values_B: Tensor) -> float:
 
 
 class StepMetrics:
-    """What TRL's loss logs for each micro-batch, as one figure per step.
+    """Metrics that TRL's loss logs for each micro-batch, combined to one figure per step.
 
     Means over tokens are weighted by a micro-batch's tokens, means over rows by its rows; `_min` and `_max` are those
     of the step. (TRL averages micro-batches of equal size without weights.)

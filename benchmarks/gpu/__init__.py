@@ -1,4 +1,4 @@
-"""Everything that only a GPU can tell, in one command: `make gpu`, or `python -m benchmarks.gpu`.
+"""Measurements on a GPU, in one command: `make gpu`, or `python -m benchmarks.gpu`.
 
 Models have real shapes and random weights, made on the spot: nothing is downloaded. Such a model tells memory, speed
 and mechanics, not learning. The work is cut into parts, and each part into cells that run in processes of their own

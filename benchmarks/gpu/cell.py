@@ -19,12 +19,12 @@ from core.log import configure_logging, log
 
 
 class SkipCell(Exception):
-    """This cell has nothing to measure here; the message says why."""
+    """Raised where a cell has nothing to measure here; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a cell is told."""
+    """Arguments of a cell."""
 
     cell: str
     shape: str
@@ -38,7 +38,7 @@ class Setup:
 
     @property
     def scratch(self) -> Path:
-        """For models and run folders; may be deleted between calls."""
+        """Folder for models and run folders; may be deleted between calls."""
         folder = self.out / "scratch"
         folder.mkdir(parents=True, exist_ok=True)
         return folder

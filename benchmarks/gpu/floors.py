@@ -1,4 +1,4 @@
-"""The least time that a GPU needs for a step, from the rates that it was measured at. Arithmetic; no torch.
+"""Lower bounds (floors) on the time of a training step, from a GPU's measured rates. Arithmetic; no torch.
 
 Linear layers take 2 operations a weight and token, attention 4 a pair of query and key and channel. Training an
 adapter with recomputed blocks runs each linear three times (forward, forward again, gradient of the inputs; none of the
@@ -15,7 +15,7 @@ from planner.shapes import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What the GPU was measured at."""
+    """Measured rates of a GPU."""
 
     copy_bytes_per_s: float
     """Bytes read and written a second."""
@@ -25,7 +25,7 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class StepWork:
-    """One optimizer step. Lengths in tokens."""
+    """Size of one optimizer step; lengths in tokens."""
 
     shape: ModelShape
     generator_precision: Precision
@@ -36,7 +36,7 @@ class StepWork:
 
 
 def floor_seconds(work: StepWork, rates: Rates) -> dict[str, float]:
-    """Phase -> seconds below which it cannot end: `generate`, `score` (student and reference), `train`."""
+    """Lower bound in seconds of each phase: `generate`, `score` (student and reference), `train`."""
     shape, row_len = work.shape, work.prompt_len + work.completion_len
     head_flop = 2.0 * shape.vocab * shape.hidden
     linear_flop = 2.0 * shape.num_linear_params * row_len + head_flop * work.completion_len
@@ -60,7 +60,7 @@ def _prefill_s(work: StepWork, rates: Rates) -> float:
 
 
 def _decode_s(work: StepWork, rates: Rates) -> float:
-    """All rows decode at once: weights are read once a position. The larger of traffic and arithmetic."""
+    """All rows decode at once: weights are read once per position. The larger of traffic and arithmetic."""
     shape, steps = work.shape, work.completion_len
     read_once = weight_bytes(shape, work.generator_precision)
     if not shape.tied_embeddings:

@@ -1,4 +1,4 @@
-"""Part f: what fp8, compilation and the attention kernels give, each beside the plain way in one process."""
+"""Part f: speed of fp8, compilation and the attention kernels, each against the plain way in one process."""
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -11,7 +11,7 @@ from tests.test_tiny_run import assert_learned
 
 
 def embedded_run(setup: Setup, figures: Figures) -> None:
-    """Fifty steps and the bars of tests/test_tiny_run.py; with the tiny shape two steps, which no bar is asked of."""
+    """Fifty steps and the bars of tests/test_tiny_run.py; with the tiny shape two steps and no bars."""
     num_steps = 2 if setup.is_tiny else 50
     folder = setup.scratch / "embedded"
     words = [f"max_steps={num_steps}", f"eval_steps={num_steps}", f"output_dir={folder}", "resume=never"]

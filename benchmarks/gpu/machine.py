@@ -1,4 +1,4 @@
-"""What a figure depends on: GPU, driver, versions, sources. Standard library and the driver only; no torch."""
+"""Machine of a measurement: GPU, driver, versions, sources. Standard library and the driver only; no torch."""
 
 import hashlib
 import importlib.metadata
@@ -18,7 +18,7 @@ _NOT_SOURCES = ("docs", "tests", "results", "outputs", "multirun", "wandb", "bui
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Two results are comparable if their machines are equal."""
+    """GPU, driver, versions and sources of a result; results are comparable where these are equal."""
 
     card: str | None
     """None: no NVIDIA driver answers; what needs CUDA is then skipped."""

@@ -1,4 +1,4 @@
-"""Bytes on the GPU as its driver counts them, and which of them belong to what.
+"""GPU memory as its driver counts it, and its split into components.
 
 torch's own counters go on counting what a sleeping vLLM has given back, so peaks are taken from the driver, by a thread
 that asks it every few milliseconds; not while CUDA graphs are captured, which other threads' calls may break. The GPU
@@ -53,7 +53,7 @@ class DriverWatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Ask the driver nothing meanwhile."""
+        """Pause the watch: the driver is not asked meanwhile."""
         with self._may_ask:
             yield
 
@@ -65,13 +65,13 @@ class DriverWatch:
 
 
 def used_bytes() -> int:
-    """In use on the GPU, by the driver's count."""
+    """Bytes in use on the GPU, by the driver's count."""
     free, total = free_and_total_bytes()
     return total - free
 
 
 def outside_torch_bytes() -> int:
-    """In use on the GPU and not reserved by torch: CUDA context, libraries' workspaces, vLLM outside its pools."""
+    """Bytes in use on the GPU beside torch's own: CUDA context, libraries' workspaces, vLLM outside its pools."""
     torch.cuda.synchronize()
     return used_bytes() - (torch.cuda.memory_reserved() - vllm_pool_bytes(asleep=True))
 
@@ -129,7 +129,7 @@ def touch_card() -> None:
 
 
 class MemoryCap:
-    """Makes a GPU as small as another one, for torch, for vLLM and for the plan.
+    """Memory limit that makes a GPU as small as another one, for torch, for vLLM and for the plan.
 
     torch counts a sleeping pool as in use, so its share is raised by as much while the engine sleeps.
     """

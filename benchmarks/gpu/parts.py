@@ -1,4 +1,4 @@
-"""What is measured, in which cells; and where to look where a part fails."""
+"""Parts of the GPU measurements: the cells of each, and where to look where one fails."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ _SMALL_CARDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A letter, what it answers, and what to look at where it fails."""
+    """One part: its letter, the question that it answers, and what to look at where it fails."""
 
     letter: str
     question: str

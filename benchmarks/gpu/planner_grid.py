@@ -1,4 +1,4 @@
-"""Part c: the planner's grid of training steps, measured, and what its constants should be after that."""
+"""Part c: the planner's grid of training steps, measured, and the constants that follow from it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -67,7 +67,7 @@ class Proposal:
 
 
 def propose(points: Sequence[dict[str, Any]]) -> list[Proposal]:
-    """From measured points (GB, as `measure_point` writes them) to constants.
+    """Constants from measured points (GB, as `measure_point` writes them).
 
     The allocator's overhead is the slope through the origin of reserved over allocated bytes of what comes and goes;
     the context a mean and a maximum. `workspace` is what allocated memory exceeds the formula by: cuBLAS, Triton.

@@ -1,4 +1,4 @@
-"""Cells of measurements in processes of their own: started, limited in time, kept as JSON, continued.
+"""Runner of measurement cells: each in its own process, limited in time, its result kept as JSON.
 
 Of a cell `OUT` holds `PART-CELL.json` (its result) and `PART-CELL.log` (what it printed). A cell with an `ok` result of
 the same machine, sources and shape is not run again. A cell that fails, or runs out of time, stops no other.
@@ -35,7 +35,7 @@ _QUIET = {
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One measurement: what a process of its own does."""
+    """One measurement, made by a process of its own."""
 
     part: str
     name: str
@@ -52,7 +52,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a cell gave."""
+    """Result of a cell."""
 
     part: str
     cell: str
@@ -69,7 +69,7 @@ class Result:
 
 
 class Figures:
-    """What a cell has measured so far; every update is written at once, so that a killed cell leaves it behind."""
+    """Figures of a cell so far; every update is written at once, so that a killed cell leaves them behind."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -85,7 +85,7 @@ class Figures:
 
 
 def read_result(out: Path, cell: Cell) -> Result | None:
-    """What lies in `OUT` for a cell, of whatever machine; None where there is nothing whole."""
+    """Result of a cell in `OUT`, of whatever machine; None where there is no complete one."""
     try:
         return Result(**json.loads((out / f"{cell.file_name}.json").read_text()))
     except (FileNotFoundError, json.JSONDecodeError, TypeError):  # never ran, or by an earlier version of this file
@@ -95,7 +95,7 @@ def read_result(out: Path, cell: Cell) -> Result | None:
 def run_cells(
     cells: Sequence[Cell], machine: Machine, *, shape: str, out: Path, limit_s: float, again: bool
 ) -> Iterator[Result]:
-    """Results of the cells of one part, those that lie there already included; stops when the part's time is over."""
+    """Run the cells of one part; returns their results, earlier ones included. Stops when the part's time is over."""
     started = time.monotonic()
     ran_one = False
     for cell in cells:

@@ -36,7 +36,7 @@ def phases_beside_floors(setup: Setup, figures: Figures) -> None:
 
 
 def measured_rates() -> Rates:
-    """Of a large copy on the device, and of a large square bf16 product."""
+    """Rates of a large copy on the device and of a large square bf16 product."""
     device = pick_device("auto").type
     source = torch.empty(_COPY_BYTES[device], dtype=torch.uint8, device=device).fill_(1)
     target, width = torch.empty_like(source), _MATMUL_WIDTH[device]
@@ -60,7 +60,7 @@ def _seconds_of(call: Callable[[], Any]) -> float:
 
 
 def compare_with_floors(setup: Setup, figures: Figures, rates: Rates, whole_run: dict[str, Any]) -> None:
-    """The last logged step of part a: the first one holds compilations."""
+    """The last logged step of part a beside its floors; the first step includes compilations."""
     step = whole_run["steps"][-1]
     work = StepWork(
         shape=shape_named(setup.shape),

@@ -1,4 +1,4 @@
-"""Some steps of a shipped run configuration on a random model, with everything measured that can be told apart."""
+"""Measured training steps of a shipped run configuration on a random model: time and memory by component."""
 
 import functools
 import json
@@ -68,7 +68,7 @@ share are those of the whole configuration."""
 
 @dataclass
 class Stopwatch:
-    """Calls and seconds of what a step is made of."""
+    """Calls and seconds of the parts of a step."""
 
     calls: dict[str, list[float]] = field(default_factory=dict)
 

@@ -214,7 +214,7 @@ def _teacher_example(tokenizer: PreTrainedTokenizerBase, row: Row, explanation: 
 def _optimize(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, num_steps: int, draws: tuple[Draw, ...]
 ) -> Iterator[None]:
-    """One yield a step. Muon for the matrices, Adam for the rest; short warm-up, constant, linear decay at the end.
+    """One yield per step. Muon for the matrices, Adam for the rest; short warm-up, constant, linear decay at the end.
 
     Muon learns the task in a third of the steps that Adam takes alone.
     """

@@ -18,7 +18,7 @@ _CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, ChatML, and one token for each tag and fixed phrase of the prompts.
+    """One token per byte, ChatML, and one token for each tag and fixed phrase of the prompts.
 
     Tags are no special tokens: decoding with `skip_special_tokens=True` must keep them.
     """

@@ -42,7 +42,7 @@ class Efficient:
 
 
 class Helpers:
-    """Questions to ask before training; each is also a function of `Efficient`."""
+    """Helpers to call before training; each is also a function of `Efficient`."""
 
     count_params = staticmethod(models.count_params)
     get_vram = staticmethod(get_vram)

@@ -1,4 +1,4 @@
-"""What a model will take before anything is run: memory of a training step, sizes of quantised weights."""
+"""Estimates before anything is run: memory of a training step, sizes of quantised weights."""
 
 from typing import Any
 

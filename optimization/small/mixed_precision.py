@@ -24,7 +24,7 @@ class LossScaler(torch.amp.GradScaler):
             self._refuse_updates_in_backward()
 
     def before_forward(self, model: nn.Module, args: Any) -> None:
-        """Forward pre-hook of the model: which type does this forward compute in?"""
+        """Forward pre-hook of the model: notes which type this forward computes in."""
         computes_in_fp16 = (
             torch.is_autocast_enabled(self._device) and torch.get_autocast_dtype(self._device) == torch.float16
         )

@@ -14,7 +14,7 @@ from optimization.bitsandbytes_patches import avoid_cpu_layout, fix_cpu_dequanti
 
 _OUTLIER_THRESHOLD = 6.0  # LLM.int8: activation columns with a larger magnitude are multiplied in 16 bits
 _NF4_BLOCK = 64
-# NF4 with double quantisation in bitsandbytes: a byte a block, a float32 for 256 of those bytes, two tables.
+# NF4 with double quantisation in bitsandbytes: a byte per block, a float32 for 256 of those bytes, two tables.
 _NF4_BLOCKS_PER_SCALE = 256
 _NF4_TABLE_BYTES = 4 * (16 + 256)
 
@@ -61,7 +61,7 @@ class Quantize:
     def static(model: nn.Module, bits: Literal[8, 4]) -> nn.Module:
         """Weights only, activations as they are: 8 bits per output row, or 4 bits NF4 with double quantisation.
 
-        NF4 (bitsandbytes) has blocks of 64 weights; 4.13 bits a weight, see docs/quantisation.md.
+        NF4 (bitsandbytes) has blocks of 64 weights; 4.13 bits per weight, see docs/quantisation.md.
 
         Raises:
             UserError: other widths, or nothing to quantise.

@@ -1,7 +1,7 @@
-"""What a GPU of a given size can do, as the memory planner sees it.
+"""Recommended configuration for a GPU of a given size, from the memory planner.
 
-Answers are monotone: with more memory neither model, tokens a row nor tokens a forward ever fall. Each kind of training
-is a ladder of rungs that grow in all three, and the answer is the highest rung that fits.
+Answers are monotone: with more memory neither model, tokens per row nor tokens per forward ever fall. Each kind of
+training is a ladder of rungs that grow in all three, and the answer is the highest rung that fits.
 """
 
 import functools
@@ -34,7 +34,7 @@ _SCRATCH_RUNGS = (
     ("medium", 4096, 8),
     ("medium", 4096, 16),
 )
-"""Size, tokens a row, rows: the model grows first. 65,536 tokens of a forward keep any GPU busy."""
+"""Size, tokens per row, rows: the model grows first. 65,536 tokens per forward keep any GPU busy."""
 _CHANGES: tuple[dict[str, Any], ...] = (
     {},
     {"checkpointing": True},
@@ -65,7 +65,7 @@ class Recommendation:
     batch_size: int
     """Rows of one forward (and backward)."""
     seq_len: int
-    """Tokens a row."""
+    """Tokens per row."""
     precision: str
     attention: str
     """The attention kernel that computes it."""
