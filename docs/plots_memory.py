@@ -28,7 +28,7 @@ from schemas.run import load_run_config  # noqa: E402
 from tests.helpers.memory_simulator import layer_count, simulate_scoring, simulate_training_step  # noqa: E402
 
 IMAGES = REPOSITORY / "docs" / "img"
-CARDS_GB = (24, 48, 85)
+GPUS_GB = (24, 48, 85)
 CONTEXTS = (2048, 4096, 8192, 12288, 16384)
 COLORS = {"teacher": "#2b5c8a", "student": "#6c9fd0", "vLLM weights": "#8e44ad", "KV cache": "#17a2b8"}
 SIZES = ("0.5B", "1.5B", "3B", "7B", "14B", "32B")
@@ -58,7 +58,7 @@ def training_step_gb(settings: TeacherSettings) -> float:
 def plot_load(axes: plt.Axes) -> None:
     """Three bases and a generator on the GPU, by precision."""
     shape = load_shape("Qwen/Qwen2.5-7B-Instruct")
-    labels, bottoms = ["bf16", "int8", "NF4"], [0.0, 0.0, 0.0]
+    labels, bottoms = ["bf16", "int8", "NF4 (vLLM: int8 in groups)"], [0.0, 0.0, 0.0]
     bases = [gb(weight_bytes(shape, precision)) for precision in ("bf16", "int8", "nf4")]
     exports = [gb(weight_bytes(shape, precision)) for precision in ("bf16", "int8", "int8_groups")]
     parts = [("teacher", bases, "#2b5c8a"), ("student", bases, "#6c9fd0"), ("vLLM weights", exports, "#8e44ad")]
@@ -68,12 +68,13 @@ def plot_load(axes: plt.Axes) -> None:
         axes.bar_label(bars, [f"{size:.1f}" for size in sizes], label_type="center", fontsize=8, color="white")
         bottoms = [bottom + size for bottom, size in zip(bottoms, sizes, strict=True)]
     axes.set_ylim(0, 72)
+    axes.set_xlabel("precision of the bases")
     axes.legend(fontsize=8, ncols=2, loc="upper right")
-    axes.set_title("LOAD: weights of a 7B run")
+    axes.set_title("LOAD: weights of a run with Qwen2.5 7B as teacher and student")
 
 
 def plot_generate(axes: plt.Axes) -> None:
-    """The KV cache by how many prompt groups are generated at once."""
+    """The KV cache by the number of prompt groups that are generated at once."""
     settings = settings_85gb()
     groups = range(1, 5)
     parts: dict[str, list[float]] = {}
@@ -92,13 +93,13 @@ def plot_generate(axes: plt.Axes) -> None:
     axes.set_xticks(list(groups), [f"{n} ({n * settings.num_generations} rows)" for n in groups])
     axes.set_xlabel("prompt groups generated at once (generation_aggregation_steps)")
     axes.set_ylim(0, 75)
-    draw_cards(axes, (48,))
+    draw_usable(axes, (48,))
     axes.legend(fontsize=8, loc="upper left", ncols=2)
     axes.set_title("GENERATE: teacher_rlt_mono_85gb, 6144 + 6144 tokens")
 
 
 def plot_score(axes: plt.Axes) -> None:
-    """One model's forward without gradients, by tokens of the batch."""
+    """One model's weights and forward without gradients, by tokens of the batch."""
     settings = replace(settings_85gb(), micro_batch=1, attention="flash")
     for precision, color in (("bf16", "#c0392b"), ("int8", "#2b5c8a"), ("nf4", "#27ae60")):
         own: TeacherSettings = replace(settings, precision=precision)
@@ -109,17 +110,19 @@ def plot_score(axes: plt.Axes) -> None:
             predicted.append(gb(weights + forward_bytes(point, point.teacher, point.row_len, adapter=False)))
             traced = simulate_scoring(layer_count(point, 2))
             simulated.append(gb(weights + traced.peak_bytes - traced.static_bytes))
-        axes.plot(CONTEXTS, predicted, color=color, label=f"{precision}, predicted")
+        axes.plot(CONTEXTS, predicted, color=color, label=f"{precision.replace('nf4', 'NF4')}, predicted")
         axes.plot(CONTEXTS, simulated, "x", color=color, markersize=7)
     axes.plot([], [], "x", color="black", label="simulated")
+    axes.set_xticks(CONTEXTS)
     axes.set_xlabel("tokens of the scoring batch")
+    axes.set_ylabel("GB")
     axes.set_ylim(0, 20)
     axes.legend(fontsize=8)
-    axes.set_title("SCORE: one 7B, weights and forward")
+    axes.set_title("SCORE: weights and forward of one Qwen2.5 7B")
 
 
 def plot_train(axes: plt.Axes) -> None:
-    """Micro-batch tokens decide; the int8 leak is what made 8-bit runs fail."""
+    """A training step by length and rows of the micro-batch, with and without the int8 activations that stock keeps."""
     settings = replace(settings_85gb(), attention="flash", num_adapters=1)
     curves = [
         ("micro-batch 1", "#27ae60", "-", {"micro_batch": 1}),
@@ -132,15 +135,17 @@ def plot_train(axes: plt.Axes) -> None:
         axes.plot(CONTEXTS, [training_step_gb(point) for point in points], style, color=color, label=label)
         axes.plot(CONTEXTS, [simulated_step_gb(point) for point in points], "x", color=color, markersize=7)
     axes.plot([], [], "x", color="black", label="simulated")
+    axes.set_xticks(CONTEXTS)
     axes.set_xlabel("prompt + completion tokens of a row")
-    axes.set_ylim(0, 100)
-    draw_cards(axes, CARDS_GB)
+    axes.set_ylabel("GB allocated")
+    axes.set_ylim(0, 125)
+    draw_usable(axes, GPUS_GB)
     axes.legend(fontsize=8, loc="upper left")
-    axes.set_title("TRAIN: int8 7B teacher alone, LoRA r=32, allocated")
+    axes.set_title("TRAIN: teacher alone (int8 Qwen2.5 7B, LoRA r=32)")
 
 
 def plot_sync(axes: plt.Axes) -> None:
-    """What travels to the generator after a step: the adapter, or all merged weights."""
+    """Bytes that travel to the generator after a step: the adapter, or all merged weights."""
     shapes = [load_shape(f"Qwen/Qwen2.5-{size}-Instruct") for size in SIZES]
     merged = [gb(weight_bytes(shape, "bf16")) for shape in shapes]
     adapters = [gb(4 * num_lora_params(shape, 32)) for shape in shapes]
@@ -152,10 +157,13 @@ def plot_sync(axes: plt.Axes) -> None:
         bars = axes.bar([p + offset for p in positions], sizes, width=0.4, label=label, color=color)
         axes.bar_label(bars, [f"{size:.2g}" for size in sizes], fontsize=8)
     axes.set_xticks(list(positions), SIZES)
+    axes.set_xlabel("Qwen2.5 model")
     axes.set_yscale("log")
     axes.set_ylim(0.02, 300)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylabel("GB per step, predicted")
     axes.legend(fontsize=8, loc="upper left")
-    axes.set_title("SYNC: bytes that travel to the generator each step")
+    axes.set_title("SYNC: what travels to the generator after each step")
 
 
 def plot_overview(axes: plt.Axes) -> None:
@@ -173,18 +181,18 @@ def plot_overview(axes: plt.Axes) -> None:
     axes.axvline(gb(usable_bytes(int(85e9))), color="black", linestyle=":")
     axes.invert_yaxis()
     axes.set_xlim(0, 86)
-    axes.set_ylabel("")
+    axes.set_ylabel("phase")
     axes.set_xlabel("GB, predicted; dotted: usable on an 85 GB GPU")
     axes.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(0.57, 0.45))
     axes.set_title("teacher_rlt_mono_85gb by phase")
 
 
-def draw_cards(axes: plt.Axes, cards_gb: tuple[int, ...]) -> None:
-    for card in cards_gb:
-        usable = gb(usable_bytes(int(card * 1e9)))
+def draw_usable(axes: plt.Axes, gpus_gb: tuple[int, ...]) -> None:
+    for gpu_gb in gpus_gb:
+        usable = gb(usable_bytes(int(gpu_gb * 1e9)))
         axes.axhline(usable, color="black", linestyle=":", linewidth=1)
         right_of_axes = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "center"}
-        axes.annotate(f"usable\non {card} GB", (1.01, usable), fontsize=7, **right_of_axes)
+        axes.annotate(f"usable\non {gpu_gb} GB", (1.01, usable), fontsize=7, **right_of_axes)
 
 
 def main() -> None:
