@@ -59,8 +59,9 @@ def _train_all(composed: list[dict[str, Any]]) -> int:
     for values in jobs:
         check_inputs(values)
     show_one_gpu(jobs)
+    # These load torch, which takes seconds: not before the configuration is composed.
     from optimization.gpu import has_gpu
-    from trainers.start import train_runs  # loads torch: a configuration that cannot be composed need not wait for it
+    from trainers.start import train_runs
     from trainers.sweep import run_jobs
 
     if len(jobs) > 1 and has_gpu():

@@ -7,7 +7,7 @@ from pathlib import Path
 from core.errors import UserError
 
 _TIMEOUT_S = 10.0
-_MODEL_FILES = ("config.json", "tokenizer_config.json")  # one of them at least: a tokenizer may lie alone
+_MODEL_FILES = ("config.json", "tokenizer_config.json")  # at least one of them: a folder may hold a tokenizer alone
 
 
 def is_hub_id(name_or_path: str) -> bool:

@@ -39,7 +39,7 @@ class PromptFormat:
     opening_padding: str = "\n\n"
     """Follows an opening tag that is forced on a model."""
     section_delimiter: str = "\n\n"
-    """Between the two sections of an answer."""
+    """Between the two sections of an assistant's turn."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Variables for the chat template, the teacher's and the student's, such as `enable_thinking`."""
 
@@ -135,10 +135,10 @@ def render_chat(
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, head: str, tail: str) -> str:
-    """`tail` without the header of a next answer.
+    """`tail` without the header of the next turn.
 
     The first templates of Llama 3, and LLaDA's, open one behind every conversation, also where none is asked for. What
-    follows the answer is then what follows the question: the end of the turn, and that header.
+    follows a turn of the assistant is then what follows the question: the end of the turn, and that header.
     """
     if not tail or not head.endswith(tail):
         return tail

@@ -226,8 +226,8 @@ def slips_table() -> str:
     quantile = NormalDist().inv_cdf
     weight, one = normal_weight(), torch.tensor(1.0, dtype=torch.bfloat16)
     lines = {
-        f"Double quantisation saves {saved:.2f} GB a billion parameters": f"{saved:.3f} bits, an eighth of that: "
-        f"{gb(saved / 8 * 1e9):.3f} GB a billion, {gb(saved / 8 * NUM_PARAMS):.2f} GB of 10 billion",
+        f"Double quantisation saves {saved:.2f} GB per billion parameters": f"{saved:.3f} bits, an eighth of that: "
+        f"{gb(saved / 8 * 1e9):.3f} GB per billion, {gb(saved / 8 * NUM_PARAMS):.2f} GB of 10 billion",
         "Before double quantisation the scales cost a bit per weight": f"32 / 64 = {32 / 64:.3f}",
         "NF4's level i is the quantile at (i + 0.5) / 16": "those are symmetric, without a zero: the smallest would be "
         f"{quantile(8.5 / 16) / quantile(15.5 / 16):+.4f}; NF4 has an exact zero, then {nf4_levels()[8]:+.4f}",

@@ -61,7 +61,7 @@ class Generator(Protocol):
         seeds: Sequence[int],
         on_progress: ProgressCallback | None = None,
     ) -> list[Completion]:
-        """[B] completions, row p * G + g for generation g of prompt p, each drawn with its own seed `seeds[row]`."""
+        """[B] completions, row p * G + g for completion g of prompt p, each drawn with its own seed `seeds[row]`."""
 
     def sync_adapter(self, model: Any) -> None:
         """Sample from the active adapter of this peft model, as it is now, from the next call on."""

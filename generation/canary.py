@@ -30,9 +30,9 @@ TrainerLogprobs = Callable[[Sequence[Sequence[int]], bool], list[list[float]]]
 Vector = NDArray[np.float64]
 
 _NUM_STANDARD_ERRORS = 5.0
-# A generator that serves the same adapter as before gives the same log-probs as before: it did not move. One that
-# moved along moved about as far as the trainer (0.73 of the way at least in 110 readings of embedded runs), though not
-# always in quite the same direction: LLM.int8's outlier columns come and go. So the length tells the two apart.
+# A generator that still serves the old adapter gives the old log-probs. One that serves the new adapter moved about as
+# far as the trainer (at least 0.73 of the way in 110 readings of embedded runs), though not always in quite the same
+# direction: LLM.int8's outlier columns come and go. So the distance tells the two apart.
 _STAYED_BELOW = 0.25
 
 

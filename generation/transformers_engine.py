@@ -52,7 +52,7 @@ class TransformersGenerator:
         seeds: Sequence[int],
         on_progress: ProgressCallback | None = None,
     ) -> list[Completion]:
-        """See `Generator.generate`. Every prompt is read once and its cache copied for its generations."""
+        """See `Generator.generate`. Every prompt is read once and its cache copied for its completions."""
         check_rows(prompt_token_ids, num_generations, seeds)
         completions: list[Completion] = []
         with evaluation_mode(self._model):

@@ -145,7 +145,7 @@ def checkpoint_blocks(model: Any) -> AppliedOptimization | Obstacle:
 
 
 def enable_checkpointing(model: Any) -> Any:
-    """`checkpoint_blocks`, answering with the model: `model = enable_checkpointing(model)`; what was done is logged.
+    """`checkpoint_blocks`, which returns the model: `model = enable_checkpointing(model)`; what was done is logged.
 
     `model.gradient_checkpointing_disable()` takes it back.
     """

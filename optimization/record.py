@@ -121,7 +121,7 @@ def together(name: str, parts: Sequence[Record]) -> AppliedOptimization | Obstac
 
 
 def announce(record: Record) -> None:
-    """Log what was done, or as a warning that nothing was; for functions that answer with a model, not a record."""
+    """Log what was done, or as a warning that nothing was; for functions that return a model, not a record."""
     log.log(logging.INFO if record.applied else logging.WARNING, "%s", record)
 
 

@@ -133,9 +133,9 @@ def compile_obstacle(*, has_own_model: bool, on_gpu: bool, finds_outliers: bool)
 
 
 def enable_torch_compile(model: ModelT, *, backend: str = "inductor") -> ModelT:
-    """Compile the forward of a model's body in place; answers with the model: `model = enable_torch_compile(model)`.
+    """Compile the forward of a model's body in place; returns the model: `model = enable_torch_compile(model)`.
 
-    What was done, or why nothing was (a CPU), is logged; `compile_forward` answers with that record, whose `undo()`
+    What was done, or why nothing was (a CPU), is logged; `compile_forward` returns that record, whose `undo()`
     makes the forward eager again.
     """
     announce(compile_forward(model, backend=backend))

@@ -180,7 +180,7 @@ def _drop_tables_after(path: Path, step: int) -> None:
 
 def write_evaluation(path: Path, step: int, table: Mapping[str, list[Any]]) -> None:
     """Write `evaluations/evaluation_STEP.parquet` of the run in `path`, over an earlier one of the step."""
-    import pandas as pd  # a second that a wrong output folder need not wait
+    import pandas as pd  # takes a second: not before the output folder is checked
 
     folder = path / EVALUATIONS_FOLDER
     folder.mkdir(exist_ok=True)

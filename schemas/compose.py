@@ -79,7 +79,7 @@ def to_values(config: DictConfig) -> dict[str, Any]:
 def compose_run_config(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Compose a run configuration by name, outside `hydra.main` (tools and tests); plain containers, not validated."""
     register_search_path()
-    callers = GlobalHydra.instance().hydra  # there is one where a program that uses Hydra itself asks
+    callers = GlobalHydra.instance().hydra  # set where the calling program uses Hydra itself
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(CONFIG_ROOT), version_base="1.3"):

@@ -69,6 +69,6 @@ class ModelConfig:
     reference_model: Literal["shared", "separate"] = "shared"
     """`shared`: the teacher's own base with the adapter off (0 GB); `separate`: one more copy of the base."""
     scoring_weights: Literal["auto", "fp8"] = "auto"
-    """Weights of a student and a reference of their own: as `model_args` says, or fp8 with one scale an output row."""
+    """Weights of a student and a reference of their own: as `model_args` says, or fp8 with one scale per output row."""
     model_args: ModelArgs = field(default_factory=ModelArgs)
     """How they are loaded."""

@@ -39,7 +39,7 @@ def score_texts(
     is in the KL term), or the name of a run configuration (whose teacher is the base). The models are loaded for this
     call; `TextScorer(run)` keeps them.
 
-    An explanation is the text between the tags, or a completion that ends with the closing tag, or a whole answer
+    An explanation is the text between the tags, or a completion that ends with the closing tag, or a whole turn
     (`scoring/written.py`). `close_explanations=False` takes a text without closing tag as one that was cut off.
 
     Returns:

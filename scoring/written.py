@@ -5,7 +5,7 @@ The teacher's prompt ends with the opened explanation tag and its padding. Three
 * the explanation alone: the text between the tags, without any tag. It is closed here; a padding that it begins with is
   not doubled.
 * a completion: the text up to the closing tag, as the teacher writes it. What comes after that tag is ignored.
-* a whole answer: either of the two behind the opening tag, with or without the solution's section before it.
+* a whole turn: either of the two behind the opening tag, with or without the solution's section before it.
 
 Anything else (the tags of a thought or a solution inside, those of another format around it, a special token, a tag
 twice) is a problem with a reason, for there is no completion that it stands for.

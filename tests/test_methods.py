@@ -98,7 +98,7 @@ def test_a_new_method_is_composed_validated_planned_and_verified(toy: Path) -> N
     assert planned.fits and planned.values["per_device_train_batch_size"] == 4
     assert "a toy; 4 toy rows; context 32" in repr(planned)
     choice = choose_batch_size(planned.config, int(8e9), "a GPU")
-    assert tuple(choice) == (4, 1) and "4 toy rows a step" in choice.reason
+    assert tuple(choice) == (4, 1) and "4 toy rows per step" in choice.reason
     checks = [check_generator(planned.config), check_disk(planned.values, planned.plan), *check_models(planned.config)]
     assert all(check.status == "ok" for check in checks)
     assert json.dumps(planned.plan.to_dict()) and gb(planned.plan.max_bytes) < 1

@@ -83,7 +83,7 @@ class Recovery(TrainerCallback):
         cause, self.cause = self.cause, None
         self._num_in_a_row += 1
         self.num_bad_steps += 1
-        control.should_save = False  # a checkpoint of a good step is what there is to go back to
+        control.should_save = False  # a bad step is nothing to go back to
         if self.num_bad_steps > self.max_recoveries:
             self._tell("stop", cause, state, control)
             raise NonFiniteError(

@@ -27,7 +27,7 @@ def train_runs(
     """
     runs = [(load_for_this_machine(values), values) for values in composed]
 
-    from optimization import optimized  # imports bitsandbytes and transformers: seconds that a wrong key need not wait
+    from optimization import optimized  # takes seconds: not before the settings are checked
 
     for config, composed_values in runs:
         values = resolved_values(config, dict(composed_values))

@@ -4,7 +4,7 @@ transformers calls `training_step` once per optimizer step. Inside it, in this o
 reward (SCORE), advantages, then for each micro-batch TRL's loss and its backward (TRAIN). A rollout is the object that
 these stages fill. What TRL 1.16 cannot do with an 8-bit adapter model is put right in `__init__`, in commented places.
 
-Letters: P prompts, G generations per prompt, B = P*G rows, T tokens.
+Letters: P prompts, G completions per prompt, B = P*G rows, T tokens.
 """
 
 import time
@@ -65,7 +65,7 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
         args: TRL's arguments (`build_grpo_args(config)`).
         host: owns teacher, student, reference and the engine's sleep.
         plan: the memory plan that the run is held to; logged beside what is measured.
-        sampler: samples explanations; None with `use_vllm_server` (TRL's client then does).
+        sampler: samples completions; None with `use_vllm_server` (TRL's client then does).
         scorer: the RLT reward of sampled token ids.
         classify_explanation: names what kind of explanation a text is, for tasks that can tell; reported, not rewarded.
     """
@@ -313,7 +313,7 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
         super().log(logs, start_time)
 
     def held_out_metrics(self, dataset: Dataset) -> dict[str, float]:
-        """One explanation for each held-out question, always from the same seeds; the samples go to `evaluations/`."""
+        """One explanation for each held-out question, from equal seeds each time; their table is in `evaluations/`."""
         found = evaluate_policy(
             [Group.of_row(row) for row in dataset],
             sample=lambda groups: self._sample(groups, 1, EVAL_STREAM, step=0),

@@ -7,7 +7,7 @@ from benchmarks.gpu.runner import Cell
 
 _NUM_GRID_POINTS = 7
 """Of tests/test_planner_gpu.py; a test holds the two together without importing torch here."""
-# Configurations for small GPUs, and the shape that each has its teacher of.
+# Configurations for small GPUs, each with the shape of its teacher.
 _SMALL_CARDS = {
     "teacher_rlt_mono_8gb": "1.5B",
     "teacher_rlt_mono_12gb": "3B",

@@ -60,7 +60,7 @@ def ensure_random_model(name: str, folder: Path) -> Path:
     if (checkpoint / "config.json").exists():
         return checkpoint
     for other in sorted(folder.glob("*")) if folder.exists() else []:
-        if shutil.disk_usage(folder).free < 5 * shape.num_params:  # 16-bit weights twice (the export), and some air
+        if shutil.disk_usage(folder).free < 5 * shape.num_params:  # 16-bit weights twice (the export), and a margin
             log.info("removing %s: the disk is short", other)
             shutil.rmtree(other)
     shutil.rmtree(checkpoint, ignore_errors=True)
@@ -72,7 +72,7 @@ def ensure_random_model(name: str, folder: Path) -> Path:
     GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id).save_pretrained(
         checkpoint
     )
-    config.save_pretrained(checkpoint)  # last: it says that the folder is whole
+    config.save_pretrained(checkpoint)  # last: it marks the folder as complete
     log.info("random %s: %s in %s", name, format_gb(num_bytes), checkpoint)
     return checkpoint
 

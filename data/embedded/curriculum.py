@@ -38,7 +38,7 @@ def arithmetic_curriculum(
         given, result = encode(tokenizer, head + trace[:cut]), encode(tokenizer, trace[cut])
         tail = prompt_format.student_tail(tokenizer, row["question"], row["solution"])
         num_after = len(encode(tokenizer, trace[cut + 1 :] + tail.text))
-        masks = [tokenizer.mask_token_id] * num_after  # as sampling from the left meets it
+        masks = [tokenizer.mask_token_id] * num_after  # as when blocks are sampled from left to right
         return Sample(given + result + masks, len(given), num_after=num_after)
 
     def continuation() -> Sample:

@@ -1,7 +1,7 @@
 """Recommended configuration for a GPU of a given size, from the memory planner.
 
-Answers are monotone: with more memory neither model, tokens per row nor tokens per forward ever fall. Each kind of
-training is a ladder of rungs that grow in all three, and the answer is the highest rung that fits.
+Recommendations are monotone: with more memory neither model, tokens per row nor tokens per forward ever fall. Each kind
+of training is a ladder of rungs that grow in all three, and the answer is the highest rung that fits.
 """
 
 import functools
