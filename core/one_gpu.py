@@ -66,7 +66,7 @@ def show_one_gpu(runs: Sequence[Mapping[str, Any]]) -> None:
 
 
 def index_in_this_process(number: int) -> int:
-    """What torch calls the GPU that `device_map` calls `cuda:NUMBER`: 0 once the others are hidden."""
+    """torch's index of the GPU that `device_map` calls `cuda:NUMBER`: 0 once the others are hidden."""
     return 0 if _chosen(number) else number
 
 

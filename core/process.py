@@ -33,7 +33,7 @@ _LET_THE_FIRST_SPEAK_S = 2.0
 
 
 def check_one_process() -> None:
-    """Refuse a launcher of several processes; only the first of them says so.
+    """Refuse a launcher of several processes; the first of them says so.
 
     Raises:
         UserError: the launcher started several.

@@ -15,7 +15,7 @@ class Shown:
     """Base of results with tables: `repr` and `print` give them as text, a notebook as HTML."""
 
     def tables(self) -> Sequence[RenderableType]:
-        """What is shown, from top to bottom; a plain string is a line of text."""
+        """Tables to show, from top to bottom; a plain string is a line of text."""
         raise NotImplementedError(f"{type(self).__name__} shows nothing")
 
     def __repr__(self) -> str:

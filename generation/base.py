@@ -1,6 +1,6 @@
 """Generator: the protocol of every sampling engine, and the settings of sampling.
 
-Letters: P prompts, G generations per prompt, B = P * G rows (prompt-major), T tokens.
+Letters: P prompts, G completions per prompt, B = P * G rows (prompt-major), T tokens.
 """
 
 from collections.abc import Callable, Sequence

@@ -4,7 +4,7 @@ Two failures are known elsewhere: an adapter that gets lost when an engine wakes
 newer one. Both leave a generator that works and slowly ruins training. The canary compares log-probs of fixed probe
 tokens between generator and trainer.
 
-A difference in size alone does not show one stale step: the two sides differ by rounding (about 0.01 to 0.04 a token),
+A difference in size alone does not show one stale step: the two sides differ by rounding (0.01 to 0.04 per token),
 and an optimizer step may move log-probs by less. The direction does. With t the trainer's probe log-probs now, h those
 in a suspected state (an earlier adapter, or none) and g the generator's, corrected by the difference between generator
 and trainer at the earlier check,

@@ -1,6 +1,6 @@
 """PolicySampler: completions of the current policy, from a generator that got its adapter and passed the canary.
 
-Letters: P prompts, G generations per prompt, B = P * G rows (prompt-major).
+Letters: P prompts, G completions per prompt, B = P * G rows (prompt-major).
 """
 
 from collections.abc import Callable, Sequence

@@ -78,7 +78,7 @@ def diffusion_loss(
     samples count the same (instruction tuning, eq. 5 of the paper). "tokens": the batch's sum is divided by all tokens
     that may be masked; the paper's pre-training (eq. 3), whose sequences have one length, is both.
 
-    In expectation an upper bound of the negative log-likelihood a token; ln V for a model that predicts uniformly.
+    In expectation an upper bound of the negative log-likelihood per token; ln V for a model that predicts uniformly.
     """
     lens_S = batch.learned_lens_S()
     weights_S = 1.0 / (levels_S * (lens_S * batch.num_samples if mean_over == "samples" else lens_S.sum()))

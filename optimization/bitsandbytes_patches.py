@@ -74,7 +74,7 @@ def fix_cpu_dequantization() -> None:
     dequantises, so that a matrix [N, K] with K not a multiple of 64 comes back wrong by some 70 %. The CUDA kernels and
     the generic implementation take the values as one long row, and so does the same kernel if it is told of one row.
 
-    Process-wide and safe to call again. Matrices with whole blocks a row go the same way as before, with the same
+    Process-wide and safe to call again. Matrices with whole blocks per row go the same way as before, with the same
     values.
     """
     if _library:

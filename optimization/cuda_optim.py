@@ -58,7 +58,7 @@ def _allow_tf32(card: Card | None) -> AppliedOptimization | Obstacle:
 def optimize_attention_operations(
     backend: SdpaBackend = "auto", *, card: Card | None = None
 ) -> AppliedOptimization | Obstacle:
-    """Which kernel `scaled_dot_product_attention` tries first; one that cannot take the inputs hands on to the next.
+    """Choose the kernel that `scaled_dot_product_attention` tries first; one that cannot serve hands on to the next.
 
     `flash` and `efficient` put that kernel first. `auto` keeps torch's own order (flash, memory-efficient, plain) less
     cuDNN, which torch 2.11 and later would try before them from Hopper on; `torch` changes nothing. A run switches
@@ -106,7 +106,7 @@ def _without_cudnn(card: Card) -> AppliedOptimization | Obstacle:
 
 
 def switch_cudnn_attention_off() -> None:
-    """No cuDNN in `scaled_dot_product_attention`, which tries it first on Hopper from torch 2.11 on.
+    """Switch cuDNN off in `scaled_dot_product_attention`, which tries it first on Hopper from torch 2.11 on.
 
     Its backward gives NaN for queries whose scores are very low (Qwen2.5 has such a head) where a mask is passed and
     the length is 64 more than a multiple of 128 (pytorch#196678, trl#7181). Importing vLLM's CUDA build does the same.

@@ -38,7 +38,7 @@ def choose_fp8_of_teacher(config: RunConfig, *, card: Card | None = None) -> Cho
     """fp8 for the KV cache, the generator and frozen models of a teacher's run.
 
     The generator's weights change only where the teacher is not quantised: a quantised teacher's own values serve its
-    generator, and fp8 ones would be another policy (DESIGN: 0.26 to 0.6 nats on a model with outlier channels).
+    generator, and fp8 ones would be another policy (0.26 to 0.6 nats away on a model with outlier channels).
     """
     support = check_fp8_support(card=card)
     if isinstance(support, Obstacle):

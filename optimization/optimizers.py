@@ -15,7 +15,7 @@ _APOLLO_RANK = 128
 def get_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """An optimizer over the trainable parameters of `model`; use it as any torch optimizer.
 
-    Names: `OPTIMIZERS`. Decoupled weight decay throughout. 8-bit states are block-wise (256 values a scale), and
+    Names: `OPTIMIZERS`. Decoupled weight decay throughout. 8-bit states are block-wise (one scale per 256 values), and
     tensors below 4096 values keep 32-bit ones. Paged states may be moved to host memory by the driver when the GPU is
     full; on a CPU paged is plain. `adalomo` updates inside `backward` and frees each gradient at once: no gradient
     accumulation, no clipping, no fp16 scaler. `apollo` scales gradients by a low-rank Adam (rank 128); its package is

@@ -44,13 +44,13 @@ def weight_bytes(shape: ModelShape, precision: Precision, *, double_quant: bool 
 
 
 def num_lora_params(shape: ModelShape, r: int, targets: tuple[str, ...] = ()) -> int:
-    """r * (in + out) for each adapted linear of each layer; no targets: all seven."""
+    """Parameters of a LoRA adapter: r * (in + out) for each adapted linear; no targets: all seven of each layer."""
     names = targets or tuple(shape.linears)
     return shape.num_layers * r * sum(sum(shape.linears[name]) for name in names)
 
 
 def optimizer_bytes_per_param(name: str) -> float:
-    """State of a transformers `optim` name. Unknown names count as fp32 Adam, the largest of the usual ones."""
+    """Bytes of state by transformers' `optim` name. Unknown names count as fp32 Adam, the largest of the usual ones."""
     kind = name.lower().removeprefix("paged_")
     num_states, width = next(
         (states for prefix, states in _OPTIMIZER_STATES.items() if kind.startswith(prefix)), (2, 4.0)
@@ -90,7 +90,7 @@ def kv_needed_bytes(settings: "TeacherSettings") -> int:
 
 
 def kv_minimum_bytes(settings: "TeacherSettings") -> int:
-    """One row of full length; vLLM refuses to start with less."""
+    """KV of one row of full length; vLLM refuses to start with less."""
     num_tokens = _whole_blocks(settings.row_len) + VLLM_KV_BLOCK_TOKENS
     return kv_bytes_per_token(settings.teacher, settings.kv_bytes_per_value) * num_tokens
 

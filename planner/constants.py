@@ -86,7 +86,7 @@ ALL_CONSTANTS = {name.lower(): value for name, value in list(globals().items()) 
 
 
 def usable_bytes(gpu_bytes: int) -> int:
-    """What a run may plan for: 97 % of what the driver reports."""
+    """Bytes that a run may plan for: 97 % of what the driver reports."""
     return int(gpu_bytes * USABLE_FRAC.value)
 
 

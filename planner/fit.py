@@ -112,7 +112,7 @@ def override_word(key: str, value: Any) -> str:
 
 
 def levers(values: Mapping[str, Any]) -> list[Lever]:
-    """What single changes save, the mildest first; changes that save under 0.1 GB are left out."""
+    """Savings of single changes, the mildest first; changes that save under 0.1 GB are left out."""
     before = plan_run(load_run_config(values), None)
     found = []
     for change, overrides in before.settings.changes():

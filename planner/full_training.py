@@ -83,7 +83,7 @@ class FullTrainingPlan(Mapping[str, float]):
         return f"{sizes_line(self)} (predicted; peak: {self.binding_moment})"
 
     def fits(self, gpu_bytes: int) -> bool:
-        """With the CUDA context and the allocator's overhead, within the usable share of a GPU."""
+        """Whether the usable share of a GPU holds it, CUDA context and allocator overhead included."""
         overhead = CUDA_CONTEXT_BYTES.value + FRAGMENTATION_FRAC.value * self.moments[self.binding_moment]
         return self.peak_bytes + overhead <= usable_bytes(gpu_bytes)
 

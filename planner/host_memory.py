@@ -26,7 +26,7 @@ def pinned_bytes(num_bytes: float) -> int:
 
 
 def host_components(settings: PlanSettings) -> dict[str, float]:
-    """What the training step of any method puts into pinned host memory -> bytes."""
+    """Bytes by what the training step of any method puts into pinned host memory."""
     if settings.checkpointing != "layers_offloaded":
         return {}
     return {"offloaded layer inputs": _offloaded_bytes(settings)}
@@ -48,7 +48,7 @@ def sleeping_vllm_bytes(settings: "TeacherSettings") -> float:
 
 
 def vllm_tensors(settings: "TeacherSettings") -> Iterator[tuple[int, float]]:
-    """How many, and bytes of each: vLLM joins q, k, v and gate, up; scales, norms, and one LoRA slot."""
+    """Number and bytes of vLLM's tensors: it joins q, k, v and gate, up; scales, norms, and one LoRA slot."""
     shape, precision = settings.teacher, settings.generator_precision
     widths = {name: n_out for name, (_, n_out) in shape.linears.items()}
     joined = [

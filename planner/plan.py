@@ -51,7 +51,7 @@ class MemoryPlan:
         return self.peak_bytes(self.binding_phase)
 
     def fits(self, gpu_bytes: int | None = None) -> bool:
-        """Every phase stays within the usable share (97 %) of the GPU; the plan's own GPU unless one is given."""
+        """Whether every phase stays within the usable share (97 %) of the GPU: the plan's own unless one is given."""
         card = gpu_bytes if gpu_bytes is not None else self.gpu_bytes
         if card is None:
             raise ValueError("fits() needs a GPU: this plan was made without one")
@@ -59,7 +59,7 @@ class MemoryPlan:
 
     @property
     def kv_is_too_small(self) -> bool:
-        """vLLM refuses to start where one row of full length does not fit its cache."""
+        """Whether one row of full length does not fit vLLM's cache: it then refuses to start."""
         return self.kv_cache_bytes < self.kv_minimum_bytes
 
     def to_dict(self) -> dict[str, Any]:

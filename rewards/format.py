@@ -7,7 +7,7 @@ from data.tags import TagStyle
 
 
 def is_well_formed(completion: str, tags: TagStyle) -> bool:
-    """The explanation is closed exactly once, says something, holds no other tag, and nothing comes after it."""
+    """Whether an explanation is closed exactly once, not empty, without other tags, and with nothing after it."""
     explanation, closed, after = completion.partition(tags.explanation.closing)
     return bool(closed and explanation.strip() and not after.strip()) and not any(
         tag in explanation for tag in tags.all_tags

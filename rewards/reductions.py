@@ -17,6 +17,6 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def reduce_rows(name: str, rows: Sequence[Tensor]) -> Tensor:
-    """Ragged rows ([T_i] each, T_i >= 1) -> [B]."""
+    """Reduce ragged rows ([T_i] each, T_i >= 1) to [B]."""
     reduction = REDUCTIONS[name]
     return torch.stack([reduction(values_T) for values_T in rows])

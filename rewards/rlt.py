@@ -38,7 +38,7 @@ class RewardBreakdown:
 
 
 class RLTReward:
-    """Combines log-probs into rewards. Holds no model; the same log-probs give the same reward."""
+    """RLT reward from given log-probs. Holds no model; the same log-probs give the same reward."""
 
     def __init__(self, config: RewardConfig) -> None:
         self.config = config

@@ -33,13 +33,13 @@ def score_spans(
 ) -> list[tuple[Tensor, ...]]:
     """`log_softmax(logits_{t-1} / temperature)[x_t]` for every t in the spans of every row, in nats.
 
-    Rows are batched by length, with at most `max_batch_tokens` padded tokens a batch (a longer row goes alone), see
+    Rows are batched by length, with at most `max_batch_tokens` padded tokens per batch (a longer row goes alone), see
     `token_batches`. Tokens after a row's last scored one are not computed.
 
     The caller decides on adapters, dropout (`model.eval()`) and what is on the GPU.
 
     Returns:
-        One tuple a row with one float32 CPU tensor a span, in the order of `row.spans`; empty for an empty span.
+        One tuple per row with one float32 CPU tensor per span, in the order of `row.spans`; empty for an empty span.
     """
     results: list[tuple[Tensor, ...]] = [tuple(torch.empty(0) for _ in row.spans) for row in rows]
     lengths = [_input_len(row) for row in rows]

@@ -45,7 +45,7 @@ class MicroBatch:
     """Share of the step's tokens that count in the loss."""
 
     def loss_weight(self, loss_type: str) -> float:
-        """What this micro-batch's loss is multiplied by."""
+        """Factor of this micro-batch's loss."""
         return {"rows": self.row_frac, "tokens": self.token_frac, "step": 1.0}[LOSS_NORMALISATION[loss_type]]
 
     def pad(self, values_N: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def micro_batches(
     device: torch.device,
     mask_truncated: bool = False,
 ) -> Iterator[MicroBatch]:
-    """Every row of a rollout once, at most `max_tokens` padded tokens at a time (a longer row goes alone).
+    """Pack every row of a rollout once, at most `max_tokens` padded tokens at a time (a longer row goes alone).
 
     Args:
         rollout: with advantages; log-probs of `TEACHER` (old policy) and `REFERENCE` where the loss uses them.

@@ -172,7 +172,7 @@ def quantisation(args: ModelArgs) -> str:
 
 
 def literal(text: str) -> str:
-    """A Python expression for a text, one line of it a line."""
+    """A Python expression for a text, one source line per line of the text."""
     lines = [json.dumps(line, ensure_ascii=False) for line in text.splitlines(keepends=True)]
     return (
         "(\n" + "".join(f"    {line}\n" for line in lines) + ")"

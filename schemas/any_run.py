@@ -44,22 +44,22 @@ class AnyRunConfig(DataConfig, TrainerConfig, OptimizationConfig, ABC):
 
     @property
     def requires_vllm(self) -> bool:
-        """Without vLLM it cannot start."""
+        """Whether the run cannot start without vLLM."""
         return False
 
     @property
     def packs_rows(self) -> bool:
-        """Samples share a row and are kept apart by a mask."""
+        """Whether samples share a row, kept apart by a mask."""
         return False
 
     @property
     def has_own_frozen_model(self) -> bool:
-        """A student or a reference is loaded beside what is trained."""
+        """Whether a student or a reference is loaded beside what is trained."""
         return False
 
     @property
     def frozen_find_outliers(self) -> bool:
-        """Frozen models are scored in LLM.int8 with a threshold, which looks for outlier columns."""
+        """Whether frozen models are scored in LLM.int8 with a threshold, which looks for outlier columns."""
         return False
 
     @classmethod
@@ -69,5 +69,5 @@ class AnyRunConfig(DataConfig, TrainerConfig, OptimizationConfig, ABC):
 
     @classmethod
     def without_effect(cls, values: Mapping[str, Any]) -> Iterator[str]:
-        """What was set and would be ignored. Asked of the user's values only: levers may set the same for any run."""
+        """Settings that would be ignored. Asked of the user's values only: levers may set the same for any run."""
         yield from ()

@@ -71,7 +71,7 @@ RANGES: dict[str, Any] = {
 
 
 def schedule_problems(arguments: Any) -> Iterator[str]:
-    """What is wrong with the length of a run and with what happens every so many steps, one line each."""
+    """Problems with the length of a run and with what happens every so many steps, one line each."""
     steps, epochs = arguments.max_steps, arguments.num_train_epochs
     if steps < 1 and steps != -1:
         yield f"`max_steps` is {steps}. Use 1 or more, or -1 to train for `num_train_epochs`."

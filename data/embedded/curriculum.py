@@ -1,4 +1,4 @@
-"""The curriculum of the embedded task: what a new masked-diffusion model learns to add from."""
+"""The curriculum of the embedded task, from which a new masked-diffusion model learns to add."""
 
 import random
 

@@ -84,7 +84,7 @@ def ensure_tiny_model(cache_dir: Path | None = None) -> Path:
 
 
 def default_cache_dir() -> Path:
-    """Where everything goes that is made once and used by all runs."""
+    """Cache folder of everything that is made once and used by all runs."""
     if "RLT_CACHE" in os.environ:
         return Path(os.environ["RLT_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rlt"

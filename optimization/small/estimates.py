@@ -25,7 +25,7 @@ def estimate_memory(
         mem = estimate_memory(model, batch_size=4, seq_len=2048)
         mem["total"]  # decimal GB: mem["model"] + mem["activations"] + mem["gradients"] + mem["optimizer"]
 
-    The answer also has bytes (`peak_bytes`), the moment of the peak (`binding_moment`) and `fits(gpu_bytes)`.
+    The result also has bytes (`peak_bytes`), the moment of the peak (`binding_moment`) and `fits(gpu_bytes)`.
 
     `model`: a transformers model (the meta device will do), or its name (hub id or folder, see
     `planner.shapes.load_shape`). None is what the model has: mixed precision for float32 weights, bf16 for 16-bit ones;
