@@ -78,7 +78,7 @@ def choose_batch_size(config: AnyRunConfig, card_bytes: int, where: str) -> Batc
         gradient_accumulation_steps=config.train_batch_size // micro_batch,
         peak_bytes=fitted.max_bytes,
         card_bytes=card_bytes,
-        reason=f"{plan.settings.teacher.name}, {config.train_batch_size} {method_of(config).rows} a step, on {where}",
+        reason=f"{plan.settings.teacher.name}, {config.train_batch_size} {method_of(config).rows} per step, on {where}",
     )
 
 
@@ -190,7 +190,7 @@ def check_optimizer(config: AnyRunConfig) -> None:
             )
     if optimizer in ("lomo", "adalomo") and config.gradient_accumulation_steps > 1:
         raise UserError(
-            f"optim={optimizer} with {config.gradient_accumulation_steps} micro-batches a step",
+            f"optim={optimizer} with {config.gradient_accumulation_steps} micro-batches per step",
             expected="one micro-batch a step: it updates inside backward and keeps no gradient to add up",
             remedy=f"per_device_train_batch_size={config.train_batch_size}, or optim=paged_adamw_8bit",
         )
