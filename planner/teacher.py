@@ -78,7 +78,7 @@ class TeacherSettings(PlanSettings):
         student = self.student.name if self.student else "the teacher's base"
         return Described(
             models=f"teacher {self.teacher.name} ({self.precision}), student {student}",
-            rows=f"{self.train_batch} completions, {self.num_generations} a prompt, {self.micro_batch} at once",
+            rows=f"{self.train_batch} completions, {self.num_generations} per prompt, {self.micro_batch} at once",
             student=self.student.short_name if self.student else "own base",
             reference={"none": "none", "shared": "own base", "separate": "second copy"}[self.reference],
             student_name=self.student.name if self.student else None,
