@@ -25,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from core.log import configure_logging, log
 from generation.policy import PolicySampler
-from rollout.logprobs import token_batches
+from rollout.batches import token_batches
 from rollout.types import Completion, Group
 from tests.helpers.tiny_run import make_trainer, write_random_model
 

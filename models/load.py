@@ -16,10 +16,12 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from core.errors import UserError
 from core.hub import check_model_path, is_hub_id
+from core.log import log
 from data.embedded.model import ensure_tiny_model
 from data.embedded.tokenizer import build_tokenizer
 from optimization.bitsandbytes_patches import fix_cpu_dequantization, release_int8_activations
 from optimization.fp8_optim import check_fp8_support, quantise_to_fp8
+from rollout.packed_attention import obstacle_to_packing, pack_sequences
 from schemas.model import EMBEDDED_MODEL, ModelArgs, ModelConfig
 
 
@@ -87,7 +89,26 @@ def load_base(name_or_path: str, args: ModelArgs, device: torch.device) -> PreTr
         )
     except (OSError, ValueError) as error:
         raise _unloadable(name_or_path, error) from error
+    _lay_out(model, args)
     return model.requires_grad_(False)
+
+
+def _lay_out(model: PreTrainedModel, args: ModelArgs) -> None:
+    """
+    Raises:
+        UserError: `args.sequence_layout` names a packed one, and the model's attention cannot read it.
+    """
+    obstacle = obstacle_to_packing(model)
+    if obstacle is None:
+        pack_sequences(model, "shared_prefix" if args.sequence_layout == "auto" else args.sequence_layout)
+    elif args.sequence_layout == "auto":
+        log.info("%s: batches are padded, since %s", model.config.name_or_path, obstacle)
+    elif args.sequence_layout != "padded":
+        raise UserError(
+            f"model_args.sequence_layout={args.sequence_layout}, and {obstacle} ({model.config.name_or_path})",
+            expected="full or sliding-window attention by transformers' own sdpa",
+            remedy="set model_args.sequence_layout=auto, which pads where packing cannot be had",
+        )
 
 
 def load_frozen(name_or_path: str, config: ModelConfig, device: torch.device) -> PreTrainedModel:

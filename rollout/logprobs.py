@@ -3,7 +3,7 @@
 One scorer: student, teacher and reference (`score_spans`, no gradient) and the policy (`span_logprobs`, with gradient)
 share the batching rule, the head and the temperature.
 
-Letters: B rows of a batch, T tokens (right-padded), H hidden size, N scored positions of a batch, V vocabulary.
+Letters: B rows of a batch, T tokens, H hidden size, N scored positions of a batch, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rollout.batches import make_batch, row_batches
+from rollout.packed_attention import Layout, layout_of
 from rollout.types import ScoringRow
 
 DEFAULT_MAX_BATCH_TOKENS = 16384
 DEFAULT_LOGIT_CHUNK_LEN = 256
-BATCH_OVERHEAD_TOKENS = 256
-"""What one more forward costs, as tokens: its launches and reading the weights (assumed, not measured on a GPU)."""
 
 
 @torch.no_grad()
@@ -30,11 +30,12 @@ def score_spans(
     temperature: float = 1.0,
     max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
     logit_chunk_len: int = DEFAULT_LOGIT_CHUNK_LEN,
+    layout: Layout | None = None,
 ) -> list[tuple[Tensor, ...]]:
     """`log_softmax(logits_{t-1} / temperature)[x_t]` for every t in the spans of every row, in nats.
 
-    Rows are batched by length, with at most `max_batch_tokens` padded tokens per batch (a longer row goes alone), see
-    `token_batches`. Tokens after a row's last scored one are not computed.
+    A batch computes at most `max_batch_tokens` tokens, padding included (a longer row goes alone), see
+    `rollout.batches`; `layout: None` is the model's own. Tokens after a row's last scored one are not computed.
 
     The caller decides on adapters, dropout (`model.eval()`) and what is on the GPU.
 
@@ -42,41 +43,16 @@ def score_spans(
         One tuple per row with one float32 CPU tensor per span, in the order of `row.spans`; empty for an empty span.
     """
     results: list[tuple[Tensor, ...]] = [tuple(torch.empty(0) for _ in row.spans) for row in rows]
-    lengths = [_input_len(row) for row in rows]
-    for batch in token_batches(lengths, max_batch_tokens):
+    layout = layout or layout_of(model)
+    for batch in row_batches(rows, max_batch_tokens, layout):
         batch_rows = [rows[i] for i in batch]
-        logprobs_N, _ = span_logprobs(model, batch_rows, temperature=temperature, logit_chunk_len=logit_chunk_len)
+        logprobs_N, _ = span_logprobs(
+            model, batch_rows, temperature=temperature, logit_chunk_len=logit_chunk_len, layout=layout
+        )
         pieces = iter(logprobs_N.cpu().split([end - start for row in batch_rows for start, end in row.spans]))
         for index in batch:
             results[index] = tuple(next(pieces) for _ in rows[index].spans)
     return results
-
-
-def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of the rows of each batch: rows of like length together, at most `max_tokens` padded tokens per batch.
-
-    Of all ways to cut the rows, sorted by length, into batches, the one with the fewest padded tokens, where a batch
-    costs as much as `BATCH_OVERHEAD_TOKENS` beside them. Longest first, so that the largest batch meets the memory
-    limit first. A row above the limit goes alone; rows of no length are left out.
-    """
-    order = sorted((i for i, length in enumerate(lengths) if length > 0), key=lambda i: -lengths[i])
-    cost, cut = [0], [0]  # of the best batches for the first n rows: their cost, and where the last of them begins
-    for end in range(1, len(order) + 1):
-        options = []
-        for start in range(end - 1, -1, -1):
-            num_tokens = (end - start) * lengths[order[start]]
-            if num_tokens > max_tokens and end - start > 1:
-                break
-            options.append((cost[start] + num_tokens + BATCH_OVERHEAD_TOKENS, start))
-        best = min(options)
-        cost.append(best[0])
-        cut.append(best[1])
-    batches: list[list[int]] = []
-    end = len(order)
-    while end:
-        batches.insert(0, order[cut[end] : end])
-        end = cut[end]
-    return batches
 
 
 def span_logprobs(
@@ -86,6 +62,7 @@ def span_logprobs(
     temperature: float = 1.0,
     logit_chunk_len: int = DEFAULT_LOGIT_CHUNK_LEN,
     with_entropy: bool = False,
+    layout: Layout | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of the spans of one batch of rows, with gradient where gradients are on.
 
@@ -99,18 +76,14 @@ def span_logprobs(
     """
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     device = causal_lm.get_input_embeddings().weight.device
-    lengths = [_input_len(row) for row in rows]
-    input_ids_BT = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-    for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        input_ids_BT[b, :length] = torch.tensor(row.token_ids[:length])
-    # No mask: attention is causal and the padding comes last, so no scored position sees it.
-    hidden_BTH = causal_lm.get_decoder()(input_ids=input_ids_BT.to(device), use_cache=False).last_hidden_state
+    batch = make_batch(rows, layout or layout_of(model))
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.inputs.items()}
+    hidden_BTH = causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state
 
     spans = [(b, start, end) for b, row in enumerate(rows) for start, end in row.spans]
-    row_N = torch.tensor([b for b, start, end in spans for _ in range(start, end)], device=device)
-    position_N = torch.tensor([t for _, start, end in spans for t in range(start, end)], device=device)
+    before = [i for b, start, end in spans for i in batch.positions(b, start - 1, end - 1)]
     target_N = torch.tensor([t for b, start, end in spans for t in rows[b].token_ids[start:end]], device=device)
-    hidden_NH = hidden_BTH[row_N, position_N - 1]
+    hidden_NH = hidden_BTH.flatten(0, 1)[torch.tensor(before, device=device)]
     del hidden_BTH
     chunks = [
         _HeadLogProbs.apply(hidden_nH, causal_lm, target_n, temperature, with_entropy)
@@ -118,14 +91,6 @@ def span_logprobs(
     ]
     logprobs_N = torch.cat([logprobs_n for logprobs_n, _ in chunks])
     return logprobs_N, torch.cat([entropy_n for _, entropy_n in chunks]) if with_entropy else None
-
-
-def _input_len(row: ScoringRow) -> int:
-    """Tokens that must be read to predict the row's last scored one; 0 where nothing is scored."""
-    for start, end in row.spans:
-        if not 1 <= start <= end <= len(row.token_ids):
-            raise ValueError(f"span {(start, end)} does not fit a row of {len(row.token_ids)} tokens (start >= 1)")
-    return max((end - 1 for start, end in row.spans if end > start), default=0)
 
 
 class _HeadLogProbs(torch.autograd.Function):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from core.types import Role
-from rollout.logprobs import token_batches
+from rollout.batches import row_batches
+from rollout.packed_attention import Layout
 from rollout.types import Rollout, ScoringRow
 
 LOSS_NORMALISATION: Mapping[str, Literal["rows", "tokens", "step"]] = {
@@ -59,9 +60,10 @@ def micro_batches(
     max_tokens: int,
     *,
     device: torch.device,
+    layout: Layout = "padded",
     mask_truncated: bool = False,
 ) -> Iterator[MicroBatch]:
-    """Pack every row of a rollout once, at most `max_tokens` padded tokens at a time (a longer row goes alone).
+    """Pack every row of a rollout once, at most `max_tokens` computed tokens at a time (a longer row goes alone).
 
     Args:
         rollout: with advantages; log-probs of `TEACHER` (old policy) and `REFERENCE` where the loss uses them.
@@ -85,7 +87,8 @@ def micro_batches(
             per_token[name] = rollout.logprobs[role]
     if rollout.importance_ratios is not None:
         per_token["importance_sampling_ratio"] = rollout.importance_ratios
-    for batch in token_batches([len(row.token_ids) for row in rows], max_tokens):
+    scoring_rows = [row.scoring_row for row in rows]
+    for batch in row_batches(scoring_rows, max_tokens, layout):
         tensors = {
             name: torch.nn.utils.rnn.pad_sequence(
                 [values[i] for i in batch], batch_first=True, padding_value=name == "importance_sampling_ratio"
@@ -100,7 +103,7 @@ def micro_batches(
             "num_items_in_batch": torch.tensor(num_counted, device=device),
         }
         yield MicroBatch(
-            rows=[ScoringRow(token_ids=rows[i].token_ids, spans=(rows[i].completion_span,)) for i in batch],
+            rows=[scoring_rows[i] for i in batch],
             tensors=tensors,
             row_frac=len(batch) / len(rows),
             token_frac=sum(counted[i] for i in batch) / num_counted,

@@ -121,8 +121,11 @@ class RowBuilder:
             student=ScoringRow(
                 token_ids=head_ids + thought_ids + tail_ids,
                 spans=(solution_span, thought_span) if self.shares_tokens else (solution_span,),
+                prefix_len=len(head_ids),
             ),
-            teacher=ScoringRow(token_ids=prompt_ids + completion_ids, spans=(teacher_span,)),
+            teacher=ScoringRow(
+                token_ids=prompt_ids + completion_ids, spans=(teacher_span,), prefix_len=len(prompt_ids)
+            ),
             explanation_slice=found.token_slice,
             explanation=found.text,
             matched=found.matched,

@@ -66,6 +66,12 @@ class RolloutRow:
         return self.group.prompt_ids + self.completion.token_ids
 
     @property
+    def scoring_row(self) -> "ScoringRow":
+        """Prompt and completion; the completion is scored, the prompt is what a group has in common."""
+        start = len(self.group.prompt_ids)
+        return ScoringRow(token_ids=self.token_ids, spans=(self.completion_span,), prefix_len=start)
+
+    @property
     def completion_span(self) -> tuple[int, int]:
         """Where the completion lies in `token_ids`, half-open."""
         start = len(self.group.prompt_ids)
@@ -106,3 +112,5 @@ class ScoringRow:
 
     token_ids: list[int]
     spans: tuple[tuple[int, int], ...]
+    prefix_len: int = 0
+    """Leading tokens that the rows of a group have in common; a packed batch computes them once."""

@@ -172,6 +172,11 @@ def _check_model(config: MaskedDiffusionRunConfig) -> None:
             "`trainable_weights` is all with a quantised base, whose weights take no gradient. Set "
             "trainable_weights=adapter, or model_args.load_in_8bit=false and model_args.load_in_4bit=false."
         )
+    if config.model_args.sequence_layout != "auto":
+        raise ValueError(
+            f"`model_args.sequence_layout` is {config.model_args.sequence_layout}, and rows of masked diffusion are laid "
+            "out by `packing`. Set model_args.sequence_layout=auto."
+        )
     if config.packing and config.model_args.attn_implementation not in ("sdpa", "eager"):
         raise ValueError(
             f"`packing` keeps samples apart with an attention mask, which {config.model_args.attn_implementation} does "

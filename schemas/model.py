@@ -32,6 +32,10 @@ class ModelArgs:
     """`auto` puts every model on the one GPU, or on the CPU where there is none; `cpu` and `cuda:N` force it."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """Attention kernel of the trained and scored models."""
+    sequence_layout: Literal["auto", "shared_prefix", "packed", "padded"] = "auto"
+    """Rows of a scoring or training forward: one after another without padding, a group's common prefix once
+    (`shared_prefix`); without padding (`packed`); each as long as the longest (`padded`). The numbers are the same.
+    `auto`: `shared_prefix` with `attn_implementation: sdpa`, `padded` where a model's attention cannot be packed."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model repository. Off unless you set it."""
     lora_r: PositiveInt = 32

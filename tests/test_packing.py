@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.formats import encode
-from rollout.logprobs import BATCH_OVERHEAD_TOKENS, token_batches
+from rollout.batches import BATCH_OVERHEAD_TOKENS, token_batches
 from rollout.packing import micro_batches
 from rollout.types import Completion, Group, Rollout
 from schemas.compose import compose_run_config

@@ -31,6 +31,7 @@ from planner.plan import MemoryPlan
 from rewards import EXTRA_REWARDS
 from rollout.advantages import group_advantages, importance_ratios
 from rollout.logprobs import span_logprobs
+from rollout.packed_attention import layout_of
 from rollout.packing import MicroBatch, micro_batches
 from rollout.scoring import RolloutScorer, ScoredRollout
 from rollout.tables import (
@@ -40,7 +41,7 @@ from rollout.tables import (
     format_rate,
     term_columns,
 )
-from rollout.types import Completion, Group, Rollout, ScoringRow
+from rollout.types import Completion, Group, Rollout
 from runs.run_folder import write_evaluation
 from schemas.methods import method_of
 from schemas.run import RunConfig
@@ -200,7 +201,7 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
             needed.append(Role.TEACHER)
         if self.beta != 0:
             needed.append(Role.REFERENCE)
-        rows = [ScoringRow(token_ids=row.token_ids, spans=(row.completion_span,)) for row in rollout.rows]
+        rows = [row.scoring_row for row in rollout.rows]
         with self.host.phase(Phase.SCORE), self.accelerator.autocast():
             logprobs = {role: [spans[0] for spans in self.host.score(role, rows, self.temperature)] for role in needed}
         ratios = None
@@ -267,6 +268,7 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
             rollout,
             self.plan.settings.micro_batch_tokens,
             device=self.accelerator.device,
+            layout=layout_of(self.host.teacher),
             mask_truncated=self.mask_truncated_completions,
         )
 
