@@ -1,16 +1,17 @@
 """Seconds of a training step without generation: rewards, reference, loss and backward, ours against stock TRL.
 
-    python benchmarks/step.py [--rows 16] [--repeats 3] [--layers 12 --hidden 768]
+    python -m benchmarks.step [--rows 16] [--repeats 3] [--layers 12 --hidden 768] [--layout packed]
 
 A random model of 0.1 billion parameters, float32, LoRA; prompts of about 400 tokens, completions of median 150 with a
-long tail. Both sides get the same completions and the same RLT reward; stock is TRL's GRPOTrainer with micro-batches
-of two rows, which are padded to the step's longest prompt and completion. Interleaved in one process; prints ratios.
+long tail. Both sides get the same completions. Stock is TRL's GRPOTrainer with micro-batches of two rows, padded to the
+step's longest prompt and completion, and the RLT reward scored one completion after the other (benchmarks/score.py).
+The sides take turns in one process; printed are ratios of CPU seconds.
 """
 
 import argparse
-import sys
+import copy
 import tempfile
-import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from core.log import configure_logging, log
+from benchmarks.paired import paired_seconds
+from benchmarks.score import padded_share, plain_score
+from core.log import configure_logging, console
+from core.types import Role
 from generation.policy import PolicySampler
-from rollout.batches import token_batches
-from rollout.types import Completion, Group
+from rollout.packed_attention import layout_of
+from rollout.types import Completion, Group, Rollout, ScoringRow
 from tests.helpers.tiny_run import make_trainer, write_random_model
 
 NUM_GENERATIONS, MICRO_ROWS, MAX_PROMPT_LEN, MAX_COMPLETION_LEN = 8, 2, 1024, 1024
@@ -52,6 +55,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layout", choices=("auto", "packed", "padded"), default="auto")
     words = parser.parse_args()
     configure_logging("WARNING")
     with tempfile.TemporaryDirectory() as folder:
@@ -64,6 +68,7 @@ def measure(folder: Path, words: argparse.Namespace) -> None:
         model,
         folder / "ours",
         *("model_args.load_in_8bit=false", "model_args.torch_dtype=float32", "num_eval_prompts=0"),
+        f"model_args.sequence_layout={words.layout}",
         *(f"train_batch_size={words.rows}", f"num_generations={NUM_GENERATIONS}", "student_model=null"),
         *(f"per_device_train_batch_size={MICRO_ROWS}", f"max_completion_length={MAX_COMPLETION_LEN}"),
     )
@@ -73,30 +78,27 @@ def measure(folder: Path, words: argparse.Namespace) -> None:
     stock = make_stock(ours, model, folder / "stock", groups, completions, words.rows)
     rows = [{"prompt": "", "prompt_ids": g.prompt_ids, "question": g.question, "solution": g.solution} for g in groups]
     ours.sampler = PolicySampler(ours.host, Fixed(completions), Fixed(completions), seed=0)
-    sides = {
-        "ours": lambda: one_step(ours, rows),
-        "stock TRL": lambda: [one_step(stock, rows * NUM_GENERATIONS) for _ in range(words.rows // MICRO_ROWS)],
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(words.repeats + 1):
-        for name, side in sides.items():
-            ours._rollout, stock._step, stock._buffered_inputs = None, 0, None
-            start_s = time.perf_counter()
-            side()
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start_s)
+
+    def our_step() -> None:
+        ours._rollout = None
+        one_step(ours, rows)
+
+    def stock_step() -> None:
+        stock._step, stock._buffered_inputs = 0, None
+        for _ in range(words.rows // MICRO_ROWS):
+            one_step(stock, rows * NUM_GENERATIONS)
+
+    seconds = paired_seconds({"ours": our_step, "stock TRL": stock_step}, words.repeats)
     longest_p, longest_c = max(len(g.prompt_ids) for g in groups), max(len(c.token_ids) for c in completions)
-    batches = token_batches(lengths, ours.plan.settings.micro_batch_tokens)
-    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
-    log.setLevel("INFO")
-    log.info("%d rows of %d to %d tokens", len(lengths), min(lengths), max(lengths))
-    log.info(
-        "padded share: ours %.3f, stock %.3f",
-        *(1 - sum(lengths) / n for n in (padded, len(lengths) * (longest_p + longest_c))),
-    )
-    for name, values in seconds.items():
-        log.info("%s: %.2f s per step (least of %d)", name, min(values), len(values))
-    log.info("ratio stock / ours: %.2f", min(seconds["stock TRL"]) / min(seconds["ours"]))
+    layout = layout_of(ours.host.teacher)
+    scoring_rows = [row.scoring_row for row in Rollout(groups=tuple(groups)).rows]
+    ours_share = padded_share(scoring_rows, layout, ours.plan.settings.micro_batch_tokens)
+    stock_share = 1 - sum(lengths) / (len(lengths) * (longest_p + longest_c))
+    console.print(f"{len(lengths)} rows of {min(lengths)} to {max(lengths)} tokens; layout {layout}")
+    console.print(f"padded share: ours {ours_share:.3f}, stock {stock_share:.3f}")
+    for name, side_s in seconds.items():
+        console.print(f"{name}: {side_s:.2f} CPU s per step")
+    console.print(f"ratio stock / ours: {seconds['stock TRL'] / seconds['ours']:.2f}")
 
 
 def one_step(trainer: Any, rows: list[dict[str, Any]]) -> None:
@@ -131,10 +133,15 @@ def make_stock(
 ) -> GRPOTrainer:
     """TRL's trainer with the same completions, the same reward, and micro-batches of `MICRO_ROWS` rows."""
 
-    def reward(completions: list[str], **_: Any) -> list[float]:
-        from rollout.types import Rollout
+    def one_by_one(role: Role, rows: Sequence[ScoringRow], _: float) -> Any:
+        with ours.host.acting_as(role) as scored:
+            return plain_score(scored, rows, collect=False)
 
-        return ours.scorer(Rollout(groups=tuple(groups))).breakdown.reward.tolist()
+    plain_scorer = copy.copy(ours.scorer)
+    plain_scorer._score = one_by_one
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return plain_scorer(Rollout(groups=tuple(groups))).breakdown.reward.tolist()
 
     args = ours.config.model_args
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

@@ -174,8 +174,8 @@ def _check_model(config: MaskedDiffusionRunConfig) -> None:
         )
     if config.model_args.sequence_layout != "auto":
         raise ValueError(
-            f"`model_args.sequence_layout` is {config.model_args.sequence_layout}, and rows of masked diffusion are laid "
-            "out by `packing`. Set model_args.sequence_layout=auto."
+            f"`model_args.sequence_layout` is {config.model_args.sequence_layout}, and `packing` lays out the rows of "
+            "masked diffusion. Set model_args.sequence_layout=auto."
         )
     if config.packing and config.model_args.attn_implementation not in ("sdpa", "eager"):
         raise ValueError(

@@ -1,0 +1,192 @@
+"""Rewards of a rollout: CPU seconds of our scorer in each layout against one completion after the other, as published.
+
+    python -m benchmarks.score [--size 0.1b | embedded] [--groups 4] [--repeats 3]
+
+Random weights, float32. Groups of 16: questions of about 400 tokens, completions of median 150 with a long tail. The
+plain side forwards student and teacher on each completion alone and takes the log-softmax of all logits (with and
+without the published code's `gc.collect()` after each). Ours does the same work with `teacher_logprobs=forward`, and
+only the student's with the sampler's log-probs, which is the default. Sides take turns in one process; printed are
+ratios of CPU seconds, and of the multiply-adds that the plain side does to those that ours does.
+"""
+
+import argparse
+import gc
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.paired import paired_seconds
+from core.log import configure_logging, console
+from core.types import Role
+from data.embedded.tokenizer import build_tokenizer
+from data.formats import PromptFormat, encode
+from rollout.batches import input_len, make_batch, row_batches
+from rollout.logprobs import score_spans
+from rollout.packed_attention import Layout, pack_sequences
+from rollout.scoring import RolloutScorer
+from rollout.types import Completion, Group, Rollout, ScoringRow
+from schemas.compose import compose_run_config
+from schemas.run import load_run_config
+from tests.helpers.tiny_run import write_random_model
+
+SIZES = {"embedded": (64, 2), "0.1b": (768, 12)}
+"""(hidden size, layers) of student and teacher."""
+NUM_GENERATIONS, TEMPERATURE = 16, 1.0
+
+
+def draw_rollout(num_groups: int, prompt_format: PromptFormat, seed: int = 0) -> Rollout:
+    """Random letters: questions of about 320 tokens (400 with the prompt around), lognormal completions."""
+    tokenizer, generator, groups = build_tokenizer(), np.random.default_rng(seed), []
+    letters = list("abcdefghijklmnopqrstuvwxyz ")
+    for _ in range(num_groups):
+        question = "".join(generator.choice(letters, int(generator.normal(320, 40)))).strip()
+        prompt_ids = encode(tokenizer, prompt_format.teacher_prompt_text(tokenizer, question, "42"))
+        lengths = np.clip(np.exp(generator.normal(np.log(150), 0.9, NUM_GENERATIONS)), 8, 1024).astype(int)
+        texts = ["".join(generator.choice(letters, n)) + prompt_format.tags.explanation.closing for n in lengths]
+        completions = [
+            Completion(token_ids=ids, logprobs=[-3.0] * len(ids), finish_reason="stop")
+            for ids in (encode(tokenizer, text) for text in texts)
+        ]
+        group = Group(question=question, solution="42", prompt_ids=prompt_ids)
+        groups.append(replace(group, completions=tuple(completions)))
+    return Rollout(groups=tuple(groups))
+
+
+def plain_score(model: PreTrainedModel, rows: Sequence[ScoringRow], *, collect: bool) -> list[tuple[Tensor, ...]]:
+    """Full logits of one row after the other."""
+    scored = []
+    for row in rows:
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([row.token_ids])).logits[0].float()
+        targets_T = torch.tensor(row.token_ids[1:])
+        logprobs_T = logits_TV[:-1].log_softmax(-1).gather(-1, targets_T[:, None])[:, 0]
+        scored.append(tuple(logprobs_T[start - 1 : end - 1] for start, end in row.spans))
+        if collect:
+            gc.collect()
+    return scored
+
+
+def multiply_adds(model: PreTrainedModel, rows: Sequence[ScoringRow], layout: Layout | None, max_tokens: int) -> float:
+    """Of the forwards that score the rows in a layout; None: one row after the other, with all logits.
+
+    Linears: weights x tokens. Attention: 2 x hidden size per pair of tokens that sees each other.
+    """
+    config = model.config
+    head = config.vocab_size * config.hidden_size
+    body = sum(p.numel() for p in model.get_decoder().layers.parameters())
+    per_pair = 2 * config.hidden_size * config.num_hidden_layers
+    if layout is None:
+        return float(sum(n * (body + head) + n * (n + 1) / 2 * per_pair for n in (len(r.token_ids) for r in rows)))
+    total = head * sum(end - start for row in rows for start, end in row.spans)
+    for members in row_batches(rows, max_tokens, layout):
+        batch = make_batch([rows[i] for i in members], layout)
+        total += batch.num_tokens * body
+        if layout == "padded":
+            width = batch.inputs["input_ids"].shape[1]
+            total += len(members) * width * (width + 1) / 2 * per_pair
+            continue
+        segments = batch.inputs["packed"]
+        for own, prefix in zip(segments.lengths, segments.prefixes, strict=True):
+            before = 0 if prefix is None else segments.lengths[prefix]
+            total += (own * (own + 1) / 2 + own * before) * per_pair
+    return float(total)
+
+
+def padded_share(rows: Sequence[ScoringRow], layout: Layout, max_tokens: int) -> float:
+    batches = [[rows[i] for i in members] for members in row_batches(rows, max_tokens, layout)]
+    computed = sum(make_batch(batch, layout).num_tokens for batch in batches)
+    return max(0.0, 1 - sum(input_len(row) for row in rows) / computed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="0.1b")
+    parser.add_argument("--groups", type=int, default=4, help="questions, with 16 completions each")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="tokens of one forward of ours")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--published", action="store_true", help="also with the published code's gc.collect() (slow)")
+    words = parser.parse_args()
+    configure_logging("WARNING")
+    hidden, num_layers = SIZES[words.size]
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_random_model(Path(folder) / "model", hidden=hidden, num_layers=num_layers)
+        models = {
+            role: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            for role in (Role.STUDENT, Role.TEACHER)
+        }
+    compare(models, words)
+
+
+def compare(models: dict[Role, PreTrainedModel], words: argparse.Namespace) -> None:
+    max_tokens: int = words.max_tokens
+    config = load_run_config(compose_run_config("teacher_rlt_tiny", ["student_model=tiny"]))
+    prompt_format = PromptFormat.from_config(config)
+    rollout = draw_rollout(words.groups, prompt_format)
+    asked: list[tuple[Role, list[ScoringRow]]] = []
+
+    def scorer(score: Callable[[PreTrainedModel, Sequence[ScoringRow]], Any], teacher_logprobs: str) -> Any:
+        def scored(role: Role, rows: Sequence[ScoringRow], temperature: float) -> Any:
+            asked.append((role, list(rows)))
+            return score(models[role], rows)
+
+        reward_config = replace(config, teacher_logprobs=teacher_logprobs)
+        return RolloutScorer(
+            tokenizer=build_tokenizer(),
+            prompt_format=prompt_format,
+            reward_config=reward_config,
+            sampling_temperature=TEMPERATURE,
+            score=scored,
+        )
+
+    def ours(layout: Layout, teacher_logprobs: str) -> Callable[[], Any]:
+        def score(model: PreTrainedModel, rows: Sequence[ScoringRow]) -> Any:
+            pack_sequences(model, layout)
+            return score_spans(model, rows, max_batch_tokens=max_tokens)
+
+        rewards = scorer(score, teacher_logprobs)
+        return lambda: rewards(rollout).breakdown.reward
+
+    def plain(collect: bool) -> Callable[[], Any]:
+        def score(model: PreTrainedModel, rows: Sequence[ScoringRow]) -> Any:
+            pack_sequences(model, "padded")
+            return plain_score(model, rows, collect=collect)
+
+        rewards = scorer(score, "forward")
+        return lambda: rewards(rollout).breakdown.reward
+
+    sides = {
+        "plain": plain(collect=False),
+        **({"plain, collect": plain(collect=True)} if words.published else {}),
+        "padded": ours("padded", "forward"),
+        "packed": ours("packed", "forward"),
+        "shared prefix": ours("shared_prefix", "forward"),
+        "shared prefix, sampler's log-probs": ours("shared_prefix", "sampler"),
+    }
+    expected = sides["plain"]()
+    rows = {role: list(r) for role, r in asked}
+    for name in ("padded", "packed", "shared prefix"):
+        torch.testing.assert_close(sides[name](), expected, atol=1e-4, rtol=1e-4)
+    seconds = paired_seconds(sides, words.repeats)
+    layouts: dict[str, Layout] = {"padded": "padded", "packed": "packed"}
+    console.print(f"{len(rollout.rows)} completions, {sum(len(r.token_ids) for r in rollout.rows)} tokens with prompts")
+    console.print(f"{'':36}CPU s    plain / this  multiply-adds plain / this  padding")
+    for name, side_s in seconds.items():
+        roles = [Role.STUDENT] if "sampler" in name else [Role.STUDENT, Role.TEACHER]
+        layout = None if name.startswith("plain") else layouts.get(name, "shared_prefix")
+        done = sum(multiply_adds(models[role], rows[role], layout, max_tokens) for role in roles)
+        of_plain = sum(multiply_adds(models[role], rows[role], None, max_tokens) for role in rows)
+        padding = 0.0 if layout is None else max(padded_share(rows[role], layout, max_tokens) for role in roles)
+        console.print(
+            f"{name:36}{side_s:7.2f}  {seconds['plain'] / side_s:12.2f}  {of_plain / done:26.2f}  {padding:7.3f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
