@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.formats import encode
-from rollout.batches import BATCH_OVERHEAD_TOKENS, token_batches
+from rollout.batches import BATCH_OVERHEAD_TOKENS, input_len, token_batches
 from rollout.packing import micro_batches
 from rollout.types import Completion, Group, Rollout
 from schemas.compose import compose_run_config
@@ -125,3 +125,30 @@ def test_no_prompt_is_tokenised_in_a_step_and_no_text_twice(tmp_path, monkeypatc
     assert max(texts.values()) == 1
     rows = trainer.train_dataset.select(range(3))
     assert rows["prompt_ids"][:] == [encode(trainer.processing_class, text) for text in rows["prompt"]]
+
+
+def test_no_token_is_computed_twice_by_a_model_in_a_pass(tmp_path) -> None:
+    """Policy (in the loss), reference and student: every token once, and what a group has in common once for all."""
+    trainer = make_trainer(
+        write_random_model(tmp_path / "model"),
+        tmp_path / "run",
+        *("max_steps=1", "num_eval_prompts=0", "importance_sampling_correction=true", "beta=0.04"),
+    )
+    host, computed, rollouts = trainer.host, Counter[tuple[str, str]](), []
+    for name, causal_lm in (("teacher", host.teacher.get_base_model()), ("student", host.student)):
+
+        def count(module, args, kwargs, name=name) -> None:
+            computed[name, str(host.meter.open_phases[-1])] += kwargs["input_ids"].numel()
+
+        causal_lm.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
+    score = trainer._score
+    trainer._score = lambda rollout: (rollouts.append(rollout), score(rollout))[1]
+    trainer.train()
+    (rollout,) = rollouts
+    policy = sum(len(g.prompt_ids) + sum(len(c.token_ids) - 1 for c in g.completions) for g in rollout.groups)
+    chats = [trainer.scorer._builder.build(row).student for row in rollout.rows]
+    heads = {row.group.question: chat.prefix_len for row, chat in zip(rollout.rows, chats, strict=True)}
+    student = sum(heads.values()) + sum(input_len(chat) - chat.prefix_len for chat in chats)
+    assert computed["teacher", "TRAIN"] == policy  # the policy's forward with gradient, and no other
+    assert computed["teacher", "SCORE"] == policy  # the reference's
+    assert computed["student", "SCORE"] == student

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.types import Role
 from rollout.packing import MicroBatch
 from rollout.types import Rollout
 
@@ -41,21 +40,16 @@ def rollout_metrics(
         }
     for name, values_B in zip(reward_names, rewards_BF.T, strict=True):
         metrics |= {f"rewards/{name}/mean": values_B.nanmean().item(), f"rewards/{name}/std": _std(values_B)}
-    if rollout.importance_ratios is not None:
-        metrics |= _sampler_metrics(rollout)
     total_B = (rewards_BF * reward_weights_F).nansum(-1)[~rewards_BF.isnan().all(-1)]
     return metrics | {"reward": total_B.mean().item(), "reward_std": _std(total_B)}
 
 
-def _sampler_metrics(rollout: Rollout) -> dict[str, float]:
-    """How far the sampler's log-probs are from the trainer's, and the weights that correct for it."""
-    ratio_N = torch.cat(rollout.importance_ratios or [])
-    difference_N = torch.cat(
-        [
-            (trainer_T - torch.tensor(completion.logprobs)).abs()
-            for trainer_T, completion in zip(rollout.logprobs[Role.TEACHER], rollout.completions, strict=True)
-        ]
-    )
+def sampler_metrics(
+    trainer: Sequence[Tensor], sampler: Sequence[Tensor], importance_ratios: Sequence[Tensor]
+) -> dict[str, float]:
+    """How far the sampler's log-probs are from the trainer's ([T] per row), and the weights that correct for it."""
+    ratio_N = torch.cat(list(importance_ratios))
+    difference_N = (torch.cat(list(trainer)) - torch.cat(list(sampler))).abs()
     difference_N = difference_N[~difference_N.isnan()]
     return {
         "sampling/sampling_logp_difference/mean": difference_N.mean().item(),
@@ -73,12 +67,17 @@ def _std(values_B: Tensor) -> float:
 class StepMetrics:
     """Metrics that TRL's loss logs for each micro-batch, combined to one figure per step.
 
-    Means over tokens are weighted by a micro-batch's tokens, means over rows by its rows; `_min` and `_max` are those
-    of the step. (TRL averages micro-batches of equal size without weights.)
+    Means over tokens are weighted by a micro-batch's tokens, means over rows by its rows; minima and maxima are
+    those of the step. (TRL averages micro-batches of equal size without weights.)
     """
 
-    def __init__(self, loss_type: str, importance_sampling_level: str) -> None:
-        self._ratio_is_of_rows = importance_sampling_level == "sequence" or loss_type == "vespo"
+    def __init__(self, trainer: Any) -> None:
+        of_rows = ["vespo/"]
+        if trainer.importance_sampling_level == "sequence":
+            of_rows += ["clip_ratio/", "cispo_clip_ratio"]
+        if trainer.vllm_importance_sampling_mode.startswith("sequence_"):
+            of_rows.append("sampling/importance_sampling_ratio/")
+        self._of_rows = tuple(of_rows)
         self._recorded: list[tuple[MicroBatch, dict[str, list[float]]]] = []
 
     @contextmanager
@@ -100,8 +99,7 @@ class StepMetrics:
         found = [(batch, value) for batch, value in found if not isnan(value)]
         if not found:
             return float("nan")
-        if name.endswith(("_min", "_max")):
-            return (min if name.endswith("_min") else max)(value for _, value in found)
-        is_of_rows = self._ratio_is_of_rows and name.startswith(("clip_ratio/", "cispo_clip_ratio", "vespo/"))
-        weights = [batch.row_frac if is_of_rows else batch.token_frac for batch, _ in found]
+        if name.endswith(("min", "max")):
+            return (min if name.endswith("min") else max)(value for _, value in found)
+        weights = [batch.row_frac if name.startswith(self._of_rows) else batch.token_frac for batch, _ in found]
         return sum(w * value for w, (_, value) in zip(weights, found, strict=True)) / (sum(weights) or 1.0)

@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import Trainer
@@ -48,7 +49,7 @@ from schemas.run import RunConfig
 from trainers.base import RunTrainer
 from trainers.callbacks import SyncReferenceAdapter
 from trainers.evaluation import evaluate_policy
-from trainers.step_metrics import StepMetrics, rollout_metrics
+from trainers.step_metrics import StepMetrics, rollout_metrics, sampler_metrics
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -155,7 +156,7 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
             self._rollout, self._num_uses = self._with_advantages(rollout), 0
         self._num_uses += 1
         loss = torch.zeros((), device=self.accelerator.device)
-        metrics = StepMetrics(self.loss_type, self.importance_sampling_level)
+        metrics = StepMetrics(self)
         for batch in self._pack(self._rollout):
             with metrics.of_micro_batch(self, batch):
                 loss += Trainer.training_step(self, model, batch)  # forward, `_compute_loss`, backward
@@ -195,9 +196,14 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
         return with_completions(groups, completions)
 
     def _score(self, rollout: Rollout) -> Rollout:
-        """Log-probs of the completions under the old policy and the reference, where the loss uses them."""
+        """Log-probs of the completions under the old policy and the reference, where the loss uses them.
+
+        The old policy is the one that the loss's own forward computes, unless the rollout serves several steps, or
+        dropout makes that forward another policy.
+        """
         needed = []
-        if self.num_iterations > 1 or self.vllm_importance_sampling_correction:
+        has_dropout = self.config.model_args.lora_dropout > 0
+        if self.num_iterations > 1 or (self.vllm_importance_sampling_correction and has_dropout):
             needed.append(Role.TEACHER)
         if self.beta != 0:
             needed.append(Role.REFERENCE)
@@ -205,15 +211,24 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
         with self.host.phase(Phase.SCORE), self.accelerator.autocast():
             logprobs = {role: [spans[0] for spans in self.host.score(role, rows, self.temperature)] for role in needed}
         ratios = None
-        if self.vllm_importance_sampling_correction:
-            ratios = importance_ratios(
-                logprobs[Role.TEACHER],
-                [torch.tensor(completion.logprobs) for completion in rollout.completions],
-                mode=self.vllm_importance_sampling_mode,
-                clip_min=self.vllm_importance_sampling_clip_min,
-                clip_max=self.vllm_importance_sampling_clip_max,
-            )
+        if self.vllm_importance_sampling_correction and Role.TEACHER in logprobs:
+            sampled = [torch.tensor(completion.logprobs) for completion in rollout.completions]
+            ratios = self._importance_ratios(logprobs[Role.TEACHER], sampled)
         return replace(rollout, logprobs=logprobs, importance_ratios=ratios)
+
+    def _importance_ratios(
+        self, trainer: Sequence[torch.Tensor], sampler: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Weights that correct for the sampler's policy; how far it was from the trainer's is logged."""
+        ratios = importance_ratios(
+            trainer,
+            sampler,
+            mode=self.vllm_importance_sampling_mode,
+            clip_min=self.vllm_importance_sampling_clip_min,
+            clip_max=self.vllm_importance_sampling_clip_max,
+        )
+        self._record(sampler_metrics(trainer, sampler, ratios))
+        return ratios
 
     def rlt(self, rollout: Rollout) -> ScoredRollout:
         """The RLT reward of a rollout; the first of `reward_funcs`, which names its column in the tables."""
@@ -286,6 +301,11 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
             )
         assert entropy_N is not None
         logprobs_bT = batch.pad(logprobs_N)
+        if self.vllm_importance_sampling_correction and "importance_sampling_ratio" not in batch.tensors:
+            sampled_N = batch.tensors["sampling_per_token_logps"][batch.tensors["is_token"]]
+            lengths = [end - start for row in batch.rows for start, end in row.spans]
+            ratios = self._importance_ratios(logprobs_N.detach().split(lengths), sampled_N.split(lengths))
+            batch.tensors["importance_sampling_ratio"] = pad_sequence(ratios, batch_first=True, padding_value=1.0)
         loss = super()._compute_loss((logprobs_bT, batch.pad(entropy_N), None), batch.tensors)
         mask_bT = batch.tensors["completion_mask"].bool()
         self._num_tokens[Phase.TRAIN] += int(mask_bT.sum())
