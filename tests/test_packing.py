@@ -149,6 +149,6 @@ def test_no_token_is_computed_twice_by_a_model_in_a_pass(tmp_path) -> None:
     chats = [trainer.scorer._builder.build(row).student for row in rollout.rows]
     heads = {row.group.question: chat.prefix_len for row, chat in zip(rollout.rows, chats, strict=True)}
     student = sum(heads.values()) + sum(input_len(chat) - chat.prefix_len for chat in chats)
-    assert computed["teacher", "TRAIN"] == policy  # the policy's forward with gradient, and no other
-    assert computed["teacher", "SCORE"] == policy  # the reference's
-    assert computed["student", "SCORE"] == student
+    assert computed["teacher", "train"] == policy  # the policy's forward with gradient, and no other
+    assert computed["teacher", "score"] == policy  # the reference's
+    assert computed["student", "score"] == student
