@@ -146,7 +146,7 @@ def first_whole(
     folders: Iterable[Path], damage_of: Callable[[Path], str | None] = damage
 ) -> tuple[Path | None, list[str]]:
     """The first checkpoint without damage, and what is wrong with those before it."""
-    problems = []
+    problems: list[str] = []
     for folder in folders:
         if (problem := damage_of(folder)) is None:
             return folder, problems

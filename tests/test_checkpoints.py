@@ -44,7 +44,7 @@ def test_a_published_checkpoint_lists_every_file_with_size_and_hash_and_is_whole
 
 @pytest.mark.parametrize("name", [*FILES, "trainer_state.json", MANIFEST_FILE])
 @pytest.mark.parametrize("harm", DAMAGES)
-def test_any_damage_to_any_file_is_found_and_named_and_an_older_checkpoint_is_taken(harm, name, tmp_path, caplog):
+def test_any_damage_to_any_file_is_found_and_named_and_an_older_checkpoint_is_taken(harm, name, tmp_path):
     older, newer = write_checkpoint(tmp_path, 2), write_checkpoint(tmp_path, 4)
     harm(newer / name)
     assert name in damage(newer)
@@ -87,7 +87,7 @@ def write_old_checkpoint(run: Path, step: int) -> Path:
     return checkpoint
 
 
-def test_a_checkpoint_from_before_manifests_is_taken_if_its_files_are_complete(tmp_path, caplog):
+def test_a_checkpoint_from_before_manifests_is_taken_if_its_files_are_complete(tmp_path):
     checkpoint = write_old_checkpoint(tmp_path, 2)
     assert newest_whole(tmp_path) == checkpoint
 

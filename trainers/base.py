@@ -231,10 +231,11 @@ class RunTrainer(Trainer, ABC):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As saved, but for a `learning_rate` that was set anew; the recovery keeps the lower of the two itself."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.recovery is None and self.args.lr_scheduler_type not in _NO_SCHEDULE:
-            saved = self.lr_scheduler.base_lrs[0]
-            if saved not in (0, self.args.learning_rate):
-                scale_rate(self.optimizer, self.lr_scheduler, self.args.learning_rate / saved)
+        if checkpoint is None or self.recovery is not None or self.args.lr_scheduler_type in _NO_SCHEDULE:
+            return
+        schedule: Any = self.lr_scheduler
+        if (saved := schedule.base_lrs[0]) not in (0, self.args.learning_rate):
+            scale_rate(self.optimizer, schedule, self.args.learning_rate / saved)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Nothing where the checkpoint of the last step is resumed from: transformers would train one step more."""
