@@ -4,6 +4,7 @@ checkpoint-N/manifest.json   step, and size and SHA-256 of every file; the check
 checkpoint-N.damaged/        set aside: a run goes on from an older one than this; never read again and never deleted
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -173,10 +174,14 @@ def check_named(checkpoint: Path) -> None:
         UserError: there is no such folder, or its name does not say its step. Its files are not looked into.
     """
     if checkpoint_step(checkpoint) is None or not checkpoint.is_dir() or not any(checkpoint.iterdir()):
+        run = checkpoint.parent
+        kept = sorted(run.parent.glob(f"{glob.escape(run.name)}.*/{glob.escape(checkpoint.name)}"))
         raise UserError(
             f"`resume` {str(checkpoint)!r} holds no checkpoint",
             expected="auto, never, or the folder checkpoint-N of a run, N being its step",
-            remedy="resume=auto continues the last unfinished run of this configuration",
+            remedy=f"resume={kept[-1]}, which was kept aside with its run"
+            if kept
+            else "resume=auto continues the last unfinished run of this configuration",
         )
 
 

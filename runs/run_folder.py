@@ -142,7 +142,7 @@ def _open(values: Mapping[str, Any], path: Path, resume: str) -> RunFolder:
             return _begin(path, values, lock, named)
         if resume != "never" and _is_unfinished_run_of(path, values):
             if named is None or has_begun:
-                return _continue(path, values, lock, named)
+                return _continue(path, values, lock)
             if named == last_checkpoint(path):
                 return _reopen(path, values, lock, named)
         if named is not None and has_begun:
@@ -163,24 +163,24 @@ def _open(values: Mapping[str, Any], path: Path, resume: str) -> RunFolder:
         raise
 
 
-def _continue(path: Path, values: Mapping[str, Any], lock: IO[str], named: Path | None) -> RunFolder:
+def _continue(path: Path, values: Mapping[str, Any], lock: IO[str]) -> RunFolder:
     """The unfinished run of this configuration, from its newest whole checkpoint after step 0.
 
     Going on from that of step 0 would be starting anew without the first evaluation.
 
     Raises:
-        UserError: there are only damaged ones, or the run was to begin at a checkpoint that it does not hold yet.
+        UserError: there are only damaged ones.
     """
     saved = [folder for step, folder in checkpoints(path).items() if step]
-    if named is not None and not saved:  # it was stopped before it had copied that one
-        _check_start(named, values)
-        return _begin(path, values, lock, named)
+    start = checkpoint_path(read_config(path).get("resume", "auto"))
+    if not saved and start is not None:  # it was stopped before it had copied the one that it begins at
+        _check_start(start, values)
+        return _begin(path, {**values, "resume": str(start)}, lock, start)
     whole, problems = first_whole(saved)
-    start = checkpoint_path((_saved_config(path) or {}).get("resume", "auto"))
-    if whole is None and (saved or start):
+    if saved and whole is None:
         raise UserError(
-            "; ".join(problems) or f"the run in {path} was to begin at {start}, and has no checkpoint yet",
-            expected="a whole checkpoint of the unfinished run that is continued",
+            f"no checkpoint of the unfinished run in {path} is whole: {'; '.join(problems)}",
+            expected="a whole checkpoint to continue from",
             remedy="resume=CHECKPOINT goes on from one that lies elsewhere; resume=never keeps this run aside and "
             "starts anew at step 0",
         )
@@ -280,7 +280,7 @@ def _is_unfinished_run_of(path: Path, values: Mapping[str, Any]) -> bool:
     Raises:
         UserError: that cannot be told, and nobody has said where to go on from.
     """
-    if checkpoint_path(values["resume"]) is not None and _saved_config(path) is None:
+    if checkpoint_path(values.get("resume", "auto")) is not None and _saved_config(path) is None:
         return False
     changed = _differences(saved := read_config(path), values, saved.keys() | values.keys())
     if changed:
@@ -289,13 +289,19 @@ def _is_unfinished_run_of(path: Path, values: Mapping[str, Any]) -> bool:
 
 
 def _is_finished(path: Path) -> bool:
-    """A summary that is damaged is kept, and the run ends once more: it trains nothing and writes it again."""
+    """Whether a run has its summary. A damaged one is kept, and the run ends once more: it writes it again."""
     file = path / SUMMARY_FILE
+    if not file.exists() or _is_json(file):
+        return file.exists()
+    file.rename(kept := free_name(file.with_name(f"{SUMMARY_FILE}.damaged")))
+    log.warning("%s was damaged, and is kept as %s; the run in its folder writes it again", file, kept)
+    return False
+
+
+def _is_json(file: Path) -> bool:
     try:
-        return file.exists() and bool(json.loads(file.read_bytes()))
+        return isinstance(json.loads(file.read_bytes()), dict)
     except ValueError:
-        file.rename(kept := free_name(file.with_name(f"{SUMMARY_FILE}.damaged")))
-        log.warning("%s was damaged, and is kept as %s; the run in its folder writes it again", file, kept)
         return False
 
 
@@ -331,14 +337,10 @@ def _check_start(named: Path, values: Mapping[str, Any]) -> None:
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections with a point: `model_args.lora_r`."""
-    return {
-        name: part
-        for key, value in values.items()
-        for name, part in (
-            {f"{key}.{inner}": item for inner, item in value.items()} if isinstance(value, dict) else {key: value}
-        ).items()
-    }
+    """The settings of the section `model_args` by names of their own: `model_args.lora_r`."""
+    section = values.get("model_args")
+    inner = {f"model_args.{key}": value for key, value in section.items()} if isinstance(section, dict) else {}
+    return {key: value for key, value in values.items() if key != "model_args"} | inner
 
 
 def _drop_tables_after(path: Path, step: int) -> None:

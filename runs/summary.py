@@ -125,10 +125,10 @@ def summarise(run_dir: Path, memory: dict[str, Any], report: Report = TEACHER_RE
 
 def _peaks(memory: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Peak of each phase over all processes of the run: this one's measurements, and what the others have logged."""
-    kind = "reserved" if memory["measured"].startswith("reserved") else "rss"
+    kind = "reserved" if memory.get("measured", "").startswith("reserved") else "rss"
     found: dict[str, dict[str, float]] = {}
     for phase in Phase:
-        own = memory["phases"].get(str(phase), {})
+        own = memory.get("phases", {}).get(str(phase), {})
         for key, name in (("predicted_gb", "predicted"), ("measured_gb", kind), ("driver_gb", "driver")):
             values = _values(lines, f"memory/{phase}_{name}_gb") + _values([own], key)
             if values:

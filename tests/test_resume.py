@@ -95,16 +95,21 @@ def test_after_going_back_a_killed_run_continues_on_its_new_way(again, run, tmp_
 
 
 @pytest.mark.parametrize("resume", ["auto", "run/checkpoint-4"])
-def test_a_run_that_was_cut_off_before_it_had_its_checkpoint_never_begins_at_step_0(resume, run, tmp_path, monkeypatch):
+def test_a_run_that_was_cut_off_before_it_had_its_checkpoint_begins_there_again(resume, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     opened(tmp_path / "new", "run/checkpoint-4")
-    shutil.rmtree(tmp_path / "new" / "checkpoint-4")
-    if resume == "auto":
-        with pytest.raises(UserError, match=f"was to begin at {run / 'checkpoint-4'}"):
-            opened(tmp_path / "new", resume)
-    else:
+    for _ in range(2):
+        shutil.rmtree(tmp_path / "new" / "checkpoint-4")
         assert opened(tmp_path / "new", resume).checkpoint == tmp_path / "new" / "checkpoint-4"
     assert not (tmp_path / "new.1").exists()
+
+
+def test_one_that_was_cut_off_on_its_way_back_says_where_its_checkpoint_is(run, tmp_path):
+    opened(run, run / "checkpoint-4")
+    shutil.rmtree(run / "checkpoint-4")
+    for resume in ("auto", run / "checkpoint-4"):
+        with pytest.raises(UserError, match=f"resume={tmp_path / 'run.1' / 'checkpoint-4'}"):
+            opened(run, resume)
 
 
 def test_the_newest_checkpoint_of_the_folder_is_continued_in_place(run, tmp_path):
@@ -135,12 +140,14 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_newest_whole_one_is_nam
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_other_settings_may_change(run, tmp_path):
-    config = {**yaml.safe_load((run / CONFIG_FILE).read_text()), "optim": "adamw_torch", "model_args": {"lora_r": 8}}
+    saved = {"optim": "adamw_torch", "new_model": {"hidden_size": 64}, "model_args": {"lora_r": 8}}
+    config = {**yaml.safe_load((run / CONFIG_FILE).read_text()), **saved}
     (run / CONFIG_FILE).write_text(yaml.safe_dump(config))
-    with pytest.raises(UserError, match="other settings: model_args.lora_r, optim\n"):
-        opened(tmp_path / "new", run / "checkpoint-4", optim="sgd", model_args={"lora_r": 4})
+    for other in ({"optim": "sgd"}, {"new_model": {"hidden_size": 32}}, {"model_args": {"lora_r": 4}}):
+        with pytest.raises(UserError, match=r"other settings: (optim|new_model|model_args\.lora_r)\n"):
+            opened(tmp_path / "new", run / "checkpoint-4", **saved | other)
     assert files_in(tmp_path) == ["run"]
-    same = {"optim": "adamw_torch", "model_args": {"lora_r": 8, "device_map": "cpu"}}
+    same = saved | {"model_args": {"lora_r": 8, "device_map": "cpu"}}
     assert opened(tmp_path / "new", run / "checkpoint-4", learning_rate=1e-5, **same).checkpoint is not None
 
 
@@ -192,7 +199,7 @@ def test_a_damaged_configuration_is_one_message_and_stays(text, run, tmp_path):
     assert content(tmp_path / "run.1") == before
 
 
-@pytest.mark.parametrize("text", ["", '{"steps": 7, "rew', "\0\0"])
+@pytest.mark.parametrize("text", ["", '{"steps": 7, "rew', "\0\0", "17"])
 def test_a_damaged_summary_is_kept_and_the_run_ends_again(text, run, tmp_path):
     (run / SUMMARY_FILE).write_text(text)
     assert opened(run).checkpoint == run / "checkpoint-6"
