@@ -36,10 +36,3 @@ def remove(file: Path) -> None:
 
 
 DAMAGES = (truncate, zero, empty, remove)
-
-
-def replace_by_copy(file: Path) -> None:
-    """Unlink a hard link, so that what is written to it now reaches no other checkpoint."""
-    content = file.read_bytes()
-    file.unlink()
-    file.write_bytes(content)
