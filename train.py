@@ -4,9 +4,9 @@
 
 Composes and validates the configuration, plans memory, builds, trains. Exit status: 0 done, 2 the call or the
 configuration cannot work (nothing was started), 130 interrupted, 1 anything else.
-Ctrl-C or SIGTERM while training finishes the step at work and saves it; a second one stops at once. The same call
-continues from the last checkpoint. A sweep (`-m`) on a GPU trains each job in a process of its own and ends with the
-worst of their statuses.
+Ctrl-C, SIGTERM or SIGHUP while training finishes the step at work and saves it; a second one stops at once. The same
+call continues from the last checkpoint. A sweep (`-m`) on a GPU trains each job in a process of its own and ends with
+the worst of their statuses.
 """
 
 import json
@@ -27,7 +27,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from core.errors import NonFiniteError, UserError
+from core.errors import NonFiniteError, StoppedError, UserError
+from core.faults import disk_fault
 from core.log import configure_logging, console, log
 from core.one_gpu import show_one_gpu
 from core.process import check_one_process, prepare_process
@@ -89,14 +90,17 @@ def main() -> int:
         return _refuse("this run cannot start", str(error))
     except (HydraException, OmegaConfBaseException) as error:
         return _refuse("the configuration cannot be composed", composition_problem(error))
-    except NonFiniteError as error:
+    except (NonFiniteError, StoppedError) as error:
         _refuse("training stopped", str(error))
         return 1
     except KeyboardInterrupt as error:
         outside = "not while training; whole checkpoints are kept, and the same command continues from the last one"
         log.warning("interrupted: %s", error if error.args else outside)
-        return 130
-    except Exception:
+        return 1 if console.is_lost else 130
+    except Exception as error:
+        if (fault := disk_fault(error)) is not None:
+            _refuse("the run could not start", fault)
+            return 1
         console.copy(traceback.format_exc())  # the log of the run holds what ended it
         raise
     return 0

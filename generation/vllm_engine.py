@@ -7,29 +7,25 @@ import contextlib
 import logging
 import os
 import random
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 import torch
 from peft import get_peft_model_state_dict
-from safetensors.torch import save_file
 
 from core.log import log, long_work
 from core.types import UnmappedMemory
 from core.units import format_gb
-from generation.base import ProgressCallback, SamplingSettings, check_rows, prompts_in_a_call
+from generation.adapter_folder import AdapterFolder
+from generation.base import ProgressCallback, RowsAtOnce, SamplingSettings, sample_in_calls
+from models.memory_retries import MemoryRetries
 from optimization.gpu import free_and_total_bytes
 from planner.constants import VLLM_BATCHED_TOKENS
 from rollout.types import Completion
 
-_SHARED_MEMORY = Path("/dev/shm")
 _MIN_BATCHED_TOKENS_ON_CPU = 4096
 
 
@@ -67,13 +63,14 @@ class VLLMGenerator:
 
     name = "vllm"
 
-    def __init__(self, config: VLLMEngineConfig, sampling: SamplingSettings) -> None:
+    def __init__(
+        self, config: VLLMEngineConfig, sampling: SamplingSettings, retries: MemoryRetries | None = None
+    ) -> None:
         self.weights, self.shares_trainer_weights = config.weights, config.shares_trainer_weights
         self._sampling = sampling
-        self._rows_per_call = config.rows_per_call
+        self._rows_per_call, self._retries = config.rows_per_call, retries
         self._on_gpu = config.on_gpu
-        self._scratch = _adapter_folder(_SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None)
-        self._adapter_folder = Path(self._scratch.name)
+        self._adapter_folder = AdapterFolder()
         self._adapter_request: Any = None
         self._num_swaps = self._num_requests = 0
         self._asleep = False
@@ -91,29 +88,34 @@ class VLLMGenerator:
         on_progress: ProgressCallback | None = None,
     ) -> list[Completion]:
         """See `Generator.generate`. A row's tokens depend on its prompt, its seed and the adapter."""
-        check_rows(prompt_token_ids, num_generations, seeds)
-        num_rows, rows_per_call = len(seeds), prompts_in_a_call(self._rows_per_call, num_generations) * num_generations
-        completions: list[Completion] = []
-        for start in range(0, num_rows, rows_per_call):
-            rows = range(start, min(start + rows_per_call, num_rows))
-            prompts = [prompt_token_ids[row // num_generations] for row in rows]
-            params = [self._sampling_params(seeds[row]) for row in rows]
+        num_done = 0
 
-            def report(num_finished: int, start: int = start) -> None:
-                if on_progress is not None:
-                    on_progress(start + num_finished, num_rows)
+        def report(num_finished: int) -> None:
+            if on_progress is not None:
+                on_progress(num_done + num_finished, len(seeds))
 
-            outputs = self._run(prompts, params, report)
-            completions += [_completion(output, seeds[row]) for row, output in zip(rows, outputs, strict=True)]
-        return completions
+        def sample(rows: RowsAtOnce) -> list[Completion]:
+            nonlocal num_done
+            prompts = [prompt for prompt in rows.prompts for _ in range(rows.num_generations)]
+            outputs = self._run(prompts, [self._sampling_params(seed) for seed in rows.seeds], report)
+            num_done += len(outputs)
+            return [_completion(output, seed) for output, seed in zip(outputs, rows.seeds, strict=True)]
+
+        return sample_in_calls(
+            sample,
+            prompt_token_ids,
+            num_generations,
+            seeds,
+            rows_per_call=self._rows_per_call,
+            retries=self._retries,
+        )
 
     def sync_adapter(self, model: Any) -> None:
         """See `Generator.sync_adapter`. Costs one save to shared memory and one load by vLLM."""
         adapter_name = model.active_adapter
         state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        save_file(state, self._adapter_folder / "adapter_model.safetensors")
-        model.peft_config[adapter_name].save_pretrained(self._adapter_folder)
+        model.peft_config[adapter_name].save_pretrained(self._adapter_folder.save(state))
         self._load_adapter()
 
     def logprobs(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -156,7 +158,7 @@ class VLLMGenerator:
         """
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-        self._scratch.cleanup()
+        self._adapter_folder.cleanup()
         if self._asleep:
             torch.cuda.empty_cache()
             needed_bytes, (free_bytes, _) = self._unmapped.reserved_bytes, free_and_total_bytes()
@@ -190,9 +192,9 @@ class VLLMGenerator:
         if self._adapter_request is not None:
             engine.remove_lora(self._adapter_request.lora_int_id)
         self._num_swaps += 1
-        self._adapter_request = LoRARequest(f"step-{self._num_swaps}", self._num_swaps, str(self._adapter_folder))
+        self._adapter_request = LoRARequest(f"step-{self._num_swaps}", self._num_swaps, str(self._adapter_folder.path))
         if not engine.add_lora(self._adapter_request):
-            raise RuntimeError(f"vLLM did not load adapter {self._num_swaps} from {self._adapter_folder}")
+            raise RuntimeError(f"vLLM did not load adapter {self._num_swaps} from {self._adapter_folder.path}")
 
     def _sampling_params(self, seed: int) -> Any:
         from vllm import SamplingParams
@@ -220,7 +222,8 @@ class VLLMGenerator:
     ) -> list[Any]:
         """Requests through the engine until all are done; outputs in the order of the prompts.
 
-        vLLM draws from torch's global generator even where every row has a seed; that is undone.
+        After an error none of them is left in the engine, which can be used again. vLLM draws from torch's global
+        generator even where every row has a seed; that is undone.
         """
         engine = self._llm.llm_engine
         first = self._num_requests
@@ -229,21 +232,26 @@ class VLLMGenerator:
             prompt = {"prompt_token_ids": list(token_ids)}
             engine.add_request(str(first + offset), prompt, request_params, lora_request=self._adapter_request)
         outputs: dict[int, Any] = {}
-        with torch.random.fork_rng():
-            while engine.has_unfinished_requests():
-                finished = {int(output.request_id): output for output in engine.step() if output.finished}
-                outputs |= finished
-                if finished and on_finished is not None:
-                    on_finished(len(outputs))
+        try:
+            with torch.random.fork_rng():
+                while engine.has_unfinished_requests():
+                    finished = {int(output.request_id): output for output in engine.step() if output.finished}
+                    outputs |= finished
+                    if finished and on_finished is not None:
+                        on_finished(len(outputs))
+        except Exception:
+            self._drop_requests([str(first + offset) for offset in range(len(prompts))])
+            raise
         return [outputs[first + offset] for offset in range(len(prompts))]
 
+    def _drop_requests(self, request_ids: list[str]) -> None:
+        """Take requests out of the engine after an error.
 
-def _adapter_folder(parent: Path | None) -> "tempfile.TemporaryDirectory[str]":
-    """A folder for the adapter that goes with this process; those of processes that were killed are removed now."""
-    for folder in (parent or Path(tempfile.gettempdir())).glob("rlt-adapter-*"):
-        if not psutil.pid_exists(int(folder.name.split("-")[2])):
-            shutil.rmtree(folder, ignore_errors=True)
-    return tempfile.TemporaryDirectory(prefix=f"rlt-adapter-{os.getpid()}-", dir=parent)
+        vLLM enters a prompt's blocks among the cached prefixes before they are computed: those are forgotten too.
+        """
+        engine = self._llm.llm_engine
+        engine.abort_request(request_ids)
+        engine.reset_prefix_cache()
 
 
 def _unmapped_memory(segments: Sequence[Mapping[str, Any]], allocations: Mapping[int, Any]) -> UnmappedMemory:
@@ -280,6 +288,8 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process; read when vLLM is imported
     # The variable counts once vLLM has set up its logger, the level until then.
     logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
+    # Pages of configuration and token ids at each error of a step, which is caught or has a traceback of its own.
+    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     # vLLM switches expandable segments off for the memory that sleeps; 0.26 looks for them under the older name alone.
     if "PYTORCH_ALLOC_CONF" in os.environ:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = os.environ["PYTORCH_ALLOC_CONF"]

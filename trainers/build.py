@@ -17,6 +17,7 @@ from data.embedded.task import classify_explanation
 from data.formats import PromptFormat
 from generation import Canary, Generator, Precision, SamplingSettings, check_generator, make_generator
 from generation.policy import PolicySampler
+from models.export import EXPORT_FOLDER, remove_left_exports
 from models.host import ModelHost
 from models.load import check_adapter, load_tokenizers, quiet_libraries, resolve_model_path
 from optimization import optimize_models, preallocate_planned, records_table
@@ -32,7 +33,6 @@ from trainers.grpo_args import build_grpo_args
 from trainers.memory_line import MemoryLine
 from trainers.teacher_grpo import TeacherGRPOTrainer
 
-EXPORT_FOLDER = "generator_base"
 _NUM_CANARY_ROWS, _CANARY_ROW_LEN = 4, 64
 
 
@@ -85,6 +85,8 @@ def check_before_loading(
         args = config.model_args
         precision: Precision = "int8" if args.load_in_8bit else "nf4" if args.load_in_4bit else "bf16"
         check_generator(config, device, precision, args.lora_r)
+    folder = open_run_folder(values, config.grpo.output_dir, config.resume)
+    remove_left_exports(folder.path)
     return PreparedRun(
         config=config,
         plan=plan,
@@ -94,7 +96,7 @@ def check_before_loading(
         prompt_format=prompt_format,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        folder=open_run_folder(values, config.grpo.output_dir, config.resume),
+        folder=folder,
     )
 
 
@@ -105,7 +107,8 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
     set_seed(config.grpo.seed)  # the adapter's initial values
     optimizations = preallocate_planned(config, run.plan)
     roles = [Role.TEACHER, Role.STUDENT, *([Role.REFERENCE] if config.grpo.beta else [])]
-    host = ModelHost(config, roles=roles, max_score_tokens=run.plan.settings.score_batch_tokens)
+    max_tokens, max_retries = run.plan.settings.score_batch_tokens, config.max_oom_retries
+    host = ModelHost(config, roles=roles, max_score_tokens=max_tokens, max_oom_retries=max_retries)
     try:
         optimizations += optimize_models(config, host.teacher, host.student, host.reference)
         if optimizations:
@@ -173,6 +176,7 @@ def _start_generator(run: PreparedRun, host: ModelHost) -> Generator:
         planned_kv_cache_bytes=run.plan.kv_cache_bytes,
         gpu_memory_utilization=config.grpo.vllm_gpu_memory_utilization,
         trust_remote_code=config.model_args.trust_remote_code,
+        retries=host.retries,
     )
     host.attach_engine(generator)
     return generator

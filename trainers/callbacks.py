@@ -30,8 +30,8 @@ from models.host import REFERENCE_ADAPTER
 from models.meter import PhaseMeter
 from planner.watchdog import GrowthWatchdog
 from runs.metrics import append_metrics
-from runs.run_folder import last_checkpoint
 from trainers.memory_line import MemoryLine
+from trainers.stops import goes_on_from
 
 
 class MetricsFile(TrainerCallback):
@@ -184,8 +184,14 @@ class ConsoleProgress(TrainerCallback):
         return format_duration(seconds_per_step * (state.max_steps - state.global_step))
 
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class StopOnSignal(TrainerCallback):
-    """SIGINT (Ctrl-C) or SIGTERM: finish the step at work, save it, stop. A second one stops at once.
+    """SIGINT (Ctrl-C), SIGTERM or SIGHUP: finish the step at work, save it, stop. A second one stops at once.
+
+    A second SIGHUP does not: a terminal that is closed sends it to the run and to what started it, and is then found
+    gone by the next line that is printed.
 
     Args:
         may_save: whether the step that ended may be a checkpoint; where it may not, the next one is waited for.
@@ -205,7 +211,7 @@ class StopOnSignal(TrainerCallback):
             KeyboardInterrupt: training was stopped; says where it goes on from.
         """
         is_main = threading.current_thread() is threading.main_thread()
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
+        before = {number: signal.getsignal(number) for number in _STOPPING if is_main}
         handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]  # as nohup and & do
         for number in handled:
             signal.signal(number, self._ask)
@@ -215,13 +221,15 @@ class StopOnSignal(TrainerCallback):
             if self.is_asked:
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(_goes_on_from(output_dir, resume)) from None
+            raise KeyboardInterrupt(goes_on_from(output_dir, resume)) from None
         finally:
             for number in handled:
                 signal.signal(number, before[number])
 
-    def _ask(self, *_: Any) -> None:
+    def _ask(self, number: int, *_: Any) -> None:
         if self.is_asked:
+            if number == signal.SIGHUP:
+                return
             raise KeyboardInterrupt
         self.is_asked = True
         log.warning("finishing step %d, then saving; press again to stop now", self._step)
@@ -250,9 +258,3 @@ class StopOnSignal(TrainerCallback):
     def _stop_if_asked(self, control: TrainerControl) -> None:
         if self.is_asked and self._is_good:
             control.should_log = control.should_save = control.should_training_stop = True
-
-
-def _goes_on_from(output_dir: Path, resume: str) -> str:
-    command = "resume=auto" if resume == "never" else "the same command"
-    checkpoint = last_checkpoint(output_dir)
-    return f"{command} continues from {checkpoint}" if checkpoint else "no checkpoint yet: the same command starts anew"
