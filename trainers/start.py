@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from core.log import console
+from core.log import console, log
 from preflight.hardware import check_hardware_and_plan, load_for_this_machine
 from schemas.methods import method_of
 from schemas.run import resolved_values
@@ -34,6 +34,17 @@ def train_runs(
         with optimized(config) as config:
             plan, device = check_hardware_and_plan(config)
             # TRL and vLLM take ten seconds more, and most mistakes are found without them.
-            finished = method_of(config).train(config, values, plan, device, on_results)
+            finished = method_of(config).train(config, values, plan, device, lambda done: _tell(done, on_results))
         yield finished
         console.end_copy()
+
+
+def _tell(finished: "FinishedRun", on_results: "Callable[[FinishedRun], None]") -> None:
+    """Pass the results on, and make the report; a run whose report cannot be made is a finished run all the same."""
+    from runs.report.page import write_report
+
+    on_results(finished)
+    try:
+        log.info("the report is in %s", write_report([finished.folder]))
+    except Exception as error:
+        log.warning("no report was made (%s); to make it: python -m runs.report %s", error, finished.folder)
