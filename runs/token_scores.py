@@ -20,12 +20,17 @@ def write_token_scores(
     table: Mapping[str, list[Any]],
     max_folder_bytes: int = MAX_FOLDER_BYTES,
 ) -> None:
-    """Write `token_scores/KIND_STEP.parquet`; above `max_folder_bytes` every second file of training steps goes."""
+    """Write `token_scores/KIND_STEP.parquet`.
+
+    Above `max_folder_bytes` the training steps that lie closest to their neighbours go, so that those which stay are
+    spread over the run; its first and its last stay.
+    """
     folder = run_dir / TOKEN_SCORES_FOLDER
     write_table(folder / f"{kind}_{step:05d}.parquet", table)
     while sum(file.stat().st_size for file in folder.iterdir()) > max_folder_bytes:
-        of_training = sorted(folder.glob("completions_*.parquet"), key=lambda file: int(file.stem.rpartition("_")[2]))
-        if len(of_training) < 2:
+        files = {int(file.stem.rpartition("_")[2]): file for file in folder.glob("completions_*.parquet")}
+        steps = sorted(files)
+        if len(steps) < 3:
             return
-        for file in of_training[-2::-2]:  # the last one stays
-            file.unlink()
+        inner = min(range(1, len(steps) - 1), key=lambda i: steps[i + 1] - steps[i - 1])
+        files[steps[inner]].unlink()

@@ -121,7 +121,10 @@ def report_html(payload: dict[str, Any]) -> str:
     script = "\n".join((_PARTS / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     allowed = f"script-src '{_hash(script)}'; style-src '{_hash(style)}'; img-src data:"
     return Template((_PARTS / "report.html").read_text(encoding="utf-8")).substitute(
-        policy=f"default-src 'none'; {allowed}; base-uri 'none'", style=style, script=script, payload=as_script_data(payload)
+        policy=f"default-src 'none'; {allowed}; base-uri 'none'",
+        style=style,
+        script=script,
+        payload=as_script_data(payload),
     )
 
 
