@@ -1,4 +1,4 @@
-"""Facts about a run beside its curves: figures before and after, memory, configuration, optimisations, environment."""
+"""Facts about a run beside its curves: figures before and after, memory, configuration, optimizations, environment."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -111,12 +111,12 @@ def shipped_differences(run: RunData) -> dict[str, Any] | None:
     return {"name": name, "rows": [row for row in rows if row[0] not in _NAMES_OF_THE_RUN]}
 
 
-def optimisations_of(run: RunData) -> dict[str, Any]:
-    """Settings that ask for optimisations, and the tables that the log has of what they did."""
+def optimizations_of(run: RunData) -> dict[str, Any]:
+    """Settings that ask for optimizations, and the tables that the log has of what they did."""
     asked = {field.name: run.config.get(field.name) for field in fields(OptimizationConfig)}
     defaults = {field.name: field.default for field in fields(OptimizationConfig)}
     settings = [[name, _shown(value)] for name, value in asked.items() if value is not None and value != defaults[name]]
-    return {"settings": settings, "tables": list(_log_tables(run.log_lines, "optimisations"))}
+    return {"settings": settings, "tables": list(_log_tables(run.log_lines, "optimizations"))}
 
 
 def _log_tables(lines: list[str], title: str) -> Iterator[str]:

@@ -18,7 +18,7 @@ from runs.report.facts import (
     flat_config,
     log_of,
     memory_of,
-    optimisations_of,
+    optimizations_of,
     seconds_of,
     shipped_differences,
 )
@@ -90,7 +90,7 @@ def _run_payload(run: RunData, name: str, num_runs: int) -> dict[str, Any]:
         "memory": memory_of(run),
         "config": flat_config(config),
         "shipped": shipped_differences(run),
-        "optimisations": optimisations_of(run),
+        "optimizations": optimizations_of(run),
         "environment": environment_of(run),
         "log": log_of(run),
         "samples": samples_of(run, _MAX_SAMPLE_BYTES // num_runs),

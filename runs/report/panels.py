@@ -52,7 +52,6 @@ PANELS = (
         lines=(("rlt/unprocessed_thought_kl_mean", "teacher to student"), ("kl", "policy to reference")),
         note="How far the explanation is from what the student itself would have thought.",
     ),
-    Panel(section=_LEARNING, title="Loss", unit="", lines=(("loss", "training"),)),
     Panel(
         section=_LEARNING,
         title="Held-out negative log-likelihood, upper bound",
@@ -98,6 +97,7 @@ PANELS = (
         lines=(("frac_reward_zero_std", "share"),),
         note="Where all rewards of a group are equal, nothing is learned.",
     ),
+    Panel(section=_UPDATE, title="Loss", unit="", lines=(("loss", "training"),)),
     Panel(section=_UPDATE, title="Gradient norm", unit="", lines=(("grad_norm", "gradient norm"),)),
     Panel(section=_UPDATE, title="Learning rate", unit="", lines=(("learning_rate", "learning rate"),)),
     Panel(

@@ -189,7 +189,7 @@ def _json(file: Path, missing: list[str]) -> dict[str, Any] | None:
 
 
 def _log(file: Path, missing: list[str]) -> list[str]:
-    """The end of the log, for its warnings and the table of optimisations."""
+    """The end of the log, for its warnings and the table of optimizations."""
     if not file.is_file():
         missing.append(f"no {LOG_FILE}")
         return []

@@ -48,7 +48,7 @@ function signed(value) {
   return value === null || value === undefined ? "\u2013" : (value > 0 ? "+" : "") + shown(value);
 }
 
-const percent = (value) => `${shown(Math.round(1000 * value) / 10)} %`;
+const percent = (value) => `${Math.round(1000 * value) / 10} %`;
 
 function duration(seconds) {
   const s = Math.round(seconds);

@@ -79,12 +79,12 @@ function configurationOf(run) {
 }
 
 function surroundingsOf(run) {
-  const { optimisations, environment, log } = run;
+  const { optimizations, environment, log } = run;
   const lines = (items) => h("pre", { class: "scroll", tabindex: "0" }, visible(items.join("\n")));
   return h("div", { class: "card" }, severalRuns && h("h3", {}, quoted(run.name)),
-    h("h4", {}, "Optimisations"),
-    optimisations.settings.length ? table(["setting", "value"], optimisations.settings.map(([k, v]) => [k, quoted(v)]), { label: "Optimisations asked for", class: "settings" }) : h("p", { class: "note" }, "None beyond the defaults."),
-    optimisations.tables.map((text) => lines([text])),
+    h("h4", {}, "Optimizations"),
+    optimizations.settings.length ? table(["setting", "value"], optimizations.settings.map(([k, v]) => [k, quoted(v)]), { label: "Optimizations asked for", class: "settings" }) : h("p", { class: "note" }, "None beyond the defaults."),
+    optimizations.tables.map((text) => lines([text])),
     h("h4", {}, "Environment"),
     environment.length ? h("dl", { class: "facts" }, environment.map(([k, v]) => [h("dt", {}, k), h("dd", {}, quoted(v))])) : h("p", { class: "note" }, "The folder does not say; a finished run's model card does."),
     log.warnings.length > 0 && [h("h4", {}, "Warnings and errors of the log"), lines(log.warnings)],
@@ -119,18 +119,20 @@ function build() {
   };
   const grid = (cards) => cards.length > 0 && h("div", { class: "grid" }, cards);
   const spent = [...runs.filter((run) => Object.keys(run.seconds).length).map(timeCard), ...runs.filter((run) => run.memory.length).map(memoryCard)];
-  part("figures", severalRuns ? "Comparison" : "Figures", h("div", { class: "beside" }, h("div", { class: "card" }, figuresTable()),
+  const figures = () => part("figures", severalRuns ? "Comparison" : "Figures", h("div", { class: "beside" }, h("div", { class: "card" }, figuresTable()),
     h("div", { class: "column" }, severalRuns ? h("div", { class: "card" }, h("h3", {}, "Settings that differ"), configurationDifferences()) : spent)));
+  if (severalRuns) figures();
   const curves = chartCards("Learning");
   part("learning", "Learning", curves.length > 0 && h("div", { class: "controls loose" }, smoothingField(), h("p", { class: "note" }, "Drag to zoom, double click to see all steps.")), grid(curves));
   part("texts", "What it writes", grid(chartCards("What it writes")));
   if (runs.some((run) => run.method === "rlt" || run.samples.completions.num_shown)) part("completions", "Completions", new SampleBrowser().element);
   part("update", "The update", grid(chartCards("The update")));
   part("cost", "Time and memory", grid([...(severalRuns ? spent : []), ...chartCards("Time and memory")]));
+  if (!severalRuns) figures();
   const others = chartCards("Other figures");
   part("other", "Other figures", others.length > 0 && h("details", {}, h("summary", {}, `${others.length} more logged figures`), grid(others)));
   part("configuration", "Configuration", runs.map(configurationOf));
-  part("environment", "Optimisations and environment", runs.map(surroundingsOf));
+  part("environment", "Optimizations and environment", runs.map(surroundingsOf));
   const strides = runs.filter((run) => run.stride > 1).map((run) => `${run.name}: every ${run.stride}th logged value is drawn.`);
   fill(document.getElementById("app"),
     h("header", {}, h("div", { class: "titles" }, h("p", { class: "kind" }, severalRuns ? `RLT run report \u00b7 ${runs.length} runs` : "RLT run report"), h("h1", {}, quoted(names))), themeButton()),
