@@ -45,7 +45,7 @@ def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
     """
     runs = [read_run(path) for path in run_dirs]
     if output is None:
-        output = runs[0].path / REPORT_FILE if len(runs) == 1 else Path(REPORT_FILE)
+        output = run_dirs[0] / REPORT_FILE if len(runs) == 1 else Path(REPORT_FILE)
     write_whole(output, report_html(payload_of(runs)))
     return output
 
