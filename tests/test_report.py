@@ -9,7 +9,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from optimization.record import nothing, records_table
 from runs.metrics import METRICS_FILE, append_metrics
 from runs.report.__main__ import main
 from runs.report.page import _MAX_SAMPLE_BYTES, payload_of, report_html, write_report
@@ -257,6 +259,22 @@ def test_without_evaluations_the_reward_is_judged(tmp_path):
     assert sentence.startswith("Reward rose by 1.") and "nothing held out tells more" in sentence
 
 
+def test_a_masked_diffusion_run_is_judged_by_its_bound_and_has_no_tables_to_miss(tmp_path):
+    (tmp_path / "config.yaml").write_text("method: masked_diffusion\nmax_steps: 10\nrun_name: llada_tiny\n")
+    for step in range(11):
+        bound = {"eval_nll_bound": 5.0 - step / 10, "eval_exact_match": 0.1} if step in (0, 10) else {}
+        append_metrics(tmp_path / METRICS_FILE, step, bound | ({"loss": 3.0 - step / 10} if step else {}))
+    held = payload(tmp_path)
+    run = held["runs"][0]
+    assert run["verdict"]["title"] == "Better, by how much is uncertain" and run["verdict"]["warnings"] == []
+    assert (
+        "fell by 1 nats per token, from 5 to 4, so far, at step 10 of 10 (lower is better" in run["verdict"]["sentence"]
+    )
+    assert {panel["title"] for panel in held["panels"]} >= {"Loss", "Held-out exact match"}
+    assert run["missing"] == ["no logs/training.log", "no summary.json: the run has not ended"]
+    assert run["samples"]["completions"]["num_steps"] == 0
+
+
 @pytest.mark.parametrize(
     ("figures", "warning"),
     [
@@ -300,3 +318,16 @@ def test_a_finished_run_has_its_report_and_one_that_cannot_be_made_is_said(tmp_p
     lines = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert lines[0] == ("INFO", f"the report is in {run_dir / 'report.html'}")
     assert lines[1][0] == "WARNING" and lines[1][1].endswith(f"to make it: python -m runs.report {tmp_path / 'none'}")
+
+
+def test_the_optimizations_of_the_log_are_shown_as_it_has_them(tmp_path):
+    run_dir = write_run(tmp_path / "A", num_steps=1, overrides=("recover_from_nan=true",))
+    with open(run_dir / "logs" / "training.log", "a") as log_file:
+        console = Console(file=log_file, width=160)
+        console.print(records_table([nothing("packing", "there is nothing to pack")], "optimizations of the models"))
+        console.print("something else")
+    found = payload(run_dir)["runs"][0]["optimizations"]
+    assert ["recover_from_nan", "true"] in found["settings"]
+    (table,) = found["tables"]
+    assert table.startswith("optimizations of the models\n┏") and table.endswith("┘")
+    assert "there is nothing to pack" in table

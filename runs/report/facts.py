@@ -124,7 +124,7 @@ def _log_tables(lines: list[str], title: str) -> Iterator[str]:
     for i, line in enumerate(lines):
         if line.startswith(title) and i + 1 < len(lines) and lines[i + 1].startswith("┏"):
             end = next((k for k in range(i, len(lines)) if lines[k].startswith("└")), i)
-            yield "\n".join(lines[i : end + 1])
+            yield "\n".join(line.rstrip() for line in lines[i : end + 1])
 
 
 def log_of(run: RunData) -> dict[str, list[str]]:

@@ -57,13 +57,16 @@ function duration(seconds) {
   return `${Math.floor(s / 3600)} h ${Math.round((s % 3600) / 60)} min`;
 }
 
-const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
+const HIDDEN =
+  /[\u0000-\u0008\u000b-\u001f\u007f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
 
 /** Text with what cannot be seen made visible: control characters, marks of direction, halves of surrogate pairs. */
 function visible(text) {
   return text.replace(HIDDEN, (c) => {
     const code = c.charCodeAt(0);
-    return code < 0x20 ? String.fromCharCode(0x2400 + code) : `\u27e8U+${code.toString(16).toUpperCase().padStart(4, "0")}\u27e9`;
+    return code < 0x20
+      ? String.fromCharCode(0x2400 + code)
+      : `\u27e8U+${code.toString(16).toUpperCase().padStart(4, "0")}\u27e9`;
   });
 }
 
@@ -78,15 +81,42 @@ function say(text) {
 
 function table(head, rows, attributes = {}) {
   const cell = (tag, content, i) => h(tag, { class: i ? "number" : null, scope: tag === "th" ? "col" : null }, content);
-  return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": attributes.label || "table" },
-    h("table", { class: attributes.class },
-      h("thead", {}, h("tr", {}, head.map((content, i) => cell("th", content, i)))),
-      h("tbody", {}, rows.map((row) => h("tr", {}, row.map((content, i) => cell("td", content, i)))))));
+  return h(
+    "div",
+    { class: "scroll", tabindex: "0", role: "region", "aria-label": attributes.label || "table" },
+    h(
+      "table",
+      { class: attributes.class },
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          head.map((content, i) => cell("th", content, i)),
+        ),
+      ),
+      h(
+        "tbody",
+        {},
+        rows.map((row) =>
+          h(
+            "tr",
+            {},
+            row.map((content, i) => cell("td", content, i)),
+          ),
+        ),
+      ),
+    ),
+  );
 }
 
 function select(label, options, value, onchange) {
-  const list = h("select", { onchange: (event) => onchange(event.target.value) },
-    options.map(([key, text]) => h("option", { value: key, selected: key === value }, text)));
+  const list = h(
+    "select",
+    { onchange: (event) => onchange(event.target.value) },
+    options.map(([key, text]) => h("option", { value: key, selected: key === value }, text)),
+  );
   return h("label", { class: "field" }, h("span", {}, label), list);
 }
 
@@ -113,8 +143,14 @@ function applyTheme() {
   onTheme.forEach((redraw) => redraw());
 }
 wantsDark.addEventListener("change", applyTheme);
-addEventListener("beforeprint", () => { isPrinting = true; applyTheme(); });
-addEventListener("afterprint", () => { isPrinting = false; applyTheme(); });
+addEventListener("beforeprint", () => {
+  isPrinting = true;
+  applyTheme();
+});
+addEventListener("afterprint", () => {
+  isPrinting = false;
+  applyTheme();
+});
 document.documentElement.dataset.theme = theme();
 
 const colour = (i) => PALETTES[theme()][i % PALETTES.light.length];
@@ -122,7 +158,9 @@ const styleOf = (name) => getComputedStyle(document.documentElement).getProperty
 
 /** An element in a colour of the palette, whatever the theme. */
 function painted(element, i) {
-  const paint = () => { element.style.background = colour(i); };
+  const paint = () => {
+    element.style.background = colour(i);
+  };
   onTheme.push(paint);
   paint();
   return element;
