@@ -28,6 +28,10 @@ class ScoredRollout:
     breakdown: RewardBreakdown
     rows: list[ExplanationRow]
     """What was scored: explanation texts, whether they were closed, and which sampled tokens they are."""
+    solution_logprobs: list[Tensor] | None = None
+    """[B] of [T] student's log-probs of the solutions; None where no term uses them, here and below."""
+    student_explanation_logprobs: list[Tensor] | None = None
+    teacher_explanation_logprobs: list[Tensor] | None = None
 
 
 def check_scoring(config: RewardConfig, sampling_temperature: float, *, shares_tokens: bool) -> None:
@@ -78,6 +82,8 @@ class RolloutScorer:
         self.config = reward_config
         self.format = prompt_format
         self._builder = RowBuilder(tokenizer, prompt_format, student_tokenizer)
+        self.solution_token_texts = self._builder.solution_token_texts
+        self.explanation_token_texts = self._builder.explanation_token_texts
         self._score = score
         self._sampling_temperature = sampling_temperature
         self._teacher_temperature = sampling_temperature if reward_config.unbias_teacher_log_probs else 1.0
@@ -104,7 +110,13 @@ class RolloutScorer:
             student_explanation_logprobs=student,
             teacher_explanation_logprobs=teacher,
         )
-        return ScoredRollout(breakdown=breakdown, rows=rows)
+        return ScoredRollout(
+            breakdown=breakdown,
+            rows=rows,
+            solution_logprobs=solution,
+            student_explanation_logprobs=student,
+            teacher_explanation_logprobs=teacher,
+        )
 
     def _student_logprobs(
         self, rows: list[ExplanationRow], use_solution: bool, use_kl: bool

@@ -4,6 +4,8 @@ A token counts iff its text lies wholly inside the content between the tags; tho
 explanation only sampled tokens count; the padding after the opening tag belongs to the prompt. Spans are half-open.
 """
 
+from codecs import getincrementaldecoder
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -130,6 +132,17 @@ class RowBuilder:
             explanation=found.text,
             matched=found.matched,
         )
+
+    def explanation_token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Of sampled ids, and they join to the whole: a character of several tokens stands at the last of them."""
+        decoder = getincrementaldecoder("utf-8")(errors="replace")
+        return [decoder.decode(self._token_text.bytes_of(token_id) or b"") for token_id in token_ids]
+
+    def solution_token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Of the student's ids; another tokenizer's are decoded one by one."""
+        if self.shares_tokens:
+            return self.explanation_token_texts(token_ids)
+        return self.student_tokenizer.batch_decode([[token_id] for token_id in token_ids])
 
     def _encode_student_head(self, question: str) -> list[int]:
         return encode(self.student_tokenizer, self.format.student_head_text(self.student_tokenizer, question))

@@ -9,7 +9,7 @@ from pathlib import Path
 def write_whole(path: Path, text: str) -> None:
     """Replace a file's content in one step."""
     with replaced_file(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ logs/training.log  what the console says, appended to by a resumed run
 metrics.jsonl      one line for each logged step
 completions/       completions_STEP.parquet: those of each logged step, with their reward terms
 evaluations/       evaluation_STEP.parquet: the held-out ones of each evaluation, likewise
+token_scores/      tables of the same names: log-probs and KL token by token, of a sample of their rows
 checkpoint-N/      written whole or not at all, with a manifest (runs/checkpoints.py)
 adapter_model.safetensors, adapter_config.json, tokenizer files, README.md (model card)    the result
 summary.json       before and after; its presence says that the run is finished
@@ -41,9 +42,9 @@ from runs.files import free_name, replaced_file, write_whole
 from runs.metrics import METRICS_FILE, drop_metrics_after
 
 CONFIG_FILE, SUMMARY_FILE, STAGING_FOLDER = "config.yaml", "summary.json", ".saving"
-COMPLETIONS_FOLDER, EVALUATIONS_FOLDER = "completions", "evaluations"
+COMPLETIONS_FOLDER, EVALUATIONS_FOLDER, TOKEN_SCORES_FOLDER = "completions", "evaluations", "token_scores"
 LOG_FILE, LOCK_FILE = "logs/training.log", ".lock"
-_HISTORY = (METRICS_FILE, COMPLETIONS_FOLDER, EVALUATIONS_FOLDER, "logs")
+_HISTORY = (METRICS_FILE, COMPLETIONS_FOLDER, EVALUATIONS_FOLDER, TOKEN_SCORES_FOLDER, "logs")
 _KEYS_THAT_MAY_DIFFER = {"resume", "output_dir", "card_gb", "gpu_gb", "allow_oversubscription"}
 _FIXED_BY_A_CHECKPOINT = (
     {"method", "model_name_or_path", "new_model", "tokenizer_name_or_path", "trainable_weights", "sync_ref_model"}
@@ -345,7 +346,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _drop_tables_after(path: Path, step: int) -> None:
     """Completions and evaluations of steps that the resumed run will make again, and may not log at the same step."""
-    for folder in (COMPLETIONS_FOLDER, EVALUATIONS_FOLDER):
+    for folder in (COMPLETIONS_FOLDER, EVALUATIONS_FOLDER, TOKEN_SCORES_FOLDER):
         for file in (path / folder).glob("*.parquet"):
             number = re.fullmatch(r"(?:completions|evaluation)_(\d+)", file.stem)
             if number is not None and (not step or int(number[1]) > step):
@@ -354,11 +355,15 @@ def _drop_tables_after(path: Path, step: int) -> None:
 
 def write_evaluation(path: Path, step: int, table: Mapping[str, list[Any]]) -> None:
     """Write `evaluations/evaluation_STEP.parquet` of the run in `path`, over an earlier one of the step."""
+    write_table(path / EVALUATIONS_FOLDER / f"evaluation_{step:05d}.parquet", table)
+
+
+def write_table(file: Path, table: Mapping[str, list[Any]]) -> None:
+    """A Parquet file that appears whole, in a folder that is made where it is missing."""
     import pandas as pd  # takes a second: not before the output folder is checked
 
-    folder = path / EVALUATIONS_FOLDER
-    folder.mkdir(exist_ok=True)
-    with replaced_file(folder / f"evaluation_{step:05d}.parquet") as partial:
+    file.parent.mkdir(exist_ok=True)
+    with replaced_file(file) as partial:
         pd.DataFrame(table).to_parquet(partial)
 
 

@@ -203,3 +203,4 @@ def test_the_embedded_task_is_learned_from_scratch(seed, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["eval_exact_match"]["before"] < 0.3
     assert summary["eval_exact_match"]["after"] >= 0.6
+    assert (tmp_path / "run" / "report.html").exists()

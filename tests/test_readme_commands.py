@@ -58,6 +58,9 @@ END""": Expected(0, ""),
     "python -m models.merge results/teacher_rlt_tiny merged": Expected(0, "merged"),
     "tail -f results/teacher_rlt_tiny/logs/training.log": Expected(124, "the results are in results/", timeout_s=2),
     "python -m trainers.watch results/teacher_rlt_tiny": Expected(0, "teacher_rlt_tiny finished, step 2/2"),
+    "python -m runs.report results/teacher_rlt_tiny": Expected(
+        0, "the report is in results/teacher_rlt_tiny/report.html"
+    ),
 }
 NOT_WALKED = {
     "make test": "the tests themselves",

@@ -21,6 +21,7 @@ from runs.run_folder import (
     write_summary,
 )
 from runs.summary import memory_table, summarise, summary_table
+from runs.token_scores import write_token_scores
 from schemas.compose import CONFIG_ROOT, compose_run_config
 from schemas.run import load_run_config, resolved_values
 from tests.helpers.checkpoints import write_checkpoint
@@ -52,11 +53,15 @@ def test_a_continued_run_keeps_the_tables_up_to_its_checkpoint_and_nothing_that_
     for step in (0, 4, 5):
         write_evaluation(tmp_path / "run", step, {"step": [step]})
         (tmp_path / "run" / "completions" / f"completions_{step:05d}.parquet").write_text("")
+        for kind in ("completions", "evaluation"):
+            write_token_scores(tmp_path / "run", kind, step, {"row": [0]})
     (tmp_path / "run" / "completions" / "mine_00009.parquet").write_text("")
     open_run_folder(VALUES, str(tmp_path / "run"), "auto")
     assert files_in(tmp_path / "run" / "evaluations") == ["evaluation_00000.parquet", "evaluation_00004.parquet"]
     kept = ["completions_00000.parquet", "completions_00004.parquet", "mine_00009.parquet"]
     assert files_in(tmp_path / "run" / "completions") == kept
+    names = [f"{kind}_{step:05d}.parquet" for kind in ("completions", "evaluation") for step in (0, 4)]
+    assert files_in(tmp_path / "run" / "token_scores") == names
 
 
 def files_in(folder):

@@ -43,6 +43,24 @@ def test_the_default_run_learns_and_generator_and_trainer_agree(tmp_path):
     assert log_file[1:] == [line.rstrip() for line in done.stdout.splitlines()]
     assert sum(line.count("  RAM ") for line in log_file) == 60
     assert not (tmp_path / "results/teacher_rlt_tiny/generator_base").exists()
+    assert_reported(tmp_path / "results/teacher_rlt_tiny")
+
+
+def assert_reported(run: Path) -> None:
+    """The report is there, and the tokens of a row make up its explanation and the terms of its reward."""
+    assert '"title":"Learned"' in (run / "report.html").read_text()
+    names = [file.name for folder in ("completions", "evaluations") for file in sorted((run / folder).iterdir())]
+    assert [file.name for file in sorted((run / "token_scores").iterdir())] == names and len(names) == 62
+    table = pd.read_parquet(run / "completions/completions_00060.parquet")
+    tokens = pd.read_parquet(run / "token_scores/completions_00060.parquet").set_index("row")
+    assert sorted(tokens.index) == list(range(64))
+    for row, kept in tokens.iterrows():
+        assert "".join(kept["explanation_tokens"]) == table["explanation"][row]
+        assert "".join(kept["solution_tokens"]) == table["solution"][row]
+        assert kept["solution_log_prob"].mean() == pytest.approx(table["answer_log_prob_mean"][row], abs=1e-4)
+        if not table["explanation"][row]:  # costs a fixed score in place of its KL
+            continue
+        assert kept["explanation_kl"].mean() == pytest.approx(table["reasoning_kl_mean"][row], abs=1e-4)
 
 
 def test_a_ten_line_file_of_ones_own_trains(tmp_path):

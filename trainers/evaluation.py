@@ -20,6 +20,7 @@ from models.memory_retries import MemoryRetries
 from models.meter import PhaseMeter
 from rollout.scoring import RolloutScorer
 from rollout.tables import Classifier, completion_texts, evaluation_metrics, evaluation_table
+from rollout.token_scores import token_score_table
 from rollout.types import Group, Rollout
 from schemas.llada import MaskedDiffusionRunConfig
 
@@ -32,6 +33,8 @@ class PolicyEvaluation:
     """Means over the questions (`rollout.tables.evaluation_metrics`)."""
     table: dict[str, list[Any]]
     """A row per question: what was sampled, and every term of its reward (`rollout.tables.evaluation_table`)."""
+    token_scores: dict[str, list[Any]]
+    """Of as many rows as are kept token by token (`rollout.token_scores`)."""
 
 
 def evaluate_policy(
@@ -51,7 +54,11 @@ def evaluate_policy(
     with host.phase(Phase.SCORE):
         scored = scorer(rollout, every_term=True)
     table = evaluation_table(rollout, scored, completion_texts(tokenizer, rollout.completions), classify)
-    return PolicyEvaluation(metrics=evaluation_metrics(scored, table, scorer.format.tags), table=table)
+    return PolicyEvaluation(
+        metrics=evaluation_metrics(scored, table, scorer.format.tags),
+        table=table,
+        token_scores=token_score_table(rollout, scored, scorer),
+    )
 
 
 def evaluate_masked_diffusion(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from core.log import console
+from core.log import console, log
 from preflight.hardware import check_hardware_and_plan, load_for_this_machine
 from schemas.methods import method_of
 from schemas.run import resolved_values
@@ -37,7 +37,19 @@ def train_runs(
         with optimized(config) as config:
             plan, device = check_hardware_and_plan(config)
             # TRL and vLLM take ten seconds more, and most mistakes are found without them.
-            run = partial(method_of(config).train, config, values, plan, device, on_results)
+            on_finish = partial(_tell, on_results=on_results)
+            run = partial(method_of(config).train, config, values, plan, device, on_finish)
             finished = with_faults_explained(run, config, values, plan)
         yield finished
         console.end_copy()
+
+
+def _tell(finished: "FinishedRun", on_results: "Callable[[FinishedRun], None]") -> None:
+    """Pass the results on, and make the report; a run whose report cannot be made is a finished run all the same."""
+    from runs.report.page import write_report
+
+    on_results(finished)
+    try:
+        log.info("the report is in %s", write_report([finished.folder]))
+    except Exception as error:
+        log.warning("no report was made (%s); to make it: python -m runs.report %s", error, finished.folder)

@@ -44,8 +44,10 @@ from rollout.tables import (
     format_rate,
     term_columns,
 )
+from rollout.token_scores import token_score_table
 from rollout.types import Completion, Group, Rollout
 from runs.run_folder import write_evaluation
+from runs.token_scores import write_token_scores
 from schemas.methods import method_of
 from schemas.run import RunConfig
 from trainers.base import RunTrainer
@@ -95,6 +97,7 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
         self._classify_explanation = classify_explanation
         self._rollout: Rollout | None = None
         self._num_uses = 0
+        self._scored: tuple[Rollout, ScoredRollout] | None = None
         trained = {name: p.data for name, p in host.teacher.named_parameters() if p.requires_grad}
         follows = SyncReferenceAdapter(alpha=args.ref_model_mixup_alpha, every_steps=args.ref_model_sync_steps)
         super().__init__(
@@ -261,6 +264,7 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
     def _reward(self, rollout: Rollout) -> Rollout:
         """The RLT reward and those of `extra_rewards`; every term, and what was written, goes to `completions/`."""
         scored, texts = self.rlt(rollout), completion_texts(self.processing_class, rollout.completions)
+        self._scored = rollout, scored
         written = explanation_columns(rollout, scored, self._classify_explanation)
         columns = {
             "prompts": [row.group.columns["prompt"] for row in rollout.rows],
@@ -356,6 +360,9 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
         """A step's metrics and completions; what is logged at the end of training has no completions of its own."""
         self.log_completions = "loss" in logs and self.model.training
         super().log(logs, start_time)
+        if self.log_completions and self._scored is not None:
+            table = token_score_table(*self._scored, self.scorer)
+            write_token_scores(Path(self.args.output_dir), "completions", self.state.global_step, table)
 
     def held_out_metrics(self, dataset: Dataset) -> dict[str, float]:
         """One explanation for each held-out question, from equal seeds each time; their table is in `evaluations/`."""
@@ -369,6 +376,7 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
         )
         step = self.state.global_step
         write_evaluation(Path(self.args.output_dir), step, {"step": [step] * len(dataset), **found.table})
+        write_token_scores(Path(self.args.output_dir), "evaluation", step, found.token_scores)
         return found.metrics
 
     def model_card(self) -> str:
