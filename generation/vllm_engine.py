@@ -25,6 +25,7 @@ from core.log import log, long_work
 from core.types import UnmappedMemory
 from core.units import format_gb
 from generation.base import ProgressCallback, SamplingSettings, check_rows, prompts_in_a_call
+from models.shared_base import SharedBase
 from optimization.gpu import free_and_total_bytes
 from planner.constants import VLLM_BATCHED_TOKENS
 from rollout.types import Completion
@@ -42,6 +43,8 @@ class VLLMEngineConfig:
     weights: str
     """What those weights are, in words for the log."""
     shares_trainer_weights: bool
+    shared_base: SharedBase | None = None
+    """The trainer's base, which is served where it lies; of `checkpoint` the configuration alone is read then."""
     quantization: Literal["fp8"] | None = None
     """Quantise on the fly while loading; None loads the checkpoint as it is."""
     dtype: str
@@ -63,7 +66,8 @@ class VLLMEngineConfig:
 
 
 class VLLMGenerator:
-    """A `Generator` on in-process vLLM. It owns the engine's weights, its KV cache and a folder with the adapter."""
+    """A `Generator` on in-process vLLM. It owns the engine's KV cache, a folder with the adapter, and its base if it
+    has one of its own."""
 
     name = "vllm"
 
@@ -72,6 +76,7 @@ class VLLMGenerator:
         self._sampling = sampling
         self._rows_per_call = config.rows_per_call
         self._on_gpu = config.on_gpu
+        self._reads_trainers_base = config.shared_base is not None
         self._scratch = _adapter_folder(_SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None)
         self._adapter_folder = Path(self._scratch.name)
         self._adapter_request: Any = None
@@ -128,9 +133,17 @@ class VLLMGenerator:
         ]
 
     def sleep(self) -> None:
-        """See `Generator.sleep`; on a CPU there is nothing to give back. Cached prefixes are dropped with the cache."""
+        """See `Generator.sleep`; on a CPU there is nothing to give back. Cached prefixes are dropped with the cache.
+
+        An engine that reads the trainer's base gives its KV cache back and nothing else.
+        """
         if self._on_gpu and not self._asleep:
-            self._llm.sleep(level=1)
+            if self._reads_trainers_base:
+                from generation.vllm_shared import release_kv_cache
+
+                release_kv_cache(self._llm)
+            else:
+                self._llm.sleep(level=1)
             self._asleep = True
             self._count_unmapped()
 
@@ -298,29 +311,49 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS_ON_CPU, config.max_model_len),
         }
-    return LLM(
-        model=config.checkpoint,
-        quantization=config.quantization,
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
-        skip_tokenizer_init=True,
-        generation_config="vllm",
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.rows_per_call,
-        enable_lora=True,
-        max_loras=1,
-        max_lora_rank=config.max_lora_rank,
-        kv_cache_memory_bytes=config.kv_cache_bytes,
-        kv_cache_dtype=config.kv_cache_dtype,
-        gpu_memory_utilization=gpu_memory_utilization,
-        enforce_eager=config.enforce_eager or not config.on_gpu,
-        enable_sleep_mode=config.on_gpu,
-        enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs",
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-        **batching,
-    )
+    with _weights(config) as weights:
+        return LLM(
+            model=config.checkpoint,
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.rows_per_call,
+            enable_lora=True,
+            max_loras=1,
+            max_lora_rank=config.max_lora_rank,
+            kv_cache_memory_bytes=config.kv_cache_bytes,
+            kv_cache_dtype=config.kv_cache_dtype,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=config.enforce_eager or not config.on_gpu,
+            enable_sleep_mode=config.on_gpu,
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            **batching,
+            **weights,
+        )
+
+
+@contextlib.contextmanager
+def _weights(config: VLLMEngineConfig) -> Iterator[Mapping[str, Any]]:
+    """vLLM's arguments that say where it gets its weights."""
+    if config.shared_base is None:
+        yield {"quantization": config.quantization}
+        return
+    from generation.vllm_shared import offered
+
+    with offered(config.shared_base) as arguments:
+        yield arguments
+
+
+def forget_failed_start() -> None:
+    """Free what an engine left behind that did not start, so that another one can."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
 
 
 @contextlib.contextmanager

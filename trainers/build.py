@@ -171,6 +171,7 @@ def _start_generator(run: PreparedRun, host: ModelHost) -> Generator:
         planned_kv_cache_bytes=run.plan.kv_cache_bytes,
         gpu_memory_utilization=config.grpo.vllm_gpu_memory_utilization,
         trust_remote_code=config.model_args.trust_remote_code,
+        share=host.share_base,
     )
     host.attach_engine(generator)
     return generator
