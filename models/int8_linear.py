@@ -8,11 +8,11 @@ branch outside the op would be taken once, for all M.
 
 | device | few rows | many rows |
 |---|---|---|
-| CUDA | Triton kernel: each int8 is read once (`models/int8_triton.py`) | rows of q widened in chunks, cuBLAS |
-| CPU | `torch._weight_int8pack_mm` | rows of q widened in chunks that stay in the cache |
+| CUDA | Triton kernel: each int8 is read once (`models/int8_triton.py`) | weight widened in chunks of rows, cuBLAS |
+| CPU, bfloat16 | `torch._weight_int8pack_mm` | weight widened in chunks that stay in the cache |
 
-|q| <= 127 is exact in bfloat16 and float16. Scales are applied to the sums, in float32: they are never rounded to 16
-bits.
+|q| <= 127 is exact in 16 bits. Of few rows the scale goes onto the sums, in float32. Of many it goes into the widened
+weight, which is rounded to the dtype of x: the product that an export of the dequantised values gives.
 """
 
 import functools
@@ -22,7 +22,7 @@ from torch import Tensor
 
 _CPU_FEW_ROWS = 8
 _CPU_WIDTH_MULTIPLE = 32  # `_weight_int8pack_mm` takes K in vectors and reads beyond the end of rows of another width
-_CPU_CHUNK_BYTES = 4 * 1024**2
+_CPU_CHUNK_BYTES = 1024**2
 _CUDA_CHUNK_BYTES = 64 * 1024**2
 CUDA_FEW_ROWS: dict[tuple[int, int], int] = {}
 """Up to how many rows the Triton kernel serves, by compute capability: what `benchmarks/int8_linear.py` printed on such
@@ -36,33 +36,28 @@ def int8_linear(x: Tensor, q: Tensor, scb: Tensor, bias: Tensor | None = None) -
 
 
 def widened_product(x_MK: Tensor, q: Tensor, scb: Tensor, bias: Tensor | None, chunk_bytes: int) -> Tensor:
-    """[M, N] in the dtype of x; at most `chunk_bytes` (or 64 rows) of q are widened at once."""
+    """[M, N] in the dtype of x; at most `chunk_bytes` (or 64 rows) of the weight are widened at once."""
     y_MN = x_MK.new_empty(len(x_MK), len(q))
     num_rows = min(len(q), max(64, chunk_bytes // (q.shape[1] * x_MK.element_size())))
-    widened = x_MK.new_empty(num_rows, q.shape[1])
+    buffer, scales = x_MK.new_empty(num_rows, q.shape[1]), scb * (1.0 / 127.0)
     for start in range(0, len(q), num_rows):
         rows = slice(start, min(start + num_rows, len(q)))
-        y_chunk = y_MN[:, rows]
-        torch.mm(x_MK, widened[: rows.stop - start].copy_(q[rows]).t(), out=y_chunk)
-        _scale_(y_chunk, scb[rows], None if bias is None else bias[rows])
+        weight = torch.mul(q[rows], scales[rows, None], out=buffer[: rows.stop - start])
+        if bias is None:
+            torch.mm(x_MK, weight.t(), out=y_MN[:, rows])
+        else:
+            torch.addmm(bias[rows], x_MK, weight.t(), out=y_MN[:, rows])
     return y_MN
-
-
-def _scale_(sums_MN: Tensor, scb: Tensor, bias: Tensor | None) -> None:
-    """In float32 within the kernel, without a float32 copy of the sums on a GPU."""
-    scales = scb * (1.0 / 127.0)
-    if bias is None:
-        sums_MN.mul_(scales)
-    else:
-        torch.addcmul(bias, sums_MN, scales, out=sums_MN)
 
 
 def _on_cpu(x: Tensor, q: Tensor, scb: Tensor, bias: Tensor | None) -> Tensor:
     x_MK = x.reshape(-1, x.shape[-1])
-    packs = x.dtype != torch.float32 and q.shape[1] % _CPU_WIDTH_MULTIPLE == 0  # in float32 it is the slower one
+    # float32 is slow there, float16 has no room for sums without their scales.
+    packs = x.dtype == torch.bfloat16 and q.shape[1] % _CPU_WIDTH_MULTIPLE == 0
     if packs and len(x_MK) <= _CPU_FEW_ROWS:
-        y_MN = torch._weight_int8pack_mm(x_MK.contiguous(), q, x.new_ones(len(q)))
-        _scale_(y_MN, scb, bias)
+        sums_MN = torch._weight_int8pack_mm(x_MK.contiguous(), q, x.new_ones(len(q)))
+        y_MN = sums_MN * (scb * (1.0 / 127.0))
+        y_MN = (y_MN if bias is None else y_MN + bias).to(x.dtype)
     else:
         y_MN = widened_product(x_MK, q, scb, bias, _CPU_CHUNK_BYTES)
     return y_MN.view(*x.shape[:-1], len(q))

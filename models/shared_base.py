@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-_VOCABULARY_MULTIPLE = 64
+VOCABULARY_MULTIPLE = 64
 """vLLM pads the rows of embedding and head to a multiple of it."""
 _NESTED_BLOCK = 256
 """The block of double quantisation that bitsandbytes' product takes."""
@@ -272,7 +272,7 @@ def _padded_rows(table: nn.Module, shared: SharedBase) -> Tensor:
     for rows, other in shared.tables.values():
         if other.weight is weight:
             return rows
-    num_missing = -len(weight) % _VOCABULARY_MULTIPLE
+    num_missing = -len(weight) % VOCABULARY_MULTIPLE
     if not num_missing:
         return weight.data
     rows = torch.cat([weight.data, weight.data.new_zeros(num_missing, weight.shape[1])])

@@ -39,13 +39,26 @@ def test_the_product_is_right_for_few_and_many_rows(num_rows, num_outputs, width
         assert error(y[0], x[0], q, scb, bias) < most
 
 
-def test_scales_are_not_rounded_to_16_bits():
-    """One scale that bfloat16 would move by 0.2 %, under a sum that it holds exactly."""
-    scb = torch.full((64,), 127 * 1.0019)
-    q = torch.ones(64, 64, dtype=torch.int8)
-    for num_rows in (1, 100):
-        y = int8_linear(torch.full((num_rows, 64), 16.0).bfloat16(), q, scb, torch.full((64,), -1024.0).bfloat16())
-        assert y.float().sub(1024 * 0.0019).abs().max() < 0.01
+def test_scales_are_not_rounded_to_16_bits_for_few_rows():
+    """One scale that bfloat16 would move by 0.2 %, on a sum that it holds exactly."""
+    q, scb = torch.ones(64, 64, dtype=torch.int8), torch.full((64,), 127 * 1.0019)
+    y = int8_linear(torch.full((1, 64), 16.0).bfloat16(), q, scb, torch.full((64,), -1024.0).bfloat16())
+    assert y.float().sub(1024 * 0.0019).abs().max() < 0.01
+
+
+def test_many_rows_get_the_product_with_the_dequantised_weight():
+    q, scb = weight(300, 96)
+    x, bias = torch.randn(40, 96).bfloat16(), torch.randn(300).bfloat16()
+    dequantised = (q * (scb * (1.0 / 127.0))[:, None]).bfloat16()
+    assert torch.equal(int8_linear(x, q, scb, bias), torch.nn.functional.linear(x, dequantised, bias))
+
+
+@pytest.mark.parametrize("num_rows", [1, 40])
+def test_float16_does_not_run_over_before_the_scale(num_rows):
+    """Sums of 127 x 1000 x 64, which are 40 once they are scaled."""
+    q, scb = torch.full((64, 64), 127, dtype=torch.int8), torch.full((64,), 40 / 64000.0)
+    y = int8_linear(torch.full((num_rows, 64), 1000.0).half(), q, scb)
+    assert y.float().sub(40.0).abs().max() < 0.1
 
 
 def test_chunks_of_widened_rows_do_not_change_the_product():
