@@ -139,9 +139,7 @@ class VLLMGenerator:
         """
         if self._on_gpu and not self._asleep:
             if self._reads_trainers_base:
-                from generation.vllm_shared import release_kv_cache
-
-                release_kv_cache(self._llm)
+                _release_kv_cache(self._llm)
             else:
                 self._llm.sleep(level=1)
             self._asleep = True
@@ -347,6 +345,18 @@ def _weights(config: VLLMEngineConfig) -> Iterator[Mapping[str, Any]]:
 
     with offered(config.shared_base) as arguments:
         yield arguments
+
+
+def _release_kv_cache(llm: Any) -> None:
+    """Give the KV cache's memory back and leave the rest where it is; `llm.wake_up()` takes it again.
+
+    vLLM 0.26 can only sleep, which moves the little that is its own to host memory: adapter slots, norms, buffers.
+    """
+    if hasattr(llm, "release_kv_cache_memory"):
+        llm.sleep(level=0)  # takes no requests; nothing moves
+        llm.release_kv_cache_memory()
+    else:
+        llm.sleep(level=1)
 
 
 def forget_failed_start() -> None:

@@ -41,18 +41,6 @@ def offered(shared: SharedBase) -> Iterator[Mapping[str, str]]:
         _offered.pop()
 
 
-def release_kv_cache(llm: Any) -> None:
-    """Give the KV cache's memory back and leave everything else where it is; `llm.wake_up()` takes it again.
-
-    vLLM 0.26 has sleep alone, which moves the little that is its own to host memory too: adapter slots, norms, buffers.
-    """
-    if hasattr(llm, "release_kv_cache_memory"):
-        llm.sleep(level=0)  # no requests are taken; nothing moves
-        llm.release_kv_cache_memory()
-    else:
-        llm.sleep(level=1)
-
-
 def _adopt(layer: nn.Module, name: str, tensor: Tensor) -> None:
     """A parameter on the trainer's own storage."""
     parameter = nn.Parameter(tensor, requires_grad=False)

@@ -25,8 +25,8 @@ _CPU_WIDTH_MULTIPLE = 32  # `_weight_int8pack_mm` takes K in vectors and reads b
 _CPU_CHUNK_BYTES = 1024**2
 _CUDA_CHUNK_BYTES = 64 * 1024**2
 CUDA_FEW_ROWS: dict[tuple[int, int], int] = {}
-"""Up to how many rows the Triton kernel serves, by compute capability: what `benchmarks/int8_linear.py` printed on such
-a card. Others take `CUDA_FEW_ROWS_UNMEASURED`."""
+"""Up to how many rows the Triton kernel serves, by compute capability: what
+`benchmarks/shared_base.py --part products` printed on such a card. Others take `CUDA_FEW_ROWS_UNMEASURED`."""
 CUDA_FEW_ROWS_UNMEASURED = 64
 
 

@@ -165,6 +165,25 @@ def test_sampled_log_probs_are_the_trainers_and_sampling_leaves_its_base_alone(s
     served.host.check_shared_base()
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_next_to_nothing_is_in_the_memory_that_sleeps_and_the_trainers_bits_survive_it(served):
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    allocations = CuMemAllocator.get_instance().pointer_to_data.values()
+    weights_bytes = sum(allocation.handle[1] for allocation in allocations if allocation.tag == "weights")
+    print(f"{served.kind}: {weights_bytes / 1e6:.0f} MB of weights in vLLM's pool")
+    assert weights_bytes < 0.3e9
+    served.generator.sync_adapter(served.host.teacher)
+    before = bits(served.host)
+    with served.host.phase(Phase.GENERATE):
+        awake = served.generator.logprobs(PROBES)
+    for _ in range(3):
+        with served.host.phase(Phase.GENERATE):
+            served.host.check_shared_base()
+            assert mean_difference(served.generator.logprobs(PROBES), awake) < 1e-3
+        assert_same_bits(bits(served.host), before)
+
+
 def test_a_base_that_vllm_names_otherwise_is_refused_or_exported(served, tmp_path, monkeypatch):
     """And closing an engine leaves the trainer's bits alone."""
     before = bits(served.host)

@@ -45,6 +45,21 @@ def test_the_default_run_learns_and_generator_and_trainer_agree(tmp_path):
     assert not (tmp_path / "results/teacher_rlt_tiny/generator_base").exists()
 
 
+@needs_vllm
+@pytest.mark.parametrize("name", ["teacher_rlt_tiny", "teacher_rlt_tiny_qlora"])
+@pytest.mark.parametrize("words", [pytest.param((), marks=pytest.mark.long), ("max_steps=3", "eval_strategy=no")])
+def test_a_run_on_one_base_in_memory_learns_and_exports_nothing(name, words, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), f"--config-name={name}", "generator=vllm", "seed=5"]
+    command += ["generator_base=shared", "output_dir=run", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert "in the trainer's memory" in done.stdout and summary["logp_difference"] < 0.05
+    assert not (tmp_path / "run/generator_base").exists()
+    if not words:
+        assert_learned(summary)
+
+
 def test_a_ten_line_file_of_ones_own_trains(tmp_path):
     rows = [{"question": f"What is {i} times three?", "solution": f"It is {3 * i}."} for i in range(10)]
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""What `generation/vllm_shared.py` and the engine use of vLLM's insides, in the installed version (0.26 to 0.32).
+"""What `generation/vllm_shared.py` and the engine's sleep use of vLLM's insides, in the installed version.
 
 Each line fails where vLLM moved or renamed a hook; tests/test_shared_engine.py says whether it still does the same.
 """
