@@ -185,7 +185,7 @@ def time_products() -> None:
 
 
 def milliseconds(call: Callable[[], Any]) -> float:
-    """The least of ten, by the card's own clock."""
+    """The least of ten, by the GPU's own clock."""
     call()
     best = float("inf")
     for _ in range(10):

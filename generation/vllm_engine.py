@@ -95,7 +95,10 @@ class VLLMGenerator:
         seeds: Sequence[int],
         on_progress: ProgressCallback | None = None,
     ) -> list[Completion]:
-        """See `Generator.generate`. A row's tokens depend on its prompt, its seed and the adapter."""
+        """See `Generator.generate`. A row's tokens depend on its prompt, its seed and the adapter.
+
+        On a shared int8 base also on how many rows are decoded at once: few and many are rounded at other places.
+        """
         check_rows(prompt_token_ids, num_generations, seeds)
         num_rows, rows_per_call = len(seeds), prompts_in_a_call(self._rows_per_call, num_generations) * num_generations
         completions: list[Completion] = []
@@ -372,21 +375,24 @@ def _process_state_preserved() -> Iterator[None]:
 
     It seeds Python's, numpy's and torch's global generators and sets the precision of float32 products to "highest"
     (no TF32); its CPU build also replaces `torch.set_num_threads` and sets LD_PRELOAD, which every later child process
-    would inherit. That its CUDA build switches cuDNN's attention off stays so (`preflight.hardware` does it as well).
+    would inherit. A start that fails leaves 0.26's default dtype behind. That its CUDA build switches cuDNN's attention off stays so (`preflight.hardware` does it as well).
     """
     matmul_precision = torch.get_float32_matmul_precision()
     python_state, numpy_state = random.getstate(), np.random.get_state()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    preload = os.environ.get("LD_PRELOAD")
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
-    torch.set_float32_matmul_precision(matmul_precision)
-    torch.set_num_threads = set_num_threads
-    torch.set_num_threads(num_threads)
-    if preload is None:
-        os.environ.pop("LD_PRELOAD", None)
-    else:
-        os.environ["LD_PRELOAD"] = preload
+    preload, default_dtype = os.environ.get("LD_PRELOAD"), torch.get_default_dtype()
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_default_dtype(default_dtype)
+        torch.set_float32_matmul_precision(matmul_precision)
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(num_threads)
+        if preload is None:
+            os.environ.pop("LD_PRELOAD", None)
+        else:
+            os.environ["LD_PRELOAD"] = preload

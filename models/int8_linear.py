@@ -26,7 +26,7 @@ _CPU_CHUNK_BYTES = 1024**2
 _CUDA_CHUNK_BYTES = 64 * 1024**2
 CUDA_FEW_ROWS: dict[tuple[int, int], int] = {}
 """Up to how many rows the Triton kernel serves, by compute capability: what
-`benchmarks/shared_base.py --part products` printed on such a card. Others take `CUDA_FEW_ROWS_UNMEASURED`."""
+`benchmarks/shared_base.py --part products` printed on such a GPU. Others take `CUDA_FEW_ROWS_UNMEASURED`."""
 CUDA_FEW_ROWS_UNMEASURED = 64
 
 

@@ -2,7 +2,7 @@
 
 Letters as in `models.int8_linear`. A program makes a [BLOCK_M, BLOCK_N] tile: int8 values are widened in registers to
 the dtype of the activations, multiplied on the tensor cores and summed in float32. A few rows make too few tiles to
-fill a card; then K is split among `num_splits` programs a tile, whose float32 sums a second kernel adds in a fixed
+fill a GPU; then K is split among `num_splits` programs a tile, whose float32 sums a second kernel adds in a fixed
 order: the same input gives the same bits.
 """
 
@@ -21,7 +21,7 @@ _LEAST_BLOCKS_PER_SPLIT = 4
 def few_rows_product(
     x_MK: Tensor, q: Tensor, scb: Tensor, bias: Tensor | None, num_splits: int | None = None
 ) -> Tensor:
-    """x @ (q * scb / 127)^T + bias, [M, N] in the dtype of x; `num_splits` of K, chosen for the card where None."""
+    """x @ (q * scb / 127)^T + bias, [M, N] in the dtype of x; `num_splits` of K, chosen for the GPU where None."""
     num_rows, width = x_MK.shape
     num_outputs = len(q)
     x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()

@@ -132,8 +132,8 @@ print("right")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [_INTERPRETED, _COMPILED], ids=["interpreted", "compiled for sm_80 to sm_90"])
-def test_the_kernel_for_few_rows_without_a_card(script):
-    """In Triton's interpreter against float64; and as machine code, which takes no card to make."""
+def test_the_kernel_for_few_rows_without_a_gpu(script):
+    """In Triton's interpreter against float64; and as machine code, which takes no GPU to make."""
     pytest.importorskip("triton")
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if script is _INTERPRETED else {})
     done = subprocess.run(

@@ -156,7 +156,7 @@ def test_sampled_log_probs_are_the_trainers_and_sampling_leaves_its_base_alone(s
     before = bits(served.host)
     prompts = [row[:20] for row in PROBES]
     completions = served.generator.generate(prompts, 8, range(32))
-    assert served.generator.generate(prompts[:1], 8, range(8)) == completions[:8]
+    assert served.generator.generate(prompts, 8, range(32)) == completions
     rows = [prompts[row // 8] + list(c.token_ids) for row, c in enumerate(completions)]
     expected = served.host.policy_logprobs(rows, True)
     expected = [values[-len(c.token_ids) :] for values, c in zip(expected, completions, strict=True)]
@@ -200,6 +200,7 @@ def test_a_base_that_vllm_names_otherwise_is_refused_or_exported(served, tmp_pat
     monkeypatch.setattr(served.host, "share_base", without_a_layer)
     with pytest.raises(UserError, match=r"(?s)layers\.1\.mlp\.down_proj is no quantised.*generator_base=export"):
         start(served.host, served.checkpoint, tmp_path / "base", generator_base="shared")
+    assert torch.get_default_dtype() == torch.float32
     if served.kind == "nf4":  # one engine more is enough
         monkeypatch.setattr("generation.choose.generator_base_of", lambda *_: "shared")
         generator = start(served.host, served.checkpoint, tmp_path / "base", generator_base="auto")
