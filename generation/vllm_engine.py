@@ -375,7 +375,8 @@ def _process_state_preserved() -> Iterator[None]:
 
     It seeds Python's, numpy's and torch's global generators and sets the precision of float32 products to "highest"
     (no TF32); its CPU build also replaces `torch.set_num_threads` and sets LD_PRELOAD, which every later child process
-    would inherit. A start that fails leaves 0.26's default dtype behind. That its CUDA build switches cuDNN's attention off stays so (`preflight.hardware` does it as well).
+    would inherit. Where a start fails 0.26 leaves its default dtype behind. That its CUDA build switches cuDNN's
+    attention off stays so (`preflight.hardware` does it as well).
     """
     matmul_precision = torch.get_float32_matmul_precision()
     python_state, numpy_state = random.getstate(), np.random.get_state()
