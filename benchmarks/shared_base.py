@@ -106,7 +106,8 @@ def write_model(folder: Path, hidden: int, num_layers: int) -> None:
 def measure(way: str, folder: Path, part: str) -> dict[str, Any]:
     """One way: the trainer, and the engine beside it."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # as the engine's start sets it, before vLLM is imported
-    importlib.import_module("vllm.v1.engine.llm_engine")  # its libraries count for every way
+    for module in ("vllm.entrypoints.llm", "generation.vllm_shared"):  # libraries count for every way, and for no start
+        importlib.import_module(module)
     rows_at_once = (1, 4, 8, 32) if not torch.cuda.is_available() else (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
     model = ModelConfig(model_name_or_path=str(folder), model_args=ModelArgs(load_in_8bit=True, lora_r=16))
     host = ModelHost(model, roles=[Role.TEACHER], max_score_tokens=512)

@@ -9,6 +9,7 @@ Run it before the engine starts: what is allocated while vLLM loads lies in the 
 """
 
 import types
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,7 +107,7 @@ class NF4Layer:
         return len(now) == len(self.tensors) and all(map(_same_memory, now, self.tensors))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class SharedBase:
     """What trainer and generator both read. `ModelHost` makes it and frees it; neither side writes it."""
 
@@ -139,13 +140,12 @@ class SharedBase:
             )
 
     def hold_in_place(self, model: Any) -> None:
-        """From here on `model` (with or without peft) refuses to be moved, cast or merged."""
-        base = _base_of(model)
-        probes = [min((layer.tensors[0] for layer in self.layers.values()), key=Tensor.numel)]
-        probes += [rows for rows, _ in self.tables.values()]
+        """Until this object is gone `model` (with or without peft) refuses to be moved, cast or merged."""
+        base, owner = _base_of(model), weakref.ref(self)
 
         def apply_where_nothing_moves(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
-            if any(not _same_memory(fn(probe), probe) for probe in probes):
+            shared = owner()
+            if shared is not None and any(not _same_memory(fn(probe), probe) for probe in shared._probes()):
                 raise RuntimeError("the base is shared with a generator that is running: it is not moved or cast")
             return type(module)._apply(module, fn, recurse)
 
@@ -153,6 +153,11 @@ class SharedBase:
         if model is not base:
             for name in _MERGES:
                 setattr(model.base_model, name, _refuse_to_merge)
+
+    def _probes(self) -> list[Tensor]:
+        """One small quantised tensor, and all that a cast would change."""
+        smallest = min((layer.tensors[0] for layer in self.layers.values()), key=Tensor.numel)
+        return [smallest, *(rows for rows, _ in self.tables.values())]
 
 
 _MERGES = ("merge_adapter", "merge_and_unload")

@@ -1,6 +1,7 @@
 """One quantised base for trainer and generator: the trainer computes the same bits, and a lost view is noticed."""
 
 import gc
+from unittest import mock
 
 import bitsandbytes as bnb
 import pytest
@@ -209,7 +210,9 @@ def test_the_host_shares_checks_and_frees_the_base(checkpoints):
     )
     with ModelHost(config, roles=[Role.TEACHER], max_score_tokens=256) as host:
         fused = StorageWeakRef(host.share_base().layers["model.layers.0.mlp.gate_up_proj"].values.untyped_storage())
-        table = StorageWeakRef(host.teacher.get_input_embeddings().weight.untyped_storage())
+        teacher = host.teacher
+        table = StorageWeakRef(teacher.get_input_embeddings().weight.untyped_storage())
+        host.attach_engine(mock.Mock())
         host.check_shared_base()
         linear = host.teacher.get_base_model().model.layers[0].mlp.up_proj.base_layer
         linear.weight.data = linear.weight.data.clone()
@@ -218,4 +221,5 @@ def test_the_host_shares_checks_and_frees_the_base(checkpoints):
         assert not fused.expired()
         del linear
     gc.collect()
-    assert fused.expired() and table.expired()
+    assert fused.expired() and table.expired(), "the closed host's teacher, which is still held here, is to be empty"
+    assert teacher.get_input_embeddings().weight.numel() == 0

@@ -1,10 +1,12 @@
 """In-process vLLM on the trainer's own quantised tensors, for real: vLLM's CPU build or a GPU."""
 
+import gc
 import importlib.util
 
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from core.errors import CanaryError, UserError
 from core.types import Phase, Role
@@ -107,7 +109,14 @@ class Served:
 def served(request, tmp_path_factory):
     made = Served(*request.param, tmp_path_factory.mktemp("served"))
     yield made
+    base = made.host.teacher.get_base_model()
+    tensors = (base.get_input_embeddings().weight, base.model.layers[0].mlp.up_proj.base_layer.weight)
+    storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+    del tensors, base
     made.host.close()
+    made.generator = None
+    gc.collect()
+    assert all(storage.expired() for storage in storages), "a closed engine still holds the trainer's base"
 
 
 def test_the_trainers_bits_are_the_same_while_an_engine_reads_its_base(served):
