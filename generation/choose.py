@@ -1,7 +1,9 @@
 """Choice of the generation engine: vLLM or transformers, and the weights that vLLM serves."""
 
 import importlib.metadata
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,23 +15,25 @@ from core.log import log
 from core.units import BYTES_PER_GB, format_gb
 from generation.base import Generator, SamplingSettings
 from generation.transformers_engine import TransformersGenerator
-from generation.vllm_engine import VLLMEngineConfig, VLLMGenerator
+from generation.vllm_engine import VLLMEngineConfig, VLLMGenerator, forget_failed_start
 from models.export import export_for_vllm, nf4_group_size
 from models.memory_retries import MemoryRetries
+from models.shared_base import CannotShareError, SharedBase, share_base
 from optimization.fp8_optim import check_fp8_support
 from planner.constants import lora_rank_slot
-from schemas.generation import GenerationConfig
+from schemas.generation import GenerationConfig, generator_base_of
 
 Precision = Literal["int8", "nf4", "bf16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseForVLLM:
-    """A checkpoint for vLLM and what it holds."""
+    """A checkpoint for vLLM, or the trainer's base itself, and what it holds."""
 
     checkpoint: str
     weights: str
     shares_trainer_weights: bool
+    shared_base: SharedBase | None = None
     quantization: Literal["fp8"] | None = None
 
 
@@ -61,11 +65,13 @@ def make_generator(
     gpu_memory_utilization: float,
     trust_remote_code: bool = False,
     retries: MemoryRetries | None = None,
+    share: Callable[[], SharedBase] | None = None,
 ) -> Generator:
     """The generator that `config` asks for, on the base of the peft model `model`; says the choice in one log line.
 
     `base_checkpoint` is where that base was loaded from, `export_folder` where its quantised values go if vLLM needs
-    them, `planned_kv_cache_bytes` the KV cache where `config.kv_cache_gb` is auto.
+    them, `planned_kv_cache_bytes` the KV cache where `config.kv_cache_gb` is auto. `share` makes the base one that vLLM
+    can read where it lies: whoever owns the base (`ModelHost.share_base`); None: nobody, for a model of one's own.
 
     Raises:
         UserError: see `check_generator`.
@@ -78,26 +84,61 @@ def make_generator(
     if engine == "transformers":
         log.info("generator: transformers, the trainer's own weights (%s)", reason)
         return TransformersGenerator(model, sampling, rows_per_call, retries)
-    base = prepare_base(config.generator_weights, model, tokenizer, base_checkpoint, export_folder)
     kv_cache_bytes = planned_kv_cache_bytes if config.kv_cache_gb == "auto" else int(config.kv_cache_gb * BYTES_PER_GB)
-    log.info("generator: vllm, %s, KV cache %s (%s)", base.weights, format_gb(kv_cache_bytes), reason)
-    engine_config = VLLMEngineConfig(
-        checkpoint=base.checkpoint,
-        weights=base.weights,
-        shares_trainer_weights=base.shares_trainer_weights,
-        quantization=base.quantization,
-        dtype=str(_activation_dtype(model)).removeprefix("torch."),
-        on_gpu=model.device.type == "cuda",
-        max_model_len=max_model_len,
-        rows_per_call=rows_per_call,
-        max_lora_rank=lora_rank_slot(rank),
-        kv_cache_bytes=kv_cache_bytes,
-        kv_cache_dtype=config.kv_cache_dtype,
-        gpu_memory_utilization=gpu_memory_utilization,
-        enforce_eager=config.vllm_enforce_eager,
-        trust_remote_code=trust_remote_code,
+
+    def start(base: BaseForVLLM) -> Generator:
+        engine_config = VLLMEngineConfig(
+            checkpoint=base.checkpoint,
+            weights=base.weights,
+            shares_trainer_weights=base.shares_trainer_weights,
+            shared_base=base.shared_base,
+            quantization=base.quantization,
+            dtype=str(_activation_dtype(model)).removeprefix("torch."),
+            on_gpu=model.device.type == "cuda",
+            max_model_len=max_model_len,
+            rows_per_call=rows_per_call,
+            max_lora_rank=lora_rank_slot(rank),
+            kv_cache_bytes=kv_cache_bytes,
+            kv_cache_dtype=config.kv_cache_dtype,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=config.vllm_enforce_eager,
+            trust_remote_code=trust_remote_code,
+        )
+        log.info("generator: vllm, %s, KV cache %s (%s)", base.weights, format_gb(kv_cache_bytes), reason)
+        return VLLMGenerator(engine_config, sampling, retries)
+
+    if _base_is_shared(config, model):
+        try:
+            return start(_shared(model, base_checkpoint, share or partial(share_base, model)))
+        except CannotShareError as error:
+            _accept_export(config, error)
+        forget_failed_start()  # here, where the error no longer holds what the engine had built
+    return start(prepare_base(config.generator_weights, model, tokenizer, base_checkpoint, export_folder))
+
+
+def _base_is_shared(config: GenerationConfig, model: Any) -> bool:
+    precision = trainer_precision(model)
+    kind: Literal["cuda", "cpu"] = "cuda" if model.device.type == "cuda" else "cpu"
+    return generator_base_of(config, kind, None if precision == "bf16" else precision) == "shared"
+
+
+def _shared(model: Any, base_checkpoint: str, share: Callable[[], SharedBase]) -> BaseForVLLM:
+    return BaseForVLLM(
+        checkpoint=base_checkpoint,
+        weights=f"{trainer_precision(model)} values in the trainer's memory, 16-bit activations",
+        shares_trainer_weights=True,
+        shared_base=share(),
     )
-    return VLLMGenerator(engine_config, sampling, retries)
+
+
+def _accept_export(config: GenerationConfig, error: CannotShareError) -> None:
+    if config.generator_base == "shared":
+        raise UserError(
+            f"generator_base=shared, but {error}",
+            expected="a model whose linears are all quantised, on one device, and named alike by vLLM",
+            remedy="set generator_base=export: vLLM then gets a copy of the quantised values, and its memory with it",
+        ) from error
+    log.warning("generator_base: vLLM gets a copy of the base, with memory of its own: %s", error)
 
 
 def prepare_base(

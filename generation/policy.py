@@ -74,6 +74,7 @@ class PolicySampler:
                 if self.synced_version != version:
                     self.generator.sync_adapter(self.host.teacher)
                     self.synced_version = version
+                self.host.check_shared_base()
                 self.canary.check()
             completions = self.generator.generate(
                 [group.prompt_ids for group in groups],

@@ -22,6 +22,7 @@ from core.units import format_gb
 from generation.adapter_folder import AdapterFolder
 from generation.base import ProgressCallback, RowsAtOnce, SamplingSettings, sample_in_calls
 from models.memory_retries import MemoryRetries
+from models.shared_base import SharedBase
 from optimization.gpu import free_and_total_bytes
 from planner.constants import VLLM_BATCHED_TOKENS
 from rollout.types import Completion
@@ -38,6 +39,8 @@ class VLLMEngineConfig:
     weights: str
     """What those weights are, in words for the log."""
     shares_trainer_weights: bool
+    shared_base: SharedBase | None = None
+    """The trainer's base, which is served where it lies; of `checkpoint` the configuration alone is read then."""
     quantization: Literal["fp8"] | None = None
     """Quantise on the fly while loading; None loads the checkpoint as it is."""
     dtype: str
@@ -59,7 +62,8 @@ class VLLMEngineConfig:
 
 
 class VLLMGenerator:
-    """A `Generator` on in-process vLLM. It owns the engine's weights, its KV cache and a folder with the adapter."""
+    """A `Generator` on in-process vLLM. It owns the engine's KV cache, a folder with the adapter, and its base if it
+    has one of its own."""
 
     name = "vllm"
 
@@ -71,6 +75,7 @@ class VLLMGenerator:
         self._rows_per_call, self._retries = config.rows_per_call, retries
         self._on_gpu = config.on_gpu
         self._adapter_folder = AdapterFolder()
+        self._reads_trainers_base = config.shared_base is not None
         self._adapter_request: Any = None
         self._num_swaps = self._num_requests = 0
         self._asleep = False
@@ -87,7 +92,10 @@ class VLLMGenerator:
         seeds: Sequence[int],
         on_progress: ProgressCallback | None = None,
     ) -> list[Completion]:
-        """See `Generator.generate`. A row's tokens depend on its prompt, its seed and the adapter."""
+        """See `Generator.generate`. A row's tokens depend on its prompt, its seed and the adapter.
+
+        On a shared int8 base also on how many rows are decoded at once: few and many are rounded at other places.
+        """
         num_done = 0
 
         def report(num_finished: int) -> None:
@@ -130,9 +138,15 @@ class VLLMGenerator:
         ]
 
     def sleep(self) -> None:
-        """See `Generator.sleep`; on a CPU there is nothing to give back. Cached prefixes are dropped with the cache."""
+        """See `Generator.sleep`; on a CPU there is nothing to give back. Cached prefixes are dropped with the cache.
+
+        An engine that reads the trainer's base gives its KV cache back and nothing else.
+        """
         if self._on_gpu and not self._asleep:
-            self._llm.sleep(level=1)
+            if self._reads_trainers_base:
+                _release_kv_cache(self._llm)
+            else:
+                self._llm.sleep(level=1)
             self._asleep = True
             self._count_unmapped()
 
@@ -308,29 +322,61 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS_ON_CPU, config.max_model_len),
         }
-    return LLM(
-        model=config.checkpoint,
-        quantization=config.quantization,
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
-        skip_tokenizer_init=True,
-        generation_config="vllm",
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.rows_per_call,
-        enable_lora=True,
-        max_loras=1,
-        max_lora_rank=config.max_lora_rank,
-        kv_cache_memory_bytes=config.kv_cache_bytes,
-        kv_cache_dtype=config.kv_cache_dtype,
-        gpu_memory_utilization=gpu_memory_utilization,
-        enforce_eager=config.enforce_eager or not config.on_gpu,
-        enable_sleep_mode=config.on_gpu,
-        enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs",
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-        **batching,
-    )
+    with _weights(config) as weights:
+        return LLM(
+            model=config.checkpoint,
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.rows_per_call,
+            enable_lora=True,
+            max_loras=1,
+            max_lora_rank=config.max_lora_rank,
+            kv_cache_memory_bytes=config.kv_cache_bytes,
+            kv_cache_dtype=config.kv_cache_dtype,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=config.enforce_eager or not config.on_gpu,
+            enable_sleep_mode=config.on_gpu,
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            **batching,
+            **weights,
+        )
+
+
+@contextlib.contextmanager
+def _weights(config: VLLMEngineConfig) -> Iterator[Mapping[str, Any]]:
+    """vLLM's arguments that say where it gets its weights."""
+    if config.shared_base is None:
+        yield {"quantization": config.quantization}
+        return
+    from generation.vllm_shared import offered
+
+    with offered(config.shared_base) as arguments:
+        yield arguments
+
+
+def _release_kv_cache(llm: Any) -> None:
+    """Give the KV cache's memory back and leave the rest where it is; `llm.wake_up()` takes it again.
+
+    vLLM 0.26 can only sleep, which moves the little that is its own to host memory: adapter slots, norms, buffers.
+    """
+    if hasattr(llm, "release_kv_cache_memory"):
+        llm.sleep(level=0)  # takes no requests; nothing moves
+        llm.release_kv_cache_memory()
+    else:
+        llm.sleep(level=1)
+
+
+def forget_failed_start() -> None:
+    """Free what an engine left behind that did not start, so that another one can."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
 
 
 @contextlib.contextmanager
@@ -339,21 +385,25 @@ def _process_state_preserved() -> Iterator[None]:
 
     It seeds Python's, numpy's and torch's global generators and sets the precision of float32 products to "highest"
     (no TF32); its CPU build also replaces `torch.set_num_threads` and sets LD_PRELOAD, which every later child process
-    would inherit. That its CUDA build switches cuDNN's attention off stays so (`preflight.hardware` does it as well).
+    would inherit. Where a start fails 0.26 leaves its default dtype behind. That its CUDA build switches cuDNN's
+    attention off stays so (`preflight.hardware` does it as well).
     """
     matmul_precision = torch.get_float32_matmul_precision()
     python_state, numpy_state = random.getstate(), np.random.get_state()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    preload = os.environ.get("LD_PRELOAD")
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
-    torch.set_float32_matmul_precision(matmul_precision)
-    torch.set_num_threads = set_num_threads
-    torch.set_num_threads(num_threads)
-    if preload is None:
-        os.environ.pop("LD_PRELOAD", None)
-    else:
-        os.environ["LD_PRELOAD"] = preload
+    preload, default_dtype = os.environ.get("LD_PRELOAD"), torch.get_default_dtype()
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_default_dtype(default_dtype)
+        torch.set_float32_matmul_precision(matmul_precision)
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(num_threads)
+        if preload is None:
+            os.environ.pop("LD_PRELOAD", None)
+        else:
+            os.environ["LD_PRELOAD"] = preload

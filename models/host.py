@@ -20,6 +20,7 @@ from models.evaluation import evaluation_mode
 from models.load import add_adapter, load_base, load_frozen
 from models.memory_retries import MemoryRetries
 from models.meter import PhaseMeter
+from models.shared_base import SharedBase, share_base
 from optimization.gpu import pick_device
 from rollout.batches import input_len, largest_batch_tokens
 from rollout.logprobs import score_spans
@@ -67,6 +68,7 @@ class ModelHost:
         self.meter = PhaseMeter(self.device)
         self.retries = MemoryRetries(self.meter, max_retries=max_oom_retries)
         self._engine: SleepingEngine | None = None
+        self._shared_base: SharedBase | None = None
         self._is_closed = False
         self._models: dict[Role, Any] = {}
         own_names = {
@@ -107,9 +109,31 @@ class ModelHost:
     def _state(self) -> str:
         return "is closed" if self._is_closed else f"was made for {', '.join(sorted(self.roles))}"
 
+    def share_base(self) -> SharedBase:
+        """Make the teacher's quantised base one that an engine, which is to be started after this, can read as well.
+
+        Raises:
+            CannotShareError: see `models.shared_base.share_base`.
+        """
+        self._shared_base = share_base(self.teacher)
+        return self._shared_base
+
+    def check_shared_base(self) -> None:
+        """
+        Raises:
+            RuntimeError: teacher and engine do not read the same base any more.
+        """
+        if self._shared_base is not None:
+            self._shared_base.check()
+
     def attach_engine(self, engine: SleepingEngine) -> None:
-        """Take charge of the generation engine: it sleeps until the next GENERATE phase and is closed with the host."""
+        """Take charge of the generation engine: it sleeps until the next GENERATE phase and is closed with the host.
+
+        From here on a shared base stays where it is: the engine has its addresses.
+        """
         self._engine = engine
+        if self._shared_base is not None:
+            self._shared_base.hold_in_place(self.teacher)
         self.meter.unmapped_memory = engine.unmapped_memory
         self.meter.mark()
         engine.sleep()
@@ -121,6 +145,7 @@ class ModelHost:
         self._is_closed = True
         engine, self._engine = self._engine, None
         models, self._models = self._models, {}
+        self._shared_base = None
         try:
             if engine is not None:
                 engine.close()

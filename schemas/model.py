@@ -49,6 +49,11 @@ class ModelArgs:
     adapter_path: str | None = None
     """Start from this saved adapter (its rank and targets win) instead of a zero one."""
 
+    @property
+    def quantisation(self) -> Literal["int8", "nf4"] | None:
+        """Of the linears of a base; None: they are in `torch_dtype`."""
+        return "int8" if self.load_in_8bit else "nf4" if self.load_in_4bit else None
+
     def __post_init__(self) -> None:
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError(

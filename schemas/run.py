@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from schemas.any_run import AnyRunConfig
-from schemas.generation import GenerationConfig
+from schemas.generation import GenerationConfig, generator_base_of
 from schemas.library_settings import GRPO_CONFIG, ONLY_WITH_VLLM_SERVER
 from schemas.methods import DEFAULT_METHOD, METHODS, as_kind, method_of
 from schemas.model import ModelArgs, ModelConfig
@@ -83,7 +83,7 @@ class RunConfig(ModelConfig, GenerationConfig, RewardConfig, TeacherStepConfig, 
             for key in sorted(ONLY_WITH_VLLM_SERVER & GRPO_CONFIG.changed(values)):
                 yield f"`{key}` is for a vLLM server, and `use_vllm_server` is false. Remove it, or set that to true."
         if values.get("generator") == "transformers":
-            for key in ("generator_weights", "kv_cache_gb", "kv_cache_dtype"):
+            for key in ("generator_weights", "generator_base", "kv_cache_gb", "kv_cache_dtype"):
                 if values.get(key, "auto") != "auto":
                     yield (
                         f"`{key}` is {values[key]!r} with `generator` transformers, which samples with the trainer's "
@@ -139,6 +139,7 @@ def _check_combinations(config: RunConfig) -> None:
         )
     if config.grpo.sync_ref_model and config.grpo.beta == 0:
         raise ValueError("`sync_ref_model` is true with `beta` 0: no reference is used. Set sync_ref_model=false.")
+    generator_base_of(config, "cuda", config.model_args.quantisation)  # whatever the device: can it be had at all
     sampler_is_plain = config.grpo.top_p == 1 and config.grpo.top_k == 0 and not config.grpo.min_p
     if config.teacher_logprobs == "sampler" and not (sampler_is_plain and config.grpo.repetition_penalty == 1):
         raise ValueError(

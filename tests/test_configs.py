@@ -35,6 +35,7 @@ from schemas.compose import (
     with_sweep_folders,
 )
 from schemas.document import PAGE, page
+from schemas.generation import GenerationConfig, generator_base_of
 from schemas.methods import METHODS, method_of
 from schemas.ranges import RANGES
 from schemas.run import ConfigError, load_run_config
@@ -250,6 +251,9 @@ OUT_OF_RANGE_RLT = [
         "samples with the trainer's own model. Set generator_weights=auto",
     ),
     ("generator=transformers kv_cache_dtype=fp8", "Set kv_cache_dtype=auto, or generator=vllm"),
+    ("generator=transformers generator_base=export", "Set generator_base=auto, or generator=vllm"),
+    ("generator_base=shared generator_weights=bf16", "`generator_base` is shared with a teacher in int8"),
+    ("generator_base=shared model_args.load_in_8bit=false", "`generator_base` is shared with a teacher in 16 bits"),
 ]
 
 
@@ -279,6 +283,9 @@ def test_a_value_out_of_range_is_one_message(name, words, message):
         "data_seed=null",
         "extra_rewards=[format] reward_weights=[1,0.5]",
         "generator=transformers generator_weights=auto",
+        "generator_base=shared generator_weights=int8",
+        "generator_base=shared model_args.load_in_8bit=false model_args.load_in_4bit=true",
+        "generator_base=export model_args.load_in_8bit=false",
         "model_args.device_map=null",
         "model_args.device_map=cuda",
         "model_args.device_map=cuda:1",
@@ -464,3 +471,20 @@ def test_a_refusal_the_verification_and_the_readme_name_the_same_peak(name, monk
 
 def test_the_page_of_settings_is_current():
     assert PAGE.read_text() == page(), "python -m schemas.document"
+
+
+@pytest.mark.parametrize(
+    ("settings", "device_kind", "quantisation", "base"),
+    [
+        ({}, "cuda", "int8", "shared"),
+        ({}, "cuda", "nf4", "shared"),
+        ({}, "cuda", None, "export"),
+        ({}, "cpu", "int8", "export"),
+        ({"generator_weights": "nf4"}, "cuda", "nf4", "shared"),
+        ({"generator_weights": "fp8"}, "cuda", "int8", "export"),
+        ({"generator_base": "export"}, "cuda", "int8", "export"),
+        ({"generator_base": "shared"}, "cpu", "nf4", "shared"),
+    ],
+)
+def test_the_generators_base_is_shared_where_it_is_quantised_and_on_a_gpu(settings, device_kind, quantisation, base):
+    assert generator_base_of(GenerationConfig(**settings), device_kind, quantisation) == base

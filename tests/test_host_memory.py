@@ -18,6 +18,7 @@ from core.types import Phase, Role
 from generation import SamplingSettings
 from generation.vllm_engine import VLLMEngineConfig, VLLMGenerator
 from models.host import ModelHost
+from models.shared_base import SharedBase
 from planner.constants import VLLM_BATCHED_TOKENS
 from schemas.compose import CONFIG_ROOT
 from tests.helpers.fake_card import CONTEXT_BYTES, GB, FakeCard, FakeLLM, stub_module
@@ -183,6 +184,25 @@ def test_on_a_card_too_full_to_wake_in_the_engine_is_left_to_the_end_of_the_proc
     assert llm.events == ["sleep"]
     assert "vLLM ends with this process" in caplog.text and "27.0 GB" in caplog.text
     assert not generator._adapter_folder.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("methods", "calls"),
+    [
+        (["sleep", "release_kv_cache_memory", "wake_up"], [("sleep", 0), ("release_kv_cache_memory",), ("wake_up",)]),
+        (["sleep", "wake_up"], [("sleep", 1), ("wake_up",)]),  # vLLM 0.26
+    ],
+)
+def test_an_engine_on_the_trainers_base_gives_back_its_cache_and_nothing_else(card, monkeypatch, methods, calls):
+    seen = []
+    llm = SimpleNamespace(**{name: lambda *a, name=name, **k: seen.append((name, *a, *k.values())) for name in methods})
+    monkeypatch.setattr(vllm_engine, "_start_engine", lambda config: llm)
+    settings = SamplingSettings(temperature=1.0, max_new_tokens=4, stop_token_ids=(1,))
+    generator = VLLMGenerator(replace(ENGINE, shared_base=SharedBase()), settings)
+    for _ in range(2):
+        generator.sleep()
+    generator.wake()
+    assert seen == calls
 
 
 def test_vllm_takes_as_many_tokens_at_once_as_the_plan_counts(card, monkeypatch):

@@ -26,7 +26,7 @@ def command(model: Path, output_dir: Path, engine: str) -> list[str]:
         f"student_model={model}",
         f"output_dir={output_dir}",
         *SMALL,
-        f"generator={engine}",
+        *engine.split(),
         f"max_steps={_STEPS}",
         f"save_steps={_SAVE_STEPS}",
         "eval_steps=3",
@@ -66,9 +66,9 @@ def kill_after(words: list[str], output_dir: Path, step: int) -> None:
     process.wait()
 
 
-@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+@pytest.mark.parametrize("engine", ["generator=transformers", "generator=vllm", "generator=vllm generator_base=shared"])
 def test_a_killed_run_continues_as_if_it_had_not_been(engine, tmp_path):
-    if engine == "vllm" and importlib.util.find_spec("vllm") is None:
+    if "vllm" in engine and importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
     model = write_random_model(tmp_path / "model")
     rows = [{"question": f"{i}+{i}", "solution": f"={2 * i}"} for i in range(10)]

@@ -63,6 +63,21 @@ def assert_reported(run: Path) -> None:
         assert kept["explanation_kl"].mean() == pytest.approx(table["reasoning_kl_mean"][row], abs=1e-4)
 
 
+@needs_vllm
+@pytest.mark.parametrize("name", ["teacher_rlt_tiny", "teacher_rlt_tiny_qlora"])
+@pytest.mark.parametrize("words", [pytest.param((), marks=pytest.mark.long), ("max_steps=3", "eval_strategy=no")])
+def test_a_run_on_one_base_in_memory_learns_and_exports_nothing(name, words, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), f"--config-name={name}", "generator=vllm", "seed=5"]
+    command += ["generator_base=shared", "output_dir=run", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert "in the trainer's memory" in done.stdout and summary["logp_difference"] < 0.05
+    assert not (tmp_path / "run/generator_base").exists()
+    if not words:
+        assert_learned(summary)
+
+
 def test_a_ten_line_file_of_ones_own_trains(tmp_path):
     rows = [{"question": f"What is {i} times three?", "solution": f"It is {3 * i}."} for i in range(10)]
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

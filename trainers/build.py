@@ -177,6 +177,7 @@ def _start_generator(run: PreparedRun, host: ModelHost) -> Generator:
         gpu_memory_utilization=config.grpo.vllm_gpu_memory_utilization,
         trust_remote_code=config.model_args.trust_remote_code,
         retries=host.retries,
+        share=host.share_base,
     )
     host.attach_engine(generator)
     return generator

@@ -22,21 +22,24 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), eos_token="w1")
 
 
-def write_planted_model(folder: Path, outlier_scale: float) -> Path:
+def write_planted_model(
+    folder: Path, outlier_scale: float, *, tied: bool = False, bias_scale: float = 0.0, num_rows: int = VOCABULARY_SIZE
+) -> Path:
     """A bf16 checkpoint in which three channels of every norm's output are `outlier_scale` times the others.
 
     The columns that read those channels are divided by the scale, so the model stays the same function of its input.
+    `bias_scale` is that of the biases of q, k and v, `num_rows` those of embedding and head.
     """
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=VOCABULARY_SIZE,
+        vocab_size=num_rows,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         initializer_range=0.08,
         bos_token_id=None,
         eos_token_id=1,
@@ -49,6 +52,9 @@ def write_planted_model(folder: Path, outlier_scale: float) -> Path:
                 layer.input_layernorm: (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
                 layer.post_attention_layernorm: (layer.mlp.gate_proj, layer.mlp.up_proj),
             }
+            if bias_scale:
+                for linear in readers[layer.input_layernorm]:
+                    linear.bias.normal_(std=bias_scale)
             for norm, linears in readers.items():
                 norm.weight[outlier_channels] *= outlier_scale
                 for linear in linears:
