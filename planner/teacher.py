@@ -177,7 +177,8 @@ def teacher_settings(config: RunConfig, *, allow_download: bool = False) -> Teac
         generator=_generator(config),
         generator_precision=generator_precision,
         generator_base=generator_base,
-        student_parking=config.student_parking,
+        # On a CPU there is nothing to leave.
+        student_parking="none" if (device_kind, config.student_parking) == ("cpu", "auto") else config.student_parking,
         enforce_eager=config.vllm_enforce_eager,
         vllm_utilization_frac=grpo.vllm_gpu_memory_utilization,
         kv_cache_bytes=None if config.kv_cache_gb == "auto" else round(config.kv_cache_gb * 1e9),

@@ -176,7 +176,7 @@ def check_host_ram(plan: MemoryPlan) -> Check:
             name="host RAM",
             status="warning",
             detail=f"{format_gb(free)} free, {format_gb(plan.host_bytes)} needed ({', '.join(plan.host_components)})",
-            remedy="close other programs, or set offload_checkpoints=false, student_parking=none, generator=transformers",
+            remedy="close other programs, or set offload_checkpoints=false, student_parking=none",
         )
     return Check(name="host RAM", status="ok", detail=f"{format_gb(free)} free, {format_gb(plan.host_bytes)} needed")
 

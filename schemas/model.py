@@ -17,7 +17,7 @@ class ModelArgs:
     """Section `model_args`: how every model of the run is loaded, and the teacher's LoRA adapter."""
 
     load_in_8bit: bool = False
-    """Base weights as bitsandbytes LLM.int8 (one byte per weight, outlier columns in 16 bits)."""
+    """Base weights as bitsandbytes LLM.int8 has them: one byte per weight, one scale per output row."""
     load_in_4bit: bool = False
     """Base weights as bitsandbytes NF4 with double quantisation (QLoRA)."""
     int8_matmul: Literal["dequantize", "llm_int8"] = "dequantize"

@@ -80,6 +80,7 @@ class RunConfig(ModelConfig, GenerationConfig, RewardConfig, TeacherStepConfig, 
     @classmethod
     def without_effect(cls, values: Mapping[str, Any]) -> Iterator[str]:
         """Settings of a generator or of a student that the run does not use."""
+        yield from super().without_effect(values)
         if values.get("student_parking") == "host" and values.get("student_model") is None:
             yield (
                 "`student_parking` is host, and the student is the teacher's own base. Set student_parking=auto, or "
