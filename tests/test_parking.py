@@ -1,5 +1,6 @@
 """A student in host memory: the same bits after every trip, off the GPU outside scoring, streamed or whole."""
 
+from contextlib import closing
 from dataclasses import replace
 
 import bitsandbytes as bnb
@@ -149,6 +150,13 @@ def test_a_student_that_has_no_room_beside_the_generator_is_not_prefetched(confi
     with ModelHost(config, roles=list(Role), max_score_tokens=64, student_parking="scoring") as host:
         host.prefetch_student()
         assert num_bytes_here(host.student) < 5_000
+
+
+def test_a_run_does_with_its_student_what_its_plan_says(config, tmp_path):
+    words = [f"student_model={config.student_model}", "student_parking=host"]
+    with closing(make_trainer(config.model_name_or_path, tmp_path / "run", *words)) as trainer:
+        assert "parked student (early)" in trainer.plan.host_components
+        assert num_bytes_here(trainer.host.student) < 5_000
 
 
 @pytest.mark.slow
