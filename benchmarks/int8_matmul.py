@@ -22,6 +22,7 @@ from core.log import console
 from core.units import gb
 from models.evaluation import evaluation_mode
 from optimization.bitsandbytes_patches import release_int8_activations
+from optimization.gpu import find_card, pick_device
 from optimization.int8_matmul import multiply_in_16_bits
 from planner.activations import score_activation_bytes, train_activation_bytes
 from planner.teacher import teacher_settings
@@ -73,7 +74,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def main() -> None:
     release_int8_activations()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device("auto")
     teachers = {"llm_int8": make_teacher(device), "dequantize": make_teacher(device)}
     multiply_in_16_bits(teachers["dequantize"])
     token_ids = torch.randint(1024, (2, 4096 if device.type == "cuda" else 256), device=device)
@@ -87,7 +88,7 @@ def main() -> None:
             loss = teacher(input_ids=token_ids, labels=token_ids).loss
         loss.backward()
 
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = str(find_card() or f"CPU, {torch.get_num_threads()} threads")
     for what, work in (("scoring forward", score), ("training step", train)):
         best = dict.fromkeys(teachers, float("inf"))
         for _ in range(NUM_PASSES):
