@@ -5,16 +5,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
-from transformers.trainer_utils import get_last_checkpoint
 
 from core.errors import UserError
 from core.log import log
 from optimization.gpu import gpu_bytes
 from planner.fit import resolve_auto
-from runs.run_folder import CONFIG_FILE
+from runs.checkpoints import newest_whole
+from runs.run_folder import CONFIG_FILE, read_config
 from schemas.compose import compose_run_config, run_config_names
 from schemas.methods import as_kind
 from schemas.run import RunConfig, load_run_config
@@ -74,7 +73,7 @@ def open_run(run: str | Path, *, needs_adapter: bool = False) -> TrainedRun:
 def _read_config(folder: Path) -> Mapping[str, Any]:
     for place in (folder, folder.resolve().parent):  # a checkpoint's configuration is that of its run
         if (place / CONFIG_FILE).is_file():
-            return yaml.safe_load((place / CONFIG_FILE).read_text())
+            return read_config(place)
     raise UserError(
         f"{str(folder)!r} is not the folder of a run: it holds no {CONFIG_FILE}",
         expected="a folder that training wrote, such as results/teacher_rlt_tiny, or one of its checkpoints",
@@ -85,11 +84,10 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
 def _adapter_in(folder: Path) -> Path | None:
     if (folder / ADAPTER_FILE).is_file():
         return folder
-    checkpoint = get_last_checkpoint(str(folder))
-    if checkpoint is None:
-        return None
-    log.info("the run in %s has not ended; its last checkpoint is taken: %s", folder, checkpoint)
-    return Path(checkpoint)
+    checkpoint = newest_whole(folder)
+    if checkpoint is not None:
+        log.info("the run in %s has not ended; its last checkpoint is taken: %s", folder, checkpoint)
+    return checkpoint
 
 
 def _compose(name: str) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ def check_inputs(values: Mapping[str, Any]) -> None:
         check_model_path(name)
     for name in _datasets(config):
         check_dataset_path(name)
-    check_output_dir(config.arguments.output_dir)
+    check_output_dir(config.arguments.output_dir, config.resume)
 
 
 def check_hub(config: AnyRunConfig) -> None:

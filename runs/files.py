@@ -14,7 +14,27 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to; it takes the place of `path` when the block ends without an error."""
+    """A file beside `path` to write to; it takes the place of `path` when the block ends without an error.
+
+    A power failure leaves the old content or the new one.
+    """
     partial = path.with_name(f".{path.name}.partial")
     yield partial
+    with open(partial, "rb") as handle:
+        os.fsync(handle.fileno())
     os.replace(partial, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let the names in a folder survive a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or the first of `path.1`, `path.2`, ... that does not exist."""
+    names = (path.with_name(f"{path.name}.{i}") for i in range(1, 10**6))
+    return path if not os.path.lexists(path) else next(name for name in names if not os.path.lexists(name))

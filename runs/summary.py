@@ -118,9 +118,22 @@ def summarise(run_dir: Path, memory: dict[str, Any], report: Report = TEACHER_RE
         kinds = {k for line in (evaluations[0], evaluations[-1]) for k in line if k.startswith("eval_share/")}
         for key in [*keys, *sorted(kinds)]:
             summary[key] = {"before": evaluations[0].get(key, 0.0), "after": evaluations[-1].get(key, 0.0)}
-    summary["memory"] = memory
+    summary["memory"] = {**memory, "phases": _peaks(memory, lines)}
     write_summary(run_dir, summary)
     return summary
+
+
+def _peaks(memory: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Peak of each phase over all processes of the run: this one's measurements, and what the others have logged."""
+    kind = "reserved" if memory.get("measured", "").startswith("reserved") else "rss"
+    found: dict[str, dict[str, float]] = {}
+    for phase in Phase:
+        own = memory.get("phases", {}).get(str(phase), {})
+        for key, name in (("predicted_gb", "predicted"), ("measured_gb", kind), ("driver_gb", "driver")):
+            values = _values(lines, f"memory/{phase}_{name}_gb") + _values([own], key)
+            if values:
+                found.setdefault(str(phase), {})[key] = max(values)
+    return found
 
 
 def _values(lines: list[dict[str, Any]], key: str) -> list[float]:

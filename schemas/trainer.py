@@ -13,8 +13,9 @@ class TrainerConfig:
     train_batch_size: PositiveInt
     """Rows per optimizer step (a teacher's: prompts x `num_generations`); gradient accumulation follows from it."""
     resume: str = "auto"
-    """`auto` continues an unfinished run of the same configuration in `output_dir`, `never` starts anew (the old folder
-    is kept beside it), anything else is the checkpoint folder to continue from."""
+    """`auto` continues an unfinished run of the same configuration in `output_dir` from its newest whole checkpoint,
+    `never` starts anew, anything else is the checkpoint folder to continue from, in `output_dir`. Another run that lies
+    there is kept beside it."""
     card_gb: Annotated[float, Field(gt=0)] = 85.0
     """Decimal GB of the GPU that the run configuration is for: what is planned for where no GPU is found."""
     gpu_gb: Annotated[float, Field(gt=0)] | None = None

@@ -25,6 +25,7 @@ from tests.helpers.tiny_run import write_random_model
         (["model_name_or_path=./nowhere"], "model path './nowhere' holds no model"),
         (["student_model=a/b/c"], "model path 'a/b/c' holds no model"),
         (["output_dir=/proc/results"], "`output_dir` '/proc/results': No such file"),
+        (["resume=results/run/checkpoint-9"], "results/run/checkpoint-9' holds no checkpoint"),
         (["--config-name=llada_tiny", "dataset_id_or_path=./nothing.jsonl"], "there is no dataset"),
         (["--config-name=llada_tiny", "tokenizer_name_or_path=/no/where"], "model path '/no/where' holds no model"),
     ],

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from core.errors import NonFiniteError, UserError
-from runs.run_folder import last_checkpoint, publish_checkpoint
+from runs.checkpoints import publish_checkpoint
+from runs.run_folder import last_checkpoint
+from tests.helpers.checkpoints import truncate
 from tests.helpers.tiny_diffusion import make_diffusion_trainer
 from tests.helpers.tiny_run import make_trainer, write_random_model
 from tests.test_masked_diffusion_trainer import SMALL_BATCH, counting_samples
@@ -207,7 +209,7 @@ def test_what_never_becomes_finite_ends_the_run_with_its_cause(model, tmp_path):
     with pytest.raises(NonFiniteError, match="the loss is nan; 3 bad steps were forgiven"):
         run.trainer.train()
     assert run.story == [(3, "skip"), (4, "lower rate"), (5, "roll back"), (3, "stop")]
-    assert last_good_checkpoint(run.trainer.args.output_dir).name == "checkpoint-2"
+    assert last_good_checkpoint(Path(run.trainer.args.output_dir)).name == "checkpoint-2"
 
 
 def test_runs_that_cannot_recover_are_refused(model, tmp_path):
@@ -244,14 +246,17 @@ def test_without_the_knob_a_bad_reward_stops_the_run(model, tmp_path):
         run.trainer.train()
 
 
-def test_a_checkpoint_with_a_broken_adapter_is_passed_over(tmp_path):
-    for step, value in ((2, 1.0), (10, 1.0), (12, math.nan)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+def test_a_checkpoint_that_is_damaged_or_has_a_broken_adapter_is_passed_over(tmp_path):
+    for step, value in ((2, 1.0), (10, 1.0), (12, math.nan), (14, 1.0)):
+        (tmp_path / "staged").mkdir()
         adapter = {"a": torch.ones(3), "b": torch.tensor([0.0, value])}
-        save_file(adapter, tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors")
-    assert last_good_checkpoint(str(tmp_path)).name == "checkpoint-10"
+        save_file(adapter, tmp_path / "staged" / "adapter_model.safetensors")
+        publish_checkpoint(tmp_path / "staged", tmp_path / f"checkpoint-{step}")
+    truncate(tmp_path / "checkpoint-14" / "adapter_model.safetensors")
+    (tmp_path / "checkpoint-16.bak").mkdir()
+    assert last_good_checkpoint(tmp_path).name == "checkpoint-10"
 
 
 def test_no_checkpoint_to_go_back_to_is_said(tmp_path):
     with pytest.raises(NonFiniteError, match="no checkpoint in"):
-        last_good_checkpoint(str(tmp_path))
+        last_good_checkpoint(tmp_path)

@@ -17,13 +17,13 @@ from runs.run_folder import (
     SUMMARY_FILE,
     last_checkpoint,
     open_run_folder,
-    publish_checkpoint,
     write_evaluation,
     write_summary,
 )
 from runs.summary import memory_table, summarise, summary_table
 from schemas.compose import CONFIG_ROOT, compose_run_config
 from schemas.run import load_run_config, resolved_values
+from tests.helpers.checkpoints import write_checkpoint
 from trainers.build import check_before_loading
 
 VALUES = {"learning_rate": 1e-3, "resume": "auto"}
@@ -32,8 +32,7 @@ VALUES = {"learning_rate": 1e-3, "resume": "auto"}
 def make_unfinished_run(path, *, steps=(2, 4), logged=6):
     folder = open_run_folder(VALUES, str(path), "auto")
     for step in steps:
-        (path / f"checkpoint-{step}").mkdir()
-        (path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        write_checkpoint(path, step)
     lines = [json.dumps({"step": step, "reward": -1.0}) for step in range(1, logged + 1)]
     (path / METRICS_FILE).write_text("\n".join(lines) + '\n{"step": 7, "rew')
     folder.lock.close()
@@ -84,20 +83,6 @@ def test_any_other_content_is_kept_aside(tmp_path, values, resume, finish):
     assert folder.checkpoint is None
     assert not folder.metrics_file.exists()
     assert (tmp_path / "run.1" / "checkpoint-4" / "trainer_state.json").exists()
-
-
-def test_a_named_checkpoint_is_used(tmp_path):
-    make_unfinished_run(tmp_path / "run")
-    folder = open_run_folder(VALUES, str(tmp_path / "run"), str(tmp_path / "run" / "checkpoint-2"))
-    assert folder.checkpoint == tmp_path / "run" / "checkpoint-2"
-    assert len(folder.metrics_file.read_text().splitlines()) == 2
-
-
-def test_a_checkpoint_that_does_not_exist_is_refused_before_anything_moves(tmp_path):
-    make_unfinished_run(tmp_path / "run")
-    with pytest.raises(UserError, match="holds no checkpoint"):
-        open_run_folder(VALUES, str(tmp_path / "run"), str(tmp_path / "nothing"))
-    assert not (tmp_path / "run.1").exists()
 
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path):
@@ -179,17 +164,6 @@ def test_a_half_written_checkpoint_is_never_seen(tmp_path):
     folder = open_run_folder(VALUES, str(tmp_path / "run"), "auto")
     assert folder.checkpoint.name == "checkpoint-4"
     assert not staged.exists()
-
-
-def test_publishing_replaces_an_older_checkpoint_of_the_same_step(tmp_path):
-    staged, target = tmp_path / "staged", tmp_path / "checkpoint-3"
-    for folder, text in ((staged, "new"), (target, "old")):
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text(text)
-    (target / "left_over").write_text("")
-    publish_checkpoint(staged, target)
-    assert [f.name for f in target.iterdir()] == ["trainer_state.json"]
-    assert (target / "trainer_state.json").read_text() == "new"
 
 
 def test_the_summary_compares_first_and_last_steps_and_evaluations(tmp_path):

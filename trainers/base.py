@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from core.errors import NonFiniteError, UserError
 from core.log import log
@@ -22,10 +23,12 @@ from core.units import gb
 from models.meter import PhaseMeter
 from optimization.memory_optim import CheckpointOffload
 from planner.plan import MemoryPlan
-from runs.run_folder import STAGING_FOLDER, publish_checkpoint
+from runs.checkpoints import publish_checkpoint, rotate_checkpoints, set_aside_newer
+from runs.metrics import METRICS_FILE, is_evaluated
+from runs.run_folder import STAGING_FOLDER
 from schemas.run import AnyRunConfig
 from trainers.callbacks import StopOnSignal
-from trainers.recovery import Recovery, RollBackError, last_good_checkpoint
+from trainers.recovery import Recovery, RollBackError, last_good_checkpoint, scale_rate
 
 _NO_SCHEDULE = ("reduce_lr_on_plateau", "greedy")
 """`lr_scheduler_type`s that set the rate from the results instead of a base rate."""
@@ -70,6 +73,7 @@ class RunTrainer(Trainer, ABC):
         """Train; a roll-back starts the loop again from the last good checkpoint.
 
         Raises:
+            UserError: a file of the checkpoint wants to run code as it is read; none of it ran.
             KeyboardInterrupt: a signal stopped it; the message says where it goes on from.
         """
         output_dir = Path(self.args.output_dir)
@@ -78,11 +82,19 @@ class RunTrainer(Trainer, ABC):
                 try:
                     return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
                 except RollBackError:
-                    resume_from_checkpoint = str(last_good_checkpoint(str(output_dir)))
-                    log.warning("going back to %s", resume_from_checkpoint)
+                    good = last_good_checkpoint(output_dir)
+                    set_aside_newer(good)
+                    resume_from_checkpoint = str(good)
+                    log.warning("going back to %s", good)
                     self.optimizer = self.lr_scheduler = None
                     self.args.eval_on_start = False
                     self._forget_unfinished_step()
+                except UnpicklingError as error:  # of torch.load(weights_only=True)
+                    raise UserError(
+                        f"{resume_from_checkpoint} holds more than tensors and numbers",
+                        expected="a checkpoint as training writes it",
+                        remedy="go on from another one: resume=CHECKPOINT",
+                    ) from error
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -101,7 +113,8 @@ class RunTrainer(Trainer, ABC):
 
     def finish(self) -> None:
         """Evaluate once more if the last step was not, and write the result with tokenizer and model card."""
-        if self.args.eval_strategy != "no" and self._evaluated_step != self.state.global_step:
+        step, metrics = self.state.global_step, Path(self.args.output_dir, METRICS_FILE)
+        if self.args.eval_strategy != "no" and self._evaluated_step != step and not is_evaluated(metrics, step):
             self.evaluate()
         self.save_model()
 
@@ -210,10 +223,19 @@ class RunTrainer(Trainer, ABC):
         name = f"checkpoint-{self.state.global_step}"
         publish_checkpoint(staging / name, output_dir / name)
         staging.rmdir()
-        rotate_checkpoints(output_dir=str(output_dir), save_total_limit=self.args.save_total_limit)
+        rotate_checkpoints(output_dir, self.args.save_total_limit)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging_dir or super()._get_output_dir(trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As saved, but for a `learning_rate` that was set anew; the recovery keeps the lower of the two itself."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.recovery is not None or self.args.lr_scheduler_type in _NO_SCHEDULE:
+            return
+        schedule: Any = self.lr_scheduler
+        if (saved := schedule.base_lrs[0]) not in (0, self.args.learning_rate):
+            scale_rate(self.optimizer, schedule, self.args.learning_rate / saved)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Nothing where the checkpoint of the last step is resumed from: transformers would train one step more."""
@@ -232,6 +254,7 @@ class RunTrainer(Trainer, ABC):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle nobody reads
         for name, text in {"README.md": self.model_card(), **self.files_beside_model()}.items():
             Path(output_dir or self.args.output_dir, name).write_text(text, encoding="utf-8")
 

@@ -136,14 +136,16 @@ def _assemble(run: PreparedRun, host: ModelHost) -> TeacherGRPOTrainer:
     progress = ConsoleProgress(TEACHER_SHOWN, memory)
     sampler = None if config.use_vllm_server else _make_sampler(run, host, progress)
     watch = MemoryWatch(host.meter, limit_bytes=memory_of(run.device), max_warnings=config.max_growth_warnings)
+    args = build_grpo_args(
+        config,
+        use_cpu=run.device.type == "cpu",
+        resuming=run.folder.checkpoint is not None,
+        num_held_out=len(run.eval_dataset) if run.eval_dataset is not None else 0,
+    )
+    args.output_dir = str(run.folder.path)
     return TeacherGRPOTrainer(
         config=config,
-        args=build_grpo_args(
-            config,
-            use_cpu=run.device.type == "cpu",
-            resuming=run.folder.checkpoint is not None,
-            num_held_out=len(run.eval_dataset) if run.eval_dataset is not None else 0,
-        ),
+        args=args,
         host=host,
         plan=run.plan,
         sampler=sampler,

@@ -253,6 +253,6 @@ class StopOnSignal(TrainerCallback):
 
 
 def _goes_on_from(output_dir: Path, resume: str) -> str:
-    command = "the same command" if resume == "auto" else "resume=auto"
+    command = "resume=auto" if resume == "never" else "the same command"
     checkpoint = last_checkpoint(output_dir)
     return f"{command} continues from {checkpoint}" if checkpoint else "no checkpoint yet: the same command starts anew"

@@ -165,6 +165,7 @@ def build_diffusion_trainer(
         resuming=folder.checkpoint is not None,
         num_held_out=len(eval_samples),
     )
+    args.output_dir = str(folder.path)
     memory = MemoryLine(device=device, planned_bytes=plan.max_bytes, peaks=meter.peaks)
     progress = ConsoleProgress(DIFFUSION_SHOWN, memory)
     watch = MemoryWatch(meter, limit_bytes=memory_of(device), max_warnings=config.max_growth_warnings)

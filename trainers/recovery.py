@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from core.errors import NonFiniteError
 from core.log import log
+from runs.checkpoints import checkpoints, damage, first_whole
 
 _STEPS_UNTIL_LOWER, _STEPS_UNTIL_ROLL_BACK = 2, 3
 
@@ -69,11 +69,11 @@ class Recovery(TrainerCallback):
         self.cause, self._num_in_a_row = None, 0
         loaded_scale = kwargs["lr_scheduler"].base_lrs[0] / args.learning_rate
         self._lr_scale = min(self._lr_scale, loaded_scale)
-        _scale_rate(kwargs["optimizer"], kwargs["lr_scheduler"], self._lr_scale / loaded_scale)
+        scale_rate(kwargs["optimizer"], kwargs["lr_scheduler"], self._lr_scale / loaded_scale)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The first step has something to go back to as well."""
-        if state.global_step == 0 and get_last_checkpoint(str(args.output_dir)) is None:
+        if state.global_step == 0 and not checkpoints(Path(str(args.output_dir))):
             self._save()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -93,7 +93,7 @@ class Recovery(TrainerCallback):
             )
         if self._num_in_a_row >= _STEPS_UNTIL_LOWER:
             self._lr_scale *= self.lr_backoff
-            _scale_rate(kwargs["optimizer"], kwargs["lr_scheduler"], self.lr_backoff)
+            scale_rate(kwargs["optimizer"], kwargs["lr_scheduler"], self.lr_backoff)
         if self._num_in_a_row >= _STEPS_UNTIL_ROLL_BACK:
             self.num_roll_backs += 1
             self._tell("roll back", cause, state, control)
@@ -115,7 +115,7 @@ class Recovery(TrainerCallback):
         control.should_log = should_log  # reporting cleared it, and the step has its own line to come
 
 
-def _scale_rate(optimizer: Any, lr_scheduler: Any, factor: float) -> None:
+def scale_rate(optimizer: Any, lr_scheduler: Any, factor: float) -> None:
     """Multiply the learning rate from now on, whatever the schedule: its base and what is set for the next step."""
     lr_scheduler.base_lrs = [base * factor for base in lr_scheduler.base_lrs]
     for group in optimizer.param_groups:
@@ -123,16 +123,20 @@ def _scale_rate(optimizer: Any, lr_scheduler: Any, factor: float) -> None:
     lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what the trainer logs
 
 
-def last_good_checkpoint(output_dir: str) -> Path:
-    """The newest checkpoint whose adapter (or model, where all weights are trained) has only finite values.
+def last_good_checkpoint(output_dir: Path) -> Path:
+    """The newest whole checkpoint whose adapter (or model, where all weights are trained) has only finite values.
 
     Raises:
         NonFiniteError: there is none.
     """
-    steps = {int(path.name.rpartition("-")[2]): path for path in Path(output_dir).glob("checkpoint-*")}
-    for _, path in sorted(steps.items(), reverse=True):
-        files = sorted(path.glob("*.safetensors"))
-        if files and all(tensor.isfinite().all() for file in files for tensor in load_file(file).values()):
-            return path
-        log.warning("%s holds non-finite values and is passed over", path)
-    raise NonFiniteError(f"no checkpoint in {output_dir} has finite weights to go back to")
+    good, problems = first_whole(checkpoints(output_dir).values(), lambda path: damage(path) or _non_finite(path))
+    for problem in problems:
+        log.warning("passed over: %s", problem)
+    if good is None:
+        raise NonFiniteError(f"no checkpoint in {output_dir} is whole with finite weights to go back to")
+    return good
+
+
+def _non_finite(checkpoint: Path) -> str | None:
+    tensors = (tensor for file in checkpoint.glob("*.safetensors") for tensor in load_file(file).values())
+    return None if all(tensor.isfinite().all() for tensor in tensors) else "it holds non-finite values"

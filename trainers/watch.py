@@ -5,7 +5,6 @@ run of results/ that was written to last. Ends with the run. Exit status: 0, or 
 """
 
 import argparse
-import json
 import sys
 import time
 from datetime import datetime
@@ -22,7 +21,7 @@ from core.gpu import find_gpu
 from core.log import console
 from core.types import Phase
 from core.units import gb
-from runs.metrics import METRICS_FILE
+from runs.metrics import METRICS_FILE, read_metrics
 from runs.run_folder import CONFIG_FILE, LOCK_FILE, SUMMARY_FILE
 
 _EVERY_S = 2.0
@@ -75,8 +74,7 @@ def line(run: Path) -> str:
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
     file = run / METRICS_FILE
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(text) for text in lines if text.endswith("}")]
+    return read_metrics(file) if file.exists() else []
 
 
 def _progress(run: Path) -> str:
