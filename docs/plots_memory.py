@@ -61,7 +61,8 @@ def plot_load(axes: plt.Axes) -> None:
     labels, bottoms = ["bf16", "int8", "NF4 (vLLM: int8 in groups)"], [0.0, 0.0, 0.0]
     bases = [gb(weight_bytes(shape, precision)) for precision in ("bf16", "int8", "nf4")]
     exports = [gb(weight_bytes(shape, precision)) for precision in ("bf16", "int8", "int8_groups")]
-    parts = [("teacher", bases, "#2b5c8a"), ("student", bases, "#6c9fd0"), ("vLLM weights", exports, "#8e44ad")]
+    parts = [("teacher, and vLLM where it is quantised", bases, "#2b5c8a"), ("student", bases, "#6c9fd0")]
+    parts.append(("vLLM in bf16, or generator_base: export", exports, "#8e44ad"))
     parts.append(("separate reference (optional)", bases, "#909090"))
     for name, sizes, color in parts:
         bars = axes.bar(labels, sizes, bottom=bottoms, label=name, color=color, width=0.6)
@@ -128,7 +129,12 @@ def plot_train(axes: plt.Axes) -> None:
         ("micro-batch 1", "#27ae60", "-", {"micro_batch": 1}),
         ("micro-batch 2", "#2b5c8a", "-", {"micro_batch": 2}),
         ("micro-batch 4", "#8e44ad", "-", {"micro_batch": 4}),
-        ("micro-batch 2, stock bitsandbytes", "#c0392b", "--", {"micro_batch": 2, "int8_inputs_released": False}),
+        (
+            "micro-batch 2, stock bitsandbytes",
+            "#c0392b",
+            "--",
+            {"micro_batch": 2, "int8_matmul": "llm_int8", "int8_inputs_released": False},
+        ),
     ]
     for label, color, style, changes in curves:
         points = [with_context(settings, row_len, **changes) for row_len in CONTEXTS]

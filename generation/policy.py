@@ -16,6 +16,8 @@ from rollout.types import Completion, Group, Rollout
 
 TRAIN_STREAM, EVAL_STREAM = 0, 1
 """Streams of seeds."""
+_PREFETCH_FRAC = 0.9
+"""Share of the rows that are finished when a parked student begins to come back."""
 
 
 def sampling_seeds(seed: int, *, stream: int, step: int, num_rows: int) -> list[int]:
@@ -80,6 +82,12 @@ class PolicySampler:
                 [group.prompt_ids for group in groups],
                 num_generations,
                 sampling_seeds(self._seed, stream=stream, step=step, num_rows=num_rows),
-                on_progress=lambda done, total: self._on_progress("generating", done, total),
+                on_progress=self._generated,
             )
         return with_completions(groups, completions)
+
+    def _generated(self, num_done: int, num_rows: int) -> None:
+        """The few rows that are left take a while: what scores next comes to the GPU beside them."""
+        self._on_progress("generating", num_done, num_rows)
+        if num_done >= _PREFETCH_FRAC * num_rows:
+            self.host.prefetch_student()

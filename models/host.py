@@ -20,8 +20,10 @@ from models.evaluation import evaluation_mode
 from models.load import add_adapter, load_base, load_frozen
 from models.memory_retries import MemoryRetries
 from models.meter import PhaseMeter
+from models.parking import ParkedModel
 from models.shared_base import SharedBase, share_base
 from optimization.gpu import pick_device
+from planner.teacher import StudentParking
 from rollout.batches import input_len, largest_batch_tokens
 from rollout.logprobs import score_spans
 from rollout.packed_attention import layout_of
@@ -57,10 +59,17 @@ class ModelHost:
         roles: who will be asked for; nothing else is loaded.
         max_score_tokens: padded tokens of one scoring forward, as the memory plan has it.
         max_oom_retries: how often scoring that runs out of memory is repeated with half of them.
+        student_parking: where a student of its own lies while it does not score (`planner.teacher.choose_parking`).
     """
 
     def __init__(
-        self, config: ModelConfig, *, roles: Collection[Role], max_score_tokens: int, max_oom_retries: int = 0
+        self,
+        config: ModelConfig,
+        *,
+        roles: Collection[Role],
+        max_score_tokens: int,
+        max_oom_retries: int = 0,
+        student_parking: StudentParking = "none",
     ) -> None:
         self.roles = frozenset(roles)
         self.max_score_tokens = max_score_tokens
@@ -71,16 +80,21 @@ class ModelHost:
         self._shared_base: SharedBase | None = None
         self._is_closed = False
         self._models: dict[Role, Any] = {}
+        self._student_parking = student_parking
+        self._parked_student: ParkedModel | None = None
+        self._student_was_used = False
         own_names = {
             Role.STUDENT: config.student_model,
             Role.REFERENCE: config.model_name_or_path if config.reference_model == "separate" else None,
         }
         with self.phase(Phase.LOAD):
+            if student_parking != "none" and Role.STUDENT in self.roles and config.student_model is not None:
+                self._load_and_park(config.student_model, config)
             if Role.TEACHER in self.roles or any(own_names[role] is None for role in self.roles):
                 base = load_base(config.model_name_or_path, config.model_args, self.device)
                 self._models[Role.TEACHER] = add_adapter(base, config.model_args)
             for role, name in own_names.items():
-                if role in self.roles and name is not None:
+                if role in self.roles and name is not None and role not in self._models:
                     self._models[role] = load_frozen(name, config, self.device)
         trainable = sum(p.numel() for model in self._models.values() for p in model.parameters() if p.requires_grad)
         log.info("%s on %s; %s adapter parameters", ", ".join(sorted(self.roles)), self.device, f"{trainable:,}")
@@ -105,6 +119,22 @@ class ModelHost:
     def reference(self) -> PreTrainedModel | None:
         """A reference with weights of its own; None where it is the teacher's base, or was not asked for."""
         return self._models.get(Role.REFERENCE)
+
+    def _load_and_park(self, name: str, config: ModelConfig) -> None:
+        """The student alone on the GPU, before anything else is there."""
+        student = load_frozen(name, config, self.device)
+        self._models[Role.STUDENT] = student
+        self._parked_student = ParkedModel(student, self.device, streamed=self._student_parking == "streamed")
+
+    def prefetch_student(self) -> None:
+        """Begin to copy a parked student to the GPU, if the plan has room for it before the generator sleeps."""
+        if self._parked_student is not None and self._student_parking == "early":
+            self._parked_student.fetch()
+
+    def _park_student(self) -> None:
+        self._student_was_used = False
+        if self._parked_student is not None and self._parked_student.is_here:
+            self._parked_student.leave()
 
     def _state(self) -> str:
         return "is closed" if self._is_closed else f"was made for {', '.join(sorted(self.roles))}"
@@ -151,6 +181,8 @@ class ModelHost:
                 engine.close()
         finally:
             self.meter.unmapped_memory = UnmappedMemory
+            if self._parked_student is not None:
+                self._parked_student.close()
             for model in models.values():
                 _drop_weights(model)
             gc.collect()
@@ -176,8 +208,23 @@ class ModelHost:
             raise ValueError(f"no {role}: the host {self._state()}")
         own = None if role == Role.TEACHER else self._models.get(role)
         model, adapter = (own, nullcontext()) if own is not None else (self.teacher, self._adapter_for(role))
-        with torch.no_grad(), evaluation_mode(model), adapter:
+        with torch.no_grad(), evaluation_mode(model), adapter, self._on_card(role):
             yield model
+
+    @contextmanager
+    def _on_card(self, role: Role) -> Iterator[None]:
+        """A parked student is there; it stays until the SCORE phase ends, as more rows may follow."""
+        if role != Role.STUDENT or self._parked_student is None:
+            yield
+            return
+        self._parked_student.fetch()
+        self._parked_student.wait()
+        self._student_was_used = True
+        try:
+            yield
+        finally:
+            if Phase.SCORE not in self.meter.open_phases:
+                self._park_student()
 
     def score(self, role: Role, rows: Sequence[ScoringRow], temperature: float) -> list[tuple[torch.Tensor, ...]]:
         """`rollout.logprobs.score_spans` under the model of a role."""
@@ -210,8 +257,14 @@ class ModelHost:
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
-        """Enter a phase; the meter charges it. The engine is awake in GENERATE only (and in SYNC inside it)."""
-        engine = self._engine if phase == Phase.GENERATE and phase not in self.meter.open_phases else None
+        """Enter a phase; the meter charges it. The engine is awake in GENERATE only (and in SYNC inside it).
+
+        A parked student leaves the GPU with the SCORE phase that it was used in, and before a generator wakes.
+        """
+        begins = phase not in self.meter.open_phases
+        engine = self._engine if phase == Phase.GENERATE and begins else None
+        if phase == Phase.GENERATE and begins:
+            self._park_student()
         if engine is not None and self.device.type == "cuda":
             torch.cuda.empty_cache()  # vLLM maps its memory anew, and cannot use what the trainer only caches
         with self.meter.phase(phase):
@@ -223,6 +276,8 @@ class ModelHost:
                 if engine is not None:
                     self.meter.mark()
                     engine.sleep()
+                if phase == Phase.SCORE and begins and self._student_was_used:
+                    self._park_student()
 
 
 def _drop_weights(model: nn.Module) -> None:

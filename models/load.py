@@ -21,6 +21,8 @@ from data.embedded.model import ensure_tiny_model
 from data.embedded.tokenizer import build_tokenizer
 from optimization.bitsandbytes_patches import fix_cpu_dequantization, release_int8_activations
 from optimization.fp8_optim import check_fp8_support, quantise_to_fp8
+from optimization.int8_matmul import multiply_in_16_bits
+from optimization.record import announce
 from rollout.packed_attention import obstacle_to_packing, pack_sequences
 from schemas.model import EMBEDDED_MODEL, ModelArgs, ModelConfig
 
@@ -89,6 +91,8 @@ def load_base(name_or_path: str, args: ModelArgs, device: torch.device) -> PreTr
         )
     except (OSError, ValueError) as error:
         raise _unloadable(name_or_path, error) from error
+    if args.load_in_8bit and args.int8_matmul == "dequantize":
+        announce(multiply_in_16_bits(model))
     _lay_out(model, args)
     return model.requires_grad_(False)
 

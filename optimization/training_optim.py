@@ -127,7 +127,7 @@ def compile_obstacle(*, has_own_model: bool, on_gpu: bool, finds_outliers: bool)
     if finds_outliers:
         return (
             "every LLM.int8 linear ends the graph (it looks for outlier columns), so nothing is gained; "
-            "scoring_weights=fp8 and unquantised weights can be compiled"
+            "model_args.int8_matmul=dequantize can be compiled"
         )
     return None if on_gpu else "the model is on a CPU, where compiling takes longer than it gives back"
 
@@ -154,6 +154,8 @@ def compile_forward(model: nn.Module | None, *, backend: str = "inductor") -> Ap
         on_gpu=on_gpu or backend != "inductor",
         finds_outliers=model is not None and any(map(_finds_outliers, model.modules())),
     )
+    if obstacle is None and model is not None and any(module._forward_pre_hooks for module in model.modules()):
+        obstacle = "its blocks come from host memory one by one (student_parking)"
     if model is None or obstacle is not None:
         return nothing("torch.compile", str(obstacle))
     body: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model
@@ -171,7 +173,7 @@ def compile_forward(model: nn.Module | None, *, backend: str = "inductor") -> Ap
 
 
 def _finds_outliers(module: nn.Module) -> bool:
-    return isinstance(module, bnb.nn.Linear8bitLt) and module.state.threshold > 0
+    return type(module) is bnb.nn.Linear8bitLt and module.state.threshold > 0
 
 
 def check_optimizer(config: AnyRunConfig) -> None:

@@ -34,7 +34,7 @@ def train_activation_bytes(settings: PlanSettings) -> float:
         # Offloaded: the block's own input is back on the GPU, and the next one's on its way.
         num_on_card = 2 if settings.checkpointing == "layers_offloaded" else shape.num_layers
         kept = 2.0 * shape.hidden * num_tokens * num_on_card
-        if settings.precision == "int8" and not settings.int8_inputs_released:
+        if settings.quantises_activations and not settings.int8_inputs_released:
             inputs = 4 * shape.hidden + 2 * shape.q_dim + 2 * shape.intermediate
             kept += shape.num_layers * inputs * num_tokens
         if not settings.full_logits:  # the scored hidden states outlive the head's backward (simulated)
@@ -91,7 +91,7 @@ def _layer_moment(settings: PlanSettings) -> float:
     num_tokens = settings.micro_batch_tokens
     h, i = shape.hidden, _mlp_width(settings, shape, num_tokens)
     kept = 2 * h + _layer_kept(settings)
-    if settings.precision == "int8":
+    if settings.quantises_activations:
         threshold_is_on = settings.int8_threshold > 0
         # down_proj quantises its input (fp16, absolute values, int8, outlier mask), or up_proj's int32 output is cast.
         per_token = kept + (4 * h + 6 * i if threshold_is_on else 5 * h + 4 * i)
@@ -99,7 +99,8 @@ def _layer_moment(settings: PlanSettings) -> float:
         per_token = kept + 8 * h + 6 * i  # down_proj's input as float32 and again as 16 bits
     else:
         per_token = kept + 4 * i  # gradients of up and of silu(gate)
-    moments = [per_token * num_tokens]
+    # Backward of the norm before the MLP, in float32: more than the MLP's own where that is tiled.
+    moments = [per_token * num_tokens, (kept - 8 * i + 19 * h) * num_tokens]
     if settings.precision in ("int8", "nf4"):
         # Backward of down_proj: its whole weight in 16 bits beside the gradient of the product.
         moments.append((kept + 2 * i) * num_tokens + 2 * h * shape.intermediate)
@@ -114,7 +115,7 @@ def _last_layer_forward(settings: PlanSettings) -> float:
     """No checkpointing: bytes per token that the last block's MLP needs for a moment beside what it keeps."""
     h = settings.teacher.hidden
     i = _mlp_width(settings, settings.teacher, settings.micro_batch_tokens)
-    if settings.precision == "int8":
+    if settings.quantises_activations:
         return 2 * h + (6 * i if settings.int8_threshold > 0 else 4 * i)
     return 10 * h + 6 * i if _is_recast(settings) else 2 * h + 4 * i
 
@@ -167,14 +168,14 @@ def forward_bytes(settings: PlanSettings, shape: ModelShape, num_tokens: float, 
     h, q, kv = shape.hidden, shape.q_dim, shape.kv_dim
     i = _mlp_width(settings, shape, num_tokens)
     mask = _mask_bytes(settings, num_tokens)
-    if settings.precision == "int8":
+    if settings.quantises_activations:
         mlp = (9.0 * h + 10 * i) * num_tokens
     elif settings.precision == "fp8":  # down_proj's input in 16 bits, scaled in float32, and rounded
         mlp = (8.0 * h + 7 * i) * num_tokens
     else:
         recast = 4 * h if adapter and _is_recast(settings) else 0
         mlp = (8.0 * h + recast + (8 if adapter else 6) * i) * num_tokens
-        if settings.precision == "nf4":
+        if settings.precision in ("int8", "nf4"):
             mlp = max(mlp, (8.0 * h + (6 if adapter else 4) * i) * num_tokens + 2 * h * shape.intermediate)
     attention = 0.0
     if settings.attention == "masked_sdpa":

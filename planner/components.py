@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from planner.constants import VLLM_BATCHED_TOKENS
+from planner.constants import INT8_CHUNK_BYTES, VLLM_BATCHED_TOKENS
 from planner.settings import PlanSettings, Precision
 from planner.shapes import ModelShape
 
@@ -41,6 +41,12 @@ def weight_bytes(shape: ModelShape, precision: Precision, *, double_quant: bool 
         bytes_per_scale = 1 + 4 / 256 if double_quant else 4
         weights += shape.num_linear_params / NF4_BLOCK * bytes_per_scale
     return weights
+
+
+def layer_bytes(shape: ModelShape, precision: Precision, *, double_quant: bool = True) -> float:
+    """One block of a loaded base; the rest of it are embedding, head and the last norm."""
+    rest = (shape.num_embedding_params + shape.hidden) * (4 if precision == "fp32" else 2)
+    return (weight_bytes(shape, precision, double_quant=double_quant) - rest) / shape.num_layers
 
 
 def num_lora_params(shape: ModelShape, r: int, targets: tuple[str, ...] = ()) -> int:
@@ -99,7 +105,31 @@ def _whole_blocks(num_tokens: int) -> int:
     return -(-num_tokens // VLLM_KV_BLOCK_TOKENS) * VLLM_KV_BLOCK_TOKENS
 
 
+def vllm_own_bytes(settings: "TeacherSettings") -> float:
+    """Weights of vLLM that the trainer does not hold: a base, or beside a shared one its norms, biases, and rope."""
+    shape = settings.teacher
+    if not settings.shares_base:
+        return weight_bytes(shape, settings.generator_precision, double_quant=settings.double_quant)
+    return 2.0 * (shape.num_small_params + rope_values(shape))
+
+
+def rope_values(shape: ModelShape) -> int:
+    """Sines and cosines of every position, one table for all layers."""
+    return shape.max_positions * shape.head_dim
+
+
 def vllm_work_bytes(settings: "TeacherSettings") -> float:
-    """Activations of vLLM's largest batch (hidden, norm, gate and up outputs) and the sampler's fp32 logits, twice."""
+    """Activations of vLLM's largest batch (hidden, norm, gate and up outputs) and the sampler's fp32 logits, twice.
+
+    On a shared base also the 16-bit copy of a piece of a matrix, while many rows are multiplied.
+    """
     shape, num_rows = settings.teacher, settings.aggregation_steps * settings.num_generations
-    return VLLM_BATCHED_TOKENS.value * (6 * shape.hidden + 4 * shape.intermediate) + 2 * 4 * num_rows * shape.vocab
+    widened = 0.0
+    if settings.shares_base:  # of NF4 one whole matrix (bitsandbytes' own op), of int8 a chunk of rows
+        largest = 2.0 * shape.hidden * shape.intermediate
+        widened = largest if settings.precision == "nf4" else min(largest, INT8_CHUNK_BYTES.value)
+    return (
+        widened
+        + VLLM_BATCHED_TOKENS.value * (6 * shape.hidden + 4 * shape.intermediate)
+        + 2 * 4 * num_rows * shape.vocab
+    )

@@ -54,6 +54,20 @@ VLLM_BATCHED_TOKENS = Constant(
     date="2026-11",
     note="max_num_batched_tokens that the engine is given, the size of its profiling run",
 )
+INT8_CHUNK_BYTES = Constant(
+    value=64 * 2**20,
+    label="from source",
+    card="models/int8_linear.py",
+    date="2026-11",
+    note="rows of an int8 matrix that the generator widens at once",
+)
+PARKING_SLAB_BYTES = Constant(
+    value=64 * 2**20,
+    label="from source",
+    card="models/parking.py",
+    date="2026-11",
+    note="pinned blocks that a parked student lies in",
+)
 CANARY_TOKENS = Constant(
     value=256, label="from source", card="trainers/build.py", date="2026-11", note="tokens that the canary scores"
 )

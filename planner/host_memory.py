@@ -7,7 +7,8 @@ back to the system (`ATen/core/CachingHostAllocator.h`, torch 2.11 to 2.13).
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from planner.components import LINEAR_BYTES, NF4_BLOCK
+from planner.components import LINEAR_BYTES, NF4_BLOCK, rope_values
+from planner.constants import PARKING_SLAB_BYTES
 from planner.settings import PlanSettings
 
 if TYPE_CHECKING:
@@ -48,7 +49,10 @@ def sleeping_vllm_bytes(settings: "TeacherSettings") -> float:
 
 
 def vllm_tensors(settings: "TeacherSettings") -> Iterator[tuple[int, float]]:
-    """Number and bytes of vLLM's tensors: it joins q, k, v and gate, up; scales, norms, and one LoRA slot."""
+    """Number and bytes of vLLM's tensors: it joins q, k, v and gate, up; scales, norms, and one LoRA slot.
+
+    Of a base that it shares with the trainer none is vLLM's own.
+    """
     shape, precision = settings.teacher, settings.generator_precision
     widths = {name: n_out for name, (_, n_out) in shape.linears.items()}
     joined = [
@@ -57,18 +61,26 @@ def vllm_tensors(settings: "TeacherSettings") -> Iterator[tuple[int, float]]:
         (shape.hidden, 2 * shape.intermediate),
         (shape.intermediate, shape.hidden),
     ]
-    for n_in, n_out in joined:
+    for n_in, n_out in () if settings.shares_base else joined:
         yield shape.num_layers, n_in * n_out * LINEAR_BYTES[precision]
         if precision == "int8_groups":
             yield shape.num_layers, 2 * n_in * n_out / NF4_BLOCK
         elif precision in ("int8", "fp8"):
             yield shape.num_layers, 4.0 * n_out
     width = 4 if precision == "fp32" else 2
-    yield 1 if shape.tied_embeddings else 2, float(width * shape.vocab * shape.hidden)
+    if settings.shares_base:
+        yield 1, float(width * rope_values(shape))
+    else:
+        yield 1 if shape.tied_embeddings else 2, float(width * shape.vocab * shape.hidden)
     yield 1, float(width * shape.num_small_params)
     for name in settings.lora_targets or tuple(shape.linears):
         for side in shape.linears[name]:
             yield shape.num_layers, 2.0 * settings.lora_r * side
+
+
+def parked_bytes(num_bytes: float) -> float:
+    """A parked student, in blocks that are powers of two already."""
+    return -(-num_bytes // PARKING_SLAB_BYTES.value) * PARKING_SLAB_BYTES.value
 
 
 def _offloaded_bytes(settings: PlanSettings) -> float:

@@ -73,6 +73,8 @@ class PlanSettings(ABC):
     checkpointing: Checkpointing = "layers"
     int8_inputs_released: bool = True
     """The int8 linears drop their inputs (optimization/bitsandbytes_patches.py); False: stock bitsandbytes."""
+    int8_matmul: Literal["dequantize", "llm_int8"] = "dequantize"
+    """int8 only: the product is in 16 bits (optimization/int8_matmul.py), or LLM.int8's."""
     int8_threshold: float = 6.0
     full_logits: bool = False
     """The head's [tokens, vocabulary] logits are materialised in the training step."""
@@ -82,6 +84,11 @@ class PlanSettings(ABC):
     expandable_segments: bool = False
     mlp_tile_tokens: int | None = None
     """MLPs run on this many tokens at a time (optimization/memory_optim.py); None: on all of them."""
+
+    @property
+    def quantises_activations(self) -> bool:
+        """Products of the base round their activations to int8."""
+        return self.precision == "int8" and self.int8_matmul == "llm_int8"
 
     @property
     def row_len(self) -> int:
@@ -140,6 +147,7 @@ def common_settings(config: AnyRunConfig, shape: ModelShape) -> dict[str, Any]:
         "micro_batch": config.arguments.per_device_train_batch_size,
         "train_batch": config.train_batch_size,
         "checkpointing": _checkpointing(config),
+        "int8_matmul": args.int8_matmul,
         "int8_threshold": args.llm_int8_threshold,
         "expandable_segments": config.expandable_segments
         or "expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", ""),

@@ -11,8 +11,10 @@ from planner.components import (
     adapter_checkpoint_bytes,
     kv_minimum_bytes,
     kv_needed_bytes,
+    layer_bytes,
     num_lora_params,
     optimizer_bytes_per_param,
+    vllm_own_bytes,
     vllm_work_bytes,
     weight_bytes,
 )
@@ -23,10 +25,11 @@ from planner.constants import (
     VLLM_ASLEEP_BYTES,
     usable_bytes,
 )
-from planner.host_memory import sleeping_vllm_bytes
+from planner.host_memory import parked_bytes, sleeping_vllm_bytes
 from planner.plan import MemoryPlan, memory_plan
 from planner.settings import Change, Described, PlanSettings, Precision, common_settings
 from planner.shapes import ModelShape, load_shape
+from schemas.generation import generator_base_of
 from schemas.run import RunConfig
 
 _LEAST_ROW_LEN = 4096
@@ -47,6 +50,10 @@ class TeacherSettings(PlanSettings):
     """2 where a frozen second adapter is the reference."""
     generator: Literal["vllm", "transformers", "server"] = "vllm"
     generator_precision: Precision = "int8"
+    generator_base: Literal["shared", "export"] = "export"
+    """Whether vLLM reads the trainer's own quantised base, or one of its own."""
+    student_parking: Literal["auto", "none", "host"] = "none"
+    """As set; `choose_parking` answers it."""
     enforce_eager: bool = False
     vllm_utilization_frac: float = 0.9
     """Cap of vLLM's weights, workspace and KV cache together, as a share of the GPU."""
@@ -62,6 +69,10 @@ class TeacherSettings(PlanSettings):
     def scored_in(self) -> Precision:
         """Precision of a student and a reference of their own."""
         return self.scoring_precision or self.precision
+
+    @property
+    def shares_base(self) -> bool:
+        return self.has_vllm and self.generator_base == "shared"
 
     @property
     def num_groups_at_once(self) -> int:
@@ -89,6 +100,8 @@ class TeacherSettings(PlanSettings):
         yield from batch_changes(self)
         if self.reference == "separate":
             yield "reference on the teacher's own base", {"reference_model": "shared"}
+        if self.student is not None and self.student_parking == "none":
+            yield "student in host memory outside scoring", {"student_parking": "auto"}
         yield from _generator_changes(self)
         yield from precision_changes(self)
         if self.row_len >= 2 * _LEAST_ROW_LEN:
@@ -103,7 +116,7 @@ class TeacherSettings(PlanSettings):
 
     def written_bytes(self, num_checkpoints: int) -> float:
         needed = num_checkpoints * adapter_checkpoint_bytes(self, self.num_adapters)
-        if self.has_vllm and self.generator_precision in ("int8", "int8_groups"):
+        if self.has_vllm and not self.shares_base and self.generator_precision in ("int8", "int8_groups"):
             needed += weight_bytes(self.teacher, self.generator_precision)
         return needed
 
@@ -118,6 +131,8 @@ def _generator_changes(settings: TeacherSettings) -> Iterator[Change]:
         yield "one prompt group generated at a time", {"generation_aggregation_steps": 1}
     if settings.generator_precision == "bf16" and settings.precision != "bf16":
         yield "generator on the trainer's own weights", {"generator_weights": "auto"}
+    if settings.generator_base == "export" and settings.generator_precision in ("int8", "int8_groups"):
+        yield "generator in the trainer's memory", {"generator_base": "auto"}
     if not settings.enforce_eager:
         yield "vLLM without CUDA graphs", {"vllm_enforce_eager": True}
 
@@ -142,7 +157,9 @@ def teacher_settings(config: RunConfig, *, allow_download: bool = False) -> Teac
     common = common_settings(config, teacher)
     precision: Precision = common["precision"]
     generator_precision: Precision = precision if config.generator_weights == "auto" else config.generator_weights
-    if generator_precision == "nf4":
+    device_kind: Literal["cuda", "cpu"] = "cpu" if args.device_map == "cpu" else "cuda"
+    generator_base = generator_base_of(config, device_kind, args.quantisation)
+    if generator_precision == "nf4" and generator_base == "export":
         # models/export.py writes NF4 values as int8 in groups of 64 or 32, and in 16 bits where these do not divide.
         uneven = any(n_in % 32 for n_in, _ in teacher.linears.values())
         generator_precision = "bf16" if uneven else "int8_groups"
@@ -159,6 +176,9 @@ def teacher_settings(config: RunConfig, *, allow_download: bool = False) -> Teac
         optimizer=str(grpo.optim),
         generator=_generator(config),
         generator_precision=generator_precision,
+        generator_base=generator_base,
+        # On a CPU there is nothing to leave.
+        student_parking="none" if (device_kind, config.student_parking) == ("cpu", "auto") else config.student_parking,
         enforce_eager=config.vllm_enforce_eager,
         vllm_utilization_frac=grpo.vllm_gpu_memory_utilization,
         kv_cache_bytes=None if config.kv_cache_gb == "auto" else round(config.kv_cache_gb * 1e9),
@@ -179,15 +199,54 @@ def _generator(config: RunConfig) -> Literal["vllm", "transformers", "server"]:
     return "transformers" if config.generator == "transformers" else "vllm"
 
 
+StudentParking = Literal["none", "early", "scoring", "streamed"]
+"""Where a student of its own is on the GPU: always; from the end of generation until it has scored; while it scores;
+while it scores, its blocks two at a time. The rest of the run it lies in pinned host memory."""
+_PARKINGS: dict[str, tuple[StudentParking, ...]] = {
+    "none": ("none",),
+    "host": ("early", "scoring", "streamed"),
+    "auto": ("none", "early", "scoring", "streamed"),
+}
+
+
+def choose_parking(settings: TeacherSettings, gpu_bytes: int | None) -> StudentParking:
+    """The answer to `student_parking` that plan and run ask for.
+
+    The first that leaves the KV cache what the batch needs, in the order of what they cost: nothing, a copy of the
+    student in each step beside the end of generation, before scoring, and in each of its forwards. Where none does, of
+    those that fit the first with the largest cache; without a GPU, or where none fits, the mildest or the smallest.
+    """
+    if settings.student is None:
+        return "none"
+    options = _PARKINGS[settings.student_parking]
+    if gpu_bytes is None:
+        return options[0]
+    plans = {option: _plan_parked(settings, gpu_bytes, option) for option in options}
+    fitting = [option for option in options if plans[option].fits()]
+    if not fitting:
+        return min(options, key=lambda option: plans[option].max_bytes)
+    return max(fitting, key=lambda option: plans[option].kv_cache_bytes)
+
+
 def plan_teacher(settings: TeacherSettings, gpu_bytes: int | None) -> MemoryPlan:
     """Bytes per phase and component; pure arithmetic."""
+    return _plan_parked(settings, gpu_bytes, choose_parking(settings, gpu_bytes))
+
+
+def _plan_parked(settings: TeacherSettings, gpu_bytes: int | None, parking: StudentParking) -> MemoryPlan:
     adapter = _adapter_components(settings)
     loaded = _base_components(settings) | {"adapter": adapter["adapter"], "CUDA context": CUDA_CONTEXT_BYTES.value}
+    student = _student_bytes(settings, parking)
     asleep = _vllm_asleep(settings)
     resident = loaded | {"optimizer states": adapter["optimizer states"]} | asleep
     awake = _vllm_awake(settings)
     canary = _canary_bytes(settings) if awake else 0.0
-    kv = _kv_cache_bytes(settings, gpu_bytes, resident=sum(resident.values()) + canary, awake=sum(awake.values()))
+    kv = _kv_cache_bytes(
+        settings,
+        gpu_bytes,
+        others=sum((resident | awake).values()) + max(canary + student[Phase.SYNC], student[Phase.GENERATE]),
+        own=sum(awake.values()),
+    )
     generating = awake | {"KV cache": kv}
     phases: dict[Phase, dict[str, float]] = {
         Phase.LOAD: loaded | asleep | generating,
@@ -198,19 +257,44 @@ def plan_teacher(settings: TeacherSettings, gpu_bytes: int | None) -> MemoryPlan
         | {"gradients": adapter["gradients"]}
         | dynamic_components(settings, train_activation_bytes(settings)),
     }
+    host = {"sleeping vLLM weights": sleeping_vllm_bytes(settings)} if settings.has_vllm else {}
+    if parking != "none":
+        host[f"parked student ({parking})"] = parked_bytes(_whole_student_bytes(settings))
     return memory_plan(
         settings,
-        phases,
+        {phase: parts | {"student": student[phase]} for phase, parts in phases.items()},
         gpu_bytes=gpu_bytes,
-        host={"sleeping vLLM weights": sleeping_vllm_bytes(settings)} if settings.has_vllm else None,
+        host=host,
         kv_cache_bytes=kv,
         kv_needed_bytes=kv_needed_bytes(settings),
         kv_minimum_bytes=kv_minimum_bytes(settings) if settings.has_vllm else 0,
     )
 
 
-def _kv_cache_bytes(settings: TeacherSettings, gpu_bytes: int | None, *, resident: float, awake: float) -> int:
-    """What is set, else what the batch needs, within what the GPU leaves and vLLM's own share of it."""
+def _whole_student_bytes(settings: TeacherSettings) -> float:
+    if settings.student is None:
+        return 0.0
+    return weight_bytes(settings.student, settings.scored_in, double_quant=settings.double_quant)
+
+
+def _student_bytes(settings: TeacherSettings, parking: StudentParking) -> dict[Phase, float]:
+    """What of a student of its own is on the GPU in each phase. It is loaded, and parked, before anything else."""
+    whole = _whole_student_bytes(settings)
+    if parking == "none" or settings.student is None:
+        return dict.fromkeys(Phase, whole)
+    scoring = whole
+    if parking == "streamed":
+        layer = layer_bytes(settings.student, settings.scored_in, double_quant=settings.double_quant)
+        scoring -= (settings.student.num_layers - 2) * layer
+    early = {Phase.GENERATE: whole} if parking == "early" else {}
+    return dict.fromkeys(Phase, 0.0) | {Phase.SCORE: scoring} | early
+
+
+def _kv_cache_bytes(settings: TeacherSettings, gpu_bytes: int | None, *, others: float, own: float) -> int:
+    """What is set, else what the batch needs, within what the GPU leaves beside `others` and vLLM's share of it.
+
+    That share holds the `own` bytes of an awake vLLM as well.
+    """
     if settings.generator == "server":
         return 0
     if settings.kv_cache_bytes is not None:
@@ -218,8 +302,8 @@ def _kv_cache_bytes(settings: TeacherSettings, gpu_bytes: int | None, *, residen
     needed = kv_needed_bytes(settings)
     if gpu_bytes is None or settings.generator == "transformers":
         return needed
-    left = usable_bytes(gpu_bytes) - resident - awake
-    own_share = gpu_bytes * settings.vllm_utilization_frac - awake
+    left = usable_bytes(gpu_bytes) - others
+    own_share = gpu_bytes * settings.vllm_utilization_frac - own
     return max(min(needed, int(left), int(own_share)), kv_minimum_bytes(settings))
 
 
@@ -232,8 +316,6 @@ def _canary_bytes(settings: TeacherSettings) -> float:
 def _base_components(settings: TeacherSettings) -> dict[str, float]:
     teacher = weight_bytes(settings.teacher, settings.precision, double_quant=settings.double_quant)
     bases = {"teacher": teacher}
-    if settings.student is not None:
-        bases["student"] = weight_bytes(settings.student, settings.scored_in, double_quant=settings.double_quant)
     if settings.reference == "separate":
         bases["reference"] = weight_bytes(settings.teacher, settings.scored_in, double_quant=settings.double_quant)
     return bases
@@ -250,21 +332,23 @@ def _adapter_components(settings: TeacherSettings) -> dict[str, float]:
 
 
 def _vllm_asleep(settings: TeacherSettings) -> dict[str, float]:
-    """What a vLLM in this process holds in every phase."""
+    """What a vLLM in this process holds in every phase: beside a shared base also the little that is its own."""
     if settings.generator != "vllm":
         return {}
     graphs = 0.0 if settings.enforce_eager else CUDA_GRAPH_BYTES.value
-    return {"vLLM residue": VLLM_ASLEEP_BYTES.value + graphs}
+    own = _vllm_weights(settings) if settings.shares_base else {}
+    return own | {"vLLM residue": VLLM_ASLEEP_BYTES.value + graphs}
 
 
 def _vllm_awake(settings: TeacherSettings) -> dict[str, float]:
     """Weights, 16-bit adapter slots and working memory, on the GPU while vLLM is awake."""
     if settings.generator != "vllm":
         return {}
+    return _vllm_weights(settings) | {"vLLM activations": vllm_work_bytes(settings)}
+
+
+def _vllm_weights(settings: TeacherSettings) -> dict[str, float]:
     return {
-        "vLLM weights": weight_bytes(
-            settings.teacher, settings.generator_precision, double_quant=settings.double_quant
-        ),
+        "vLLM weights": vllm_own_bytes(settings),
         "vLLM adapter": 2 * num_lora_params(settings.teacher, settings.lora_r, settings.lora_targets),
-        "vLLM activations": vllm_work_bytes(settings),
     }

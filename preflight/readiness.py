@@ -169,14 +169,14 @@ def check_disk(values: Mapping[str, Any], plan: MemoryPlan) -> Check:
 
 
 def check_host_ram(plan: MemoryPlan) -> Check:
-    """Check host RAM: vLLM keeps its sleeping weights in pinned memory, and offloaded layer inputs go there."""
+    """Check host RAM, which holds in pinned memory what leaves the GPU: the plan's `host_components`."""
     free = psutil.virtual_memory().available
     if free < plan.host_bytes:
         return Check(
             name="host RAM",
             status="warning",
             detail=f"{format_gb(free)} free, {format_gb(plan.host_bytes)} needed ({', '.join(plan.host_components)})",
-            remedy="close other programs, or set offload_checkpoints=false, generator=transformers",
+            remedy="close other programs, or set offload_checkpoints=false, student_parking=none",
         )
     return Check(name="host RAM", status="ok", detail=f"{format_gb(free)} free, {format_gb(plan.host_bytes)} needed")
 

@@ -70,4 +70,9 @@ class AnyRunConfig(DataConfig, TrainerConfig, OptimizationConfig, ABC):
     @classmethod
     def without_effect(cls, values: Mapping[str, Any]) -> Iterator[str]:
         """Settings that would be ignored. Asked of the user's values only: levers may set the same for any run."""
-        yield from ()
+        args = values.get("model_args") or {}
+        if args.get("int8_matmul", "dequantize") == "dequantize" and args.get("llm_int8_threshold", 6.0) != 6.0:
+            yield (
+                f"`model_args.llm_int8_threshold` is {args['llm_int8_threshold']} with `model_args.int8_matmul` "
+                "dequantize, which looks for no outliers. Set model_args.int8_matmul=llm_int8, or leave it at 6.0."
+            )

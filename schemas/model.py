@@ -17,11 +17,13 @@ class ModelArgs:
     """Section `model_args`: how every model of the run is loaded, and the teacher's LoRA adapter."""
 
     load_in_8bit: bool = False
-    """Base weights as bitsandbytes LLM.int8 (one byte per weight, outlier columns in 16 bits)."""
+    """Base weights as bitsandbytes LLM.int8 has them: one byte per weight, one scale per output row."""
     load_in_4bit: bool = False
     """Base weights as bitsandbytes NF4 with double quantisation (QLoRA)."""
+    int8_matmul: Literal["dequantize", "llm_int8"] = "dequantize"
+    """Product of 8-bit weights: each widened to 16 bits as it is used (the generator's function), or LLM.int8's own."""
     llm_int8_threshold: Annotated[float, Field(ge=0)] = 6.0
-    """LLM.int8: activation columns with a magnitude above this are multiplied in 16 bits; 0 multiplies all in int8."""
+    """`int8_matmul: llm_int8`: activation columns above this are multiplied in 16 bits; 0 multiplies all in int8."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit data type."""
     bnb_4bit_use_double_quant: bool = True
@@ -75,6 +77,8 @@ class ModelConfig:
     """Teacher: hub id or local folder. `tiny` is the embedded model, made locally on first use."""
     student_model: str | None = None
     """Student whose likelihood of the solution is the reward; null: the teacher's own base without its adapter."""
+    student_parking: Literal["auto", "none", "host"] = "auto"
+    """Keep a student of its own in host memory outside scoring; `auto`: where the GPU is too small for all at once."""
     reference_model: Literal["shared", "separate"] = "shared"
     """`shared`: the teacher's own base with the adapter off (0 GB); `separate`: one more copy of the base."""
     scoring_weights: Literal["auto", "fp8"] = "auto"

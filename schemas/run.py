@@ -66,7 +66,8 @@ class RunConfig(ModelConfig, GenerationConfig, RewardConfig, TeacherStepConfig, 
     @property
     def frozen_find_outliers(self) -> bool:
         args = self.model_args
-        return args.load_in_8bit and args.llm_int8_threshold > 0 and self.scoring_weights == "auto"
+        looks = args.load_in_8bit and args.int8_matmul == "llm_int8" and args.llm_int8_threshold > 0
+        return looks and self.scoring_weights == "auto"
 
     @property
     def chat_template_kwargs(self) -> dict[str, Any]:
@@ -78,7 +79,13 @@ class RunConfig(ModelConfig, GenerationConfig, RewardConfig, TeacherStepConfig, 
 
     @classmethod
     def without_effect(cls, values: Mapping[str, Any]) -> Iterator[str]:
-        """Settings of a generator that the run does not use."""
+        """Settings of a generator or of a student that the run does not use."""
+        yield from super().without_effect(values)
+        if values.get("student_parking") == "host" and values.get("student_model") is None:
+            yield (
+                "`student_parking` is host, and the student is the teacher's own base. Set student_parking=auto, or "
+                "name a student_model."
+            )
         if not values.get("use_vllm_server"):
             for key in sorted(ONLY_WITH_VLLM_SERVER & GRPO_CONFIG.changed(values)):
                 yield f"`{key}` is for a vLLM server, and `use_vllm_server` is false. Remove it, or set that to true."

@@ -370,9 +370,9 @@ def test_a_recommended_training_fits_and_twice_its_rows_do_not():
 
 def test_a_recommended_teacher_run_exists_and_its_plan_fits():
     one = Efficient.recommend_config(12, "teacher")
-    _, name, override = one.use.split()
+    _, name, *overrides = one.use.split()
     assert name in run_config_names()
-    config = load_run_config(compose_run_config(name, [override]))
+    config = load_run_config(compose_run_config(name, overrides))
     assert plan_run(config, round(12e9)).fits()
     assert config.model_name_or_path == one.model
 

@@ -151,7 +151,7 @@ def test_the_whole_grid_is_measured():
 def test_small_cards_get_the_shape_that_their_configuration_names():
     for one in cells_of("e", "7B"):
         values = compose_run_config(one.arguments["config"])
-        assert values["model_args"]["load_in_4bit"]
+        assert values["model_args"].get("load_in_4bit") or values["model_args"]["load_in_8bit"]
         assert f"-{one.arguments['shape']}-" in values["model_name_or_path"]
         assert values["card_gb"] < 85
 

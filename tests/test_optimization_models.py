@@ -107,9 +107,10 @@ def test_a_model_without_gated_mlps_is_left_alone():
         point("0.5B", 4, 1024, 1024, "int8", mlp_tile_tokens=1024),
         point("7B", 1, 6144, 6144, "int8", mlp_tile_tokens=2048),
         point("1.5B", 1, 2048, 2048, "nf4", mlp_tile_tokens=1024),
+        point("7B", 1, 6144, 6144, "int8", int8_matmul="llm_int8", mlp_tile_tokens=2048),
         point("7B", 1, 6144, 6144, "int8", mlp_tile_tokens=2048, checkpointing="layers_offloaded"),
     ],
-    ids=lambda s: f"{s.teacher.name}-{s.precision}-{s.checkpointing}",
+    ids=lambda s: f"{s.teacher.name}-{s.precision}-{s.int8_matmul}-{s.checkpointing}",
 )
 def test_tiles_lower_the_simulated_peak_as_the_planner_says(settings):
     settings = memory_simulator.layer_count(settings, 3)
@@ -315,8 +316,9 @@ def test_what_is_not_compiled_says_why(with_model, reason, model):
     [
         ({"load_in_8bit": False}, 0),
         ({"load_in_8bit": False, "load_in_4bit": True}, 0),
-        ({"load_in_8bit": True, "llm_int8_threshold": 0.0}, 0),
-        ({"load_in_8bit": True}, 2 * 7),
+        ({"load_in_8bit": True}, 0),
+        ({"load_in_8bit": True, "int8_matmul": "llm_int8", "llm_int8_threshold": 0.0}, 0),
+        ({"load_in_8bit": True, "int8_matmul": "llm_int8"}, 2 * 7),
     ],
 )
 def test_what_is_compiled_is_one_graph_and_what_is_not_would_break_at_each_linear(words, num_breaks, tmp_path):
@@ -335,7 +337,13 @@ def test_what_is_compiled_is_one_graph_and_what_is_not_would_break_at_each_linea
 
 
 @pytest.mark.parametrize(
-    ("words", "compiled"), [([], False), (["scoring_weights=fp8"], True), (["model_args.load_in_8bit=false"], True)]
+    ("words", "compiled"),
+    [
+        ([], True),
+        (["model_args.int8_matmul=llm_int8"], False),
+        (["model_args.int8_matmul=llm_int8", "scoring_weights=fp8"], True),
+        (["model_args.load_in_8bit=false"], True),
+    ],
 )
 def test_the_obstacle_is_said_before_anything_is_loaded(words, compiled, monkeypatch):
     monkeypatch.setattr("optimization.apply.find_card", lambda: H100)

@@ -39,7 +39,8 @@ def point(model: str, rows: int, prompt: int, completion: int, precision: str, *
 
 FAST_GRID = [
     point("7B", 2, 6144, 6144, "int8", attention="masked_sdpa"),
-    point("7B", 3, 6144, 6144, "int8", int8_inputs_released=False),
+    point("7B", 3, 6144, 6144, "int8", int8_matmul="llm_int8", int8_inputs_released=False),
+    point("7B", 1, 6144, 6144, "int8", int8_matmul="llm_int8"),
     point("32B", 1, 2048, 2048, "nf4"),
     point("0.5B", 8, 512, 512, "bf16"),
     point("Qwen/Qwen3-8B", 1, 4096, 8192, "int8"),
@@ -63,9 +64,16 @@ GRID = [
     point("meta-llama/Llama-3.1-8B-Instruct", 2, 4096, 4096, "int8", attention="masked_sdpa"),
     point("Qwen/Qwen3-0.6B", 4, 1024, 1024, "int8"),
     # int8 variants
-    point("7B", 1, 6144, 6144, "int8", int8_threshold=0.0),
-    point("7B", 1, 2048, 2048, "int8", int8_inputs_released=False),
-    point("14B", 1, 6144, 6144, "int8", int8_inputs_released=False),
+    point("7B", 1, 6144, 6144, "int8", int8_matmul="llm_int8", int8_threshold=0.0),
+    point("7B", 1, 2048, 2048, "int8", int8_matmul="llm_int8", int8_inputs_released=False),
+    point("14B", 1, 6144, 6144, "int8", int8_matmul="llm_int8", int8_inputs_released=False),
+    point("7B", 8, 2048, 2048, "int8", int8_matmul="llm_int8"),
+    point("0.5B", 1, 512, 512, "int8", int8_matmul="llm_int8"),
+    point("32B", 4, 1024, 2048, "int8", int8_matmul="llm_int8"),
+    point("Qwen/Qwen3-0.6B", 4, 1024, 1024, "int8", int8_matmul="llm_int8"),
+    point("7B", 1, 2048, 2048, "int8", int8_matmul="llm_int8", checkpointing="none"),
+    point("7B", 2, 6144, 6144, "int8", int8_matmul="llm_int8", checkpointing="layers_offloaded"),
+    point("7B", 1, 2048, 2048, "int8", int8_matmul="llm_int8", attention="eager"),
     point("7B", 1, 2048, 2048, "int8", checkpointing="none"),
     point("7B", 2, 6144, 6144, "int8", checkpointing="layers_offloaded"),
     point("7B", 1, 2048, 2048, "int8", full_logits=True),
@@ -155,7 +163,7 @@ def test_peak_is_linear_in_layers(settings: TeacherSettings) -> None:
 
 @pytest.mark.slow
 def test_peak_is_linear_in_layers_of_a_7b_with_the_int8_leak() -> None:
-    settings = point("7B", 3, 6144, 6144, "int8", int8_inputs_released=False)
+    settings = point("7B", 3, 6144, 6144, "int8", int8_matmul="llm_int8", int8_inputs_released=False)
     assert whole_model(simulate_training_step, settings).peak_bytes == pytest.approx(
         simulate_training_step(settings).peak_bytes, rel=1e-3
     )
@@ -164,6 +172,8 @@ def test_peak_is_linear_in_layers_of_a_7b_with_the_int8_leak() -> None:
 SCORE_GRID = [
     (point("7B", 2, 6144, 6144, "int8", attention="masked_sdpa"), False),
     (point("7B", 1, 8192, 8192, "int8", attention="masked_sdpa"), True),
+    (point("7B", 2, 6144, 6144, "int8", int8_matmul="llm_int8", attention="masked_sdpa"), False),
+    (point("7B", 1, 8192, 8192, "int8", int8_matmul="llm_int8"), True),
     (point("7B", 4, 2048, 2048, "nf4"), False),
     (point("3B", 1, 512, 512, "nf4"), False),
     (point("14B", 2, 4096, 4096, "bf16"), True),
@@ -201,6 +211,6 @@ def test_what_is_offloaded_is_what_autograd_saves_outside_the_checkpointed_block
 
 
 def test_the_int8_leak_costs_more_than_the_card() -> None:
-    fixed = point("7B", 3, 6144, 6144, "int8")
+    fixed = point("7B", 3, 6144, 6144, "int8", int8_matmul="llm_int8")
     leaking = replace(fixed, int8_inputs_released=False)
     assert train_activation_bytes(leaking) - train_activation_bytes(fixed) == pytest.approx(61e9, rel=0.02)

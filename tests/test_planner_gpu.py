@@ -20,7 +20,8 @@ from tests.test_planner_formula import name_of, point, predicted_static
 GPU_GRID = [
     point("0.5B", 2, 1024, 1024, "int8"),
     point("0.5B", 8, 512, 512, "int8"),
-    point("0.5B", 1, 1024, 1024, "int8", int8_inputs_released=False),
+    point("0.5B", 8, 512, 512, "int8", int8_matmul="llm_int8"),
+    point("0.5B", 1, 1024, 1024, "int8", int8_matmul="llm_int8", int8_inputs_released=False),
     point("1.5B", 1, 2048, 2048, "int8", attention="masked_sdpa"),
     point("1.5B", 1, 1024, 1024, "nf4"),
     point("0.5B", 2, 1024, 1024, "bf16"),

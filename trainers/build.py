@@ -23,6 +23,7 @@ from models.load import check_adapter, load_tokenizers, quiet_libraries, resolve
 from optimization import optimize_models, preallocate_planned, records_table
 from optimization.gpu import memory_of
 from planner.plan import MemoryPlan
+from planner.teacher import choose_parking, teacher_settings
 from preflight.loggers import prepare_loggers
 from rollout.scoring import RolloutScorer, check_scoring
 from runs.run_folder import RunFolder, open_run_folder
@@ -107,8 +108,13 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
     set_seed(config.grpo.seed)  # the adapter's initial values
     optimizations = preallocate_planned(config, run.plan)
     roles = [Role.TEACHER, Role.STUDENT, *([Role.REFERENCE] if config.grpo.beta else [])]
-    max_tokens, max_retries = run.plan.settings.score_batch_tokens, config.max_oom_retries
-    host = ModelHost(config, roles=roles, max_score_tokens=max_tokens, max_oom_retries=max_retries)
+    host = ModelHost(
+        config,
+        roles=roles,
+        max_score_tokens=run.plan.settings.score_batch_tokens,
+        max_oom_retries=config.max_oom_retries,
+        student_parking=choose_parking(teacher_settings(config), run.plan.gpu_bytes),
+    )
     try:
         optimizations += optimize_models(config, host.teacher, host.student, host.reference)
         if optimizations:

@@ -5,14 +5,14 @@ from typing import Any
 
 from benchmarks.gpu.runner import Cell
 
-_NUM_GRID_POINTS = 7
+_NUM_GRID_POINTS = 8
 """Of tests/test_planner_gpu.py; a test holds the two together without importing torch here."""
 # Configurations for small GPUs, each with the shape of its teacher.
 _SMALL_CARDS = {
-    "teacher_rlt_mono_8gb": "1.5B",
-    "teacher_rlt_mono_12gb": "3B",
-    "teacher_rlt_mono_24gb": "7B",
-    "teacher_rlt_mono_48gb": "14B",
+    "teacher_rlt_mono_8gb": "3B",
+    "teacher_rlt_mono_12gb": "7B",
+    "teacher_rlt_mono_24gb": "14B",
+    "teacher_rlt_mono_24gb_int8": "7B",
 }
 
 
@@ -51,7 +51,7 @@ PARTS = {
         ),
         Part(
             letter="e",
-            question="QLoRA configurations for small GPUs, on a GPU made as small",
+            question="configurations for small GPUs, on a GPU made as small",
             if_it_fails="out of memory: the components table, then the configuration's levers "
             "(python test_config_85gb.py --config-name NAME)",
         ),

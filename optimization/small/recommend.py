@@ -41,18 +41,23 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     {"checkpointing": True, "optimizer": "adam8bit"},
 )
 """For training from scratch, the mildest first; mixed precision is always on."""
-_TEACHER_RUNGS = (
-    ("teacher_rlt_mono_8gb", "model_name_or_path=Qwen/Qwen2.5-0.5B-Instruct per_device_train_batch_size=1"),
-    ("teacher_rlt_mono_8gb", "per_device_train_batch_size=1"),
-    ("teacher_rlt_mono_12gb", "per_device_train_batch_size=1"),
-    ("teacher_rlt_mono_16gb", "per_device_train_batch_size=1"),
-    ("teacher_rlt_mono_24gb", "per_device_train_batch_size=1"),
-    ("teacher_rlt_mono_48gb", "per_device_train_batch_size=1"),
-    ("teacher_rlt_mono_48gb", "per_device_train_batch_size=2"),
-    ("teacher_rlt_mono_48gb", "per_device_train_batch_size=4"),
-    ("teacher_rlt_mono_48gb", "per_device_train_batch_size=8"),
+_ROWS_OF_8192 = "max_prompt_length=4096 max_completion_length=4096"
+_TEACHER_RUNGS = tuple(
+    (f"teacher_rlt_mono_{card}", f"{_ROWS_OF_8192} {words} per_device_train_batch_size={rows}".replace("  ", " "))
+    for card, words, rows in (
+        ("8gb", "model_name_or_path=Qwen/Qwen2.5-0.5B-Instruct", 1),
+        ("8gb", "model_name_or_path=Qwen/Qwen2.5-1.5B-Instruct", 1),
+        ("8gb", "", 1),
+        ("12gb", "", 1),
+        ("16gb", "", 1),
+        ("24gb", "", 1),
+        ("48gb", "", 1),
+        ("85gb_72b", "", 1),
+        ("85gb_72b", "", 2),
+        ("85gb_72b", "", 4),
+    )
 )
-"""Run configuration and words: 0.5B, 1.5B, 3B (4 bits, then 8), 7B, 14B; then rows of a forward."""
+"""Run configuration and words: 0.5B to 3B, 7B (4 bits, then 8), 14B, 32B, 72B; then rows of a forward."""
 _SERVED_ROWS, _SERVED_LEN = 8, 4096
 _CPU_ROWS, _CPU_LEN = 4, 256
 """Of the smallest model."""

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimization.bitsandbytes_patches import release_int8_activations
 from optimization.fp8_optim import quantise_to_fp8
+from optimization.int8_matmul import multiply_in_16_bits
 from planner.teacher import TeacherSettings
 
 
@@ -50,6 +51,8 @@ def build_model(settings: TeacherSettings, device: str = "meta") -> nn.Module:
                     if isinstance(linear, nn.Linear) and settings.precision != "bf16":
                         quantise = _quantised_on_meta if device == "meta" else _quantised
                         setattr(parent, name, quantise(linear, settings))
+        if settings.precision == "int8" and settings.int8_matmul == "dequantize":
+            multiply_in_16_bits(model)
         model.is_loaded_in_8bit = settings.precision == "int8"
         model.is_loaded_in_4bit = settings.precision == "nf4"
         targets = list(settings.lora_targets or shape.linears)
