@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from schemas.values import Name, NotEmpty, NotNegativeFloat
+
 EMBEDDED_MODEL = "tiny"
 """The model name that stands for the embedded model, made locally on first use."""
-
-PositiveInt = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class ModelArgs:
     """Base weights as bitsandbytes LLM.int8 (one byte per weight, outlier columns in 16 bits)."""
     load_in_4bit: bool = False
     """Base weights as bitsandbytes NF4 with double quantisation (QLoRA)."""
-    llm_int8_threshold: Annotated[float, Field(ge=0)] = 6.0
+    llm_int8_threshold: NotNegativeFloat = 6.0
     """LLM.int8: activation columns with a magnitude above this are multiplied in 16 bits; 0 multiplies all in int8."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit data type."""
@@ -38,15 +38,15 @@ class ModelArgs:
     `auto`: `shared_prefix` with `attn_implementation: sdpa`, `padded` where a model's attention cannot be packed."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model repository. Off unless you set it."""
-    lora_r: PositiveInt = 32
+    lora_r: Annotated[int, Field(ge=1, le=65536)] = 32
     """Rank of the LoRA adapter."""
-    lora_alpha: PositiveInt = 64
+    lora_alpha: Annotated[int, Field(ge=1, le=2**20)] = 64
     """LoRA scale numerator: the update is `lora_alpha / lora_r * B @ A`."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input while training; above 0 the policy that trains is not the one that sampled."""
-    lora_target_modules: str | list[str] = "all-linear"
+    lora_target_modules: Name | NotEmpty[Name] = "all-linear"
     """Linear layers that get an adapter: `all-linear` (all but the head) or names such as `[q_proj, v_proj]`."""
-    adapter_path: str | None = None
+    adapter_path: Name | None = None
     """Start from this saved adapter (its rank and targets win) instead of a zero one."""
 
     def __post_init__(self) -> None:
@@ -66,9 +66,9 @@ class ModelArgs:
 class ModelConfig:
     """The models by name."""
 
-    model_name_or_path: str
+    model_name_or_path: Name
     """Teacher: hub id or local folder. `tiny` is the embedded model, made locally on first use."""
-    student_model: str | None = None
+    student_model: Name | None = None
     """Student whose likelihood of the solution is the reward; null: the teacher's own base without its adapter."""
     reference_model: Literal["shared", "separate"] = "shared"
     """`shared`: the teacher's own base with the adapter off (0 GB); `separate`: one more copy of the base."""
