@@ -82,7 +82,10 @@ def _end_above_the_rate(rate: float, schedule: str, given: dict[str, Any]) -> It
     ends = schedule == "polynomial" or "min_lr" in given
     if ends and rate <= least:
         name = "lr_end" if schedule == "polynomial" else "min_lr"
-        yield f"`learning_rate` {rate:g} is not above the {least:g} that it falls to ({name} of {schedule}). Raise it."
+        yield (
+            f"`learning_rate` is {rate:g}, and `lr_scheduler_type` {schedule} lets it fall to {least:g} "
+            f"(`lr_scheduler_kwargs.{name}`). Give {name} less than the learning rate."
+        )
 
 
 def optimizer_problems(arguments: Any) -> Iterator[str]:

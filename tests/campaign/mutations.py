@@ -98,6 +98,8 @@ def mutations(seed: int) -> Iterator[Mutation]:
     while True:
         method_name = chance.choice(names)
         keys = chance.sample(settings_of(method_name), chance.choice((1, 2)))
+        if any(other.startswith(f"{key}.") for key in keys for other in keys):
+            continue  # a section and what is in it
         yield method_name, {key: chance.choice(_likely_values(method_name, key, chance)) for key in keys}
 
 
