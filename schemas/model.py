@@ -38,8 +38,8 @@ class ModelArgs:
     `auto`: `shared_prefix` with `attn_implementation: sdpa`, `padded` where a model's attention cannot be packed."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model repository. Off unless you set it."""
-    lora_r: Annotated[int, Field(ge=1, le=65536)] = 32
-    """Rank of the LoRA adapter."""
+    lora_r: Annotated[int, Field(ge=1, le=512)] = 32
+    """Rank of the LoRA adapter; vLLM serves none above 512."""
     lora_alpha: Annotated[int, Field(ge=1, le=2**20)] = 64
     """LoRA scale numerator: the update is `lora_alpha / lora_r * B @ A`."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -60,6 +60,7 @@ RANGES: dict[str, Any] = {
     "hub_revision": Name | None,
     "importance_sampling_level": Literal["token", "sequence"],
     "learning_rate": Annotated[float, Field(ge=0, le=100)],
+    "log_completions_hub_repo": Name | None,
     "log_level": Literal["detail", "debug", "info", "warning", "error", "critical", "passive"],
     "loss_type": Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"],
     "lr_scheduler_kwargs": dict[str, Any] | None,
@@ -117,6 +118,9 @@ def schedule_problems(arguments: Any) -> Iterator[str]:
         yield f"`num_train_epochs` is {epochs:g} with `max_steps` -1: nothing is trained. Set one of them above 0."
     yield from scheduler_problems(arguments)
     yield from optimizer_problems(arguments)
+    for key in ("dataloader_multiprocessing_context", "dataloader_persistent_workers", "dataloader_prefetch_factor"):
+        if getattr(arguments, key) and not arguments.dataloader_num_workers:
+            yield f"`{key}` is for worker processes, and `dataloader_num_workers` is 0. Remove it, or set that above 0."
     for what in ("logging", "save", "eval"):
         every, strategy = getattr(arguments, f"{what}_steps"), getattr(arguments, f"{what}_strategy")
         if strategy == "steps" and every is not None and every <= 0:
