@@ -109,7 +109,7 @@ def test_a_value_that_would_fail_late_is_refused(method, changes, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-FIRST = 3000
+FIRST = 500
 
 
 @pytest.mark.parametrize("seed", [0])
