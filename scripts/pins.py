@@ -1,13 +1,16 @@
 """Hold constraints.txt against the packages of this environment: each one that the project brings is pinned there.
 
     .venv/bin/python scripts/pins.py            what is missing or differs; exit status 1 where something is
-    .venv/bin/python scripts/pins.py --write    pin everything as it is installed; pins of packages that are not stay
-    .venv/bin/python scripts/pins.py --hashes REPORT...    enter the files of pip's reports in hashes.txt
+    .venv/bin/python scripts/pins.py --write [REPORT...]     pin everything as it is installed; pins of others stay
+    .venv/bin/python scripts/pins.py --hashes REPORT...      enter the files of pip's reports in hashes.txt
+
+A report is what `pip install --dry-run --report FILE` writes; one of `torch===VERSION vllm` has what CUDA brings.
 
 Standard library and `packaging` only. Versions are written without their build (`+cpu`): CPU and CUDA share the pins.
 """
 
 import importlib.metadata
+import json
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -93,6 +96,12 @@ def pins_text(installed: dict[str, str], pins: dict[str, str]) -> str:
     )
 
 
+def reported(report: str) -> Iterator[tuple[str, str]]:
+    """(name, version) of each package in a report of pip."""
+    for item in json.loads(report)["install"]:
+        yield canonicalize_name(item["metadata"]["name"]), item["metadata"]["version"].partition("+")[0]
+
+
 def with_hashes(known: dict[str, str], reports: Iterable[str]) -> str:
     """hashes.txt with the files that pip took from an index; those of this machine alone are left out."""
     for report in reports:
@@ -106,7 +115,8 @@ def main() -> None:
         return
     installed, pins = brought_by(asked_for()), pinned(CONSTRAINTS.read_text())
     if "--write" in sys.argv[1:]:
-        CONSTRAINTS.write_text(pins_text(installed, pins))
+        elsewhere = {n: v for file in sys.argv[2:] for n, v in reported(Path(file).read_text()) if n not in installed}
+        CONSTRAINTS.write_text(pins_text(elsewhere | installed, pins))
         return
     if found := problems(installed, pins):
         sys.exit("\n".join([*found, "`python scripts/pins.py --write` pins what is installed."]))
