@@ -18,8 +18,8 @@ fields of TRL's [GRPOConfig](https://huggingface.co/docs/trl/grpo_trainer) are s
 end; `cfgs/trainer_cfg/grpo.yaml` names those whose default differs from the published run.
 
 Numbers are finite: whole ones at most 2147483647, others at most 1e12 in size, where the type says nothing narrower
-(`schemas/values.py`; those of TRL and transformers: `schemas/ranges.py`). A `Name` is a path, hub id or other text that is
-not blank. Secrets are refused: they come from the environment ([SECURITY.md](../SECURITY.md)).
+(`schemas/values.py`; those of TRL and transformers: `schemas/ranges.py`). A `Name` is a path, hub id or other text that
+is not blank. Secrets are refused: they come from the environment ([SECURITY.md](../SECURITY.md)).
 """
 _LIBRARY = """## Settings of TRL and transformers that a run does not take
 
