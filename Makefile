@@ -2,10 +2,11 @@
 # make test-fast  the same without the slow tests
 # make test-gpu   the tests that need a GPU, and vLLM's, each engine in a process of its own
 # make gpu        measure this GPU (benchmarks/gpu); ARGS="--part a", ARGS="--shape tiny" without a GPU
+# make newest     every test with the newest packages that pyproject.toml allows, in an environment of its own; ARGS="tests/test_X.py"
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: install lint test test-fast test-gpu gpu
+.PHONY: install lint test test-fast test-gpu gpu newest
 
 install:
 	$(PYTHON) scripts/setup_env.py --dev
@@ -27,3 +28,6 @@ test-gpu: install
 
 gpu: install
 	$(VENV)/python -m benchmarks.gpu $(ARGS)
+
+newest:
+	$(PYTHON) scripts/newest.py $(ARGS)

@@ -43,6 +43,7 @@ from schemas.compose import (
 )
 from schemas.methods import DEFAULT_METHOD, METHODS
 from schemas.run import ConfigError
+from schemas.secrets import masked
 
 
 @hydra.main(config_path="cfgs", config_name=METHODS[DEFAULT_METHOD].index, version_base="1.3")
@@ -108,7 +109,7 @@ def main() -> int:
 
 def _refuse(what: str, why: str) -> int:
     console.print(f"[bold red]{what}[/]")
-    console.print(why, markup=False, highlight=False, soft_wrap=True)
+    console.print(masked(why), markup=False, highlight=False, soft_wrap=True)
     return 2
 
 

@@ -16,14 +16,30 @@ def is_hub_id(name_or_path: str) -> bool:
     return has_the_form and not Path(name_or_path).exists()
 
 
+def can_be_on_hub(name: str) -> bool:
+    """Whether the hub allows a repository of this name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def check_model_path(name_or_path: str) -> None:
     """Refuse a local folder without a model.
 
     Raises:
-        UserError: the name is that of a local folder, and it holds no model.
+        UserError: the name is that of a local folder, and it holds no model; or nothing on the hub can be called so.
     """
     folder = Path(name_or_path).expanduser()
-    if not is_hub_id(name_or_path) and not any((folder / file).is_file() for file in _MODEL_FILES):
+    if is_hub_id(name_or_path):
+        is_possible = can_be_on_hub(name_or_path)
+    else:
+        is_possible = any((folder / file).is_file() for file in _MODEL_FILES)
+    if not is_possible:
         raise UserError(
             f"model path {name_or_path!r} holds no model",
             expected="a folder with config.json and safetensors weights, or a hub id such as Qwen/Qwen2.5-7B-Instruct",

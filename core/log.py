@@ -21,6 +21,7 @@ from rich.logging import RichHandler
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from core.units import format_duration
+from schemas.secrets import masked
 
 _FILE_WIDTH, _MAX_EARLIER_TEXTS = 160, 1000
 
@@ -47,7 +48,8 @@ class CopyingConsole(Console):
         self.copy("".join(line.rstrip() + "\n" for line in text.getvalue().splitlines()))
 
     def copy(self, text: str) -> None:
-        """Write text to the file alone."""
+        """Write text to the file alone; secrets are masked."""
+        text = masked(text)
         if self._log_file is None:
             self._earlier.append(text)
             return

@@ -17,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 
 from core.errors import UserError
+from core.hub import can_be_on_hub
 
 if TYPE_CHECKING:
     from datasets import Dataset  # takes a second: imported where a dataset of its own kind is read
@@ -25,6 +26,7 @@ _SPLIT_NAMES = ("train", "test", "validation", "valid", "dev", "eval")
 _DATASETS_OWN_FILES = ("dataset_info.json", "dataset_infos.json")
 _NUM_ENDINGS_SHOWN = 5
 _BATCH_ROWS = 1024
+_MAX_FILES = 20_000
 
 _parse_json = partial(json.loads, parse_int=str, parse_float=str)
 """Numbers stay as they are written: `42.0` and `42` are different solutions for a student."""
@@ -61,15 +63,17 @@ def check_dataset_path(dataset_id_or_path: str) -> None:
     """Refuse a local dataset that is missing or of a kind that is not read.
 
     Raises:
-        UserError: the name is that of a local file or folder, and there is none, or a file of a kind that is not read.
+        UserError: the name is that of a local file or folder, and there is none, or a file of a kind that is not read;
+            or nothing on the hub can be called so.
     """
     path = Path(dataset_id_or_path).expanduser()
     ending = _ending(path)
     if path.is_file() and ending not in _READERS:
         raise UserError(f"`{path}` has the ending `{ending}`", expected=_ENDINGS, remedy="convert the file")
-    if path.exists():
+    if path.is_file() or path.is_dir():
         return
-    if ending in _READERS or path.is_absolute() or dataset_id_or_path.startswith((".", "~")):
+    is_local = ending in _READERS or path.is_absolute() or dataset_id_or_path.startswith((".", "~"))
+    if is_local or path.exists() or not can_be_on_hub(dataset_id_or_path):
         raise UserError(
             f"there is no dataset `{dataset_id_or_path}`",
             expected=f"a file ({_ENDINGS}), a folder, or the id of a hub dataset",
@@ -193,7 +197,7 @@ def _read_folder(path: Path, split: str) -> Iterator[RawRow]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         yield from _read_saved(path, split)
         return
-    found = [file for file in sorted(path.rglob("*")) if file.is_file() and not _is_hidden(file.relative_to(path))]
+    found = _files_below(path)
     files = [file for file in found if _ending(file) in _READERS and file.name not in _DATASETS_OWN_FILES]
     named = {file: name for file in files for name in _SPLIT_NAMES if name in re.split(r"[^a-z]+", file.stem.lower())}
     if named:
@@ -208,6 +212,29 @@ def _read_folder(path: Path, split: str) -> Iterator[RawRow]:
         )
     for file in files:
         yield from _read_file(file)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """All but the hidden ones, in order.
+
+    Raises:
+        UserError: there are too many for a dataset (`/`, say), or a folder among them cannot be read.
+    """
+    found: list[Path] = []
+    try:
+        for file in folder.rglob("*"):
+            if not _is_hidden(file.relative_to(folder)) and file.is_file():
+                found.append(file)
+            if len(found) > _MAX_FILES:
+                break
+        else:
+            return sorted(found)
+        problem = f"holds more than {_MAX_FILES} files"
+    except OSError as error:
+        problem = f"cannot be read: {error}"
+    raise UserError(
+        f"the folder `{folder}` {problem}", expected="a folder of data files", remedy="check dataset_id_or_path"
+    )
 
 
 def _is_hidden(path: Path) -> bool:

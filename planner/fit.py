@@ -35,9 +35,10 @@ def resolve_auto(values: Mapping[str, Any], gpu_bytes: int | None) -> dict[str, 
     if resolved.get("per_device_train_batch_size") != AUTO:
         return resolved
     resolved["per_device_train_batch_size"] = 1
-    card = int(resolved["gpu_gb"] * 1e9) if resolved.get("gpu_gb") else gpu_bytes
+    config = load_run_config(resolved)
+    card = int(config.gpu_gb * 1e9) if config.gpu_gb else gpu_bytes
     if card is not None:
-        settings = plan_run(load_run_config(resolved), card).settings
+        settings = plan_run(config, card).settings
         resolved["per_device_train_batch_size"] = largest_micro_batch(settings, card) or 1
     return resolved
 

@@ -15,6 +15,8 @@ from schemas.trainer import TrainerConfig
 class AnyRunConfig(DataConfig, TrainerConfig, OptimizationConfig, ABC):
     """One run. What differs between methods and is asked by shared code is a property here, or stands in the table."""
 
+    __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
+
     method: str
     model_args: ModelArgs
 

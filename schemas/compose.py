@@ -18,6 +18,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
 from schemas.methods import DEFAULT_METHOD, METHODS
+from schemas.run import refuse_secret
 
 CONFIG_ROOT = Path(__file__).resolve().parent.parent / "cfgs"
 JOB_OF_A_SWEEP = "--job-of-a-sweep"
@@ -56,9 +57,13 @@ def to_hydra_overrides(words: Sequence[str]) -> list[str]:
 
     `model_cfg=x` names a group, which is mounted at the root: `model_cfg@_global_=x`. Any other `key=value` becomes
     `++key=value`, so that TRL's settings need no declaration of ours; unknown keys are found by `load_run_config`.
+
+    Raises:
+        ConfigError: a word sets a secret.
     """
     groups, overrides = set(config_groups()), []
     for word in words:
+        refuse_secret(word)
         match = _KEY_VALUE.match(word)
         if match is None or match[1].startswith("hydra."):
             overrides.append(word)

@@ -16,6 +16,10 @@ Written by `python -m schemas.document` from `schemas/`; the field is the one pl
 are flat on the command line (`key=value`), those of the section `model_args` as `model_args.key=value`. The
 fields of TRL's [GRPOConfig](https://huggingface.co/docs/trl/grpo_trainer) are settings too, but for those listed at the
 end; `cfgs/trainer_cfg/grpo.yaml` names those whose default differs from the published run.
+
+Numbers are finite: whole ones at most 2147483647, others at most 1e12 in size, where the type says nothing narrower
+(`schemas/values.py`; those of TRL and transformers: `schemas/ranges.py`). A `Name` is a path, hub id or other text that
+is not blank. Secrets are refused: they come from the environment ([SECURITY.md](../SECURITY.md)).
 """
 _LIBRARY = """## Settings of TRL and transformers that a run does not take
 

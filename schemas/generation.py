@@ -1,11 +1,9 @@
 """Settings of the generator. Sampling itself (temperature, top_p, max_completion_length, ...) is declared by TRL."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from schemas.model import PositiveInt
+from schemas.values import Gigabytes, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +16,7 @@ class GenerationConfig:
     """`shared`: vLLM reads the weights where the trainer has them; `export`: a copy; `auto`: shared on a GPU."""
     generation_aggregation_steps: PositiveInt = 4
     """Prompt groups handed to the generator at once; the last call of a step may be smaller."""
-    kv_cache_gb: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    kv_cache_gb: Gigabytes | Literal["auto"] = "auto"
     """vLLM's KV cache in decimal GB; `auto`: what the batch needs, capped by `vllm_gpu_memory_utilization`."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """Keys and values of vLLM's cache: the activations' dtype, or fp8 (half the bytes; Ada, Hopper and later)."""
@@ -26,7 +24,7 @@ class GenerationConfig:
     """Weight tokens by p_trainer / p_generator; `auto`: only where the generator's weights differ."""
     vllm_enforce_eager: bool = False
     """Run vLLM without CUDA graphs (about 1 GB less, slower decoding). Always so on a CPU."""
-    canary_tolerance: Annotated[float, Field(gt=0)] = 0.15
+    canary_tolerance: PositiveFloat = 0.15
     """Largest mean |log p(generator) - log p(trainer)| over the canary's tokens before the run stops."""
     use_vllm_server: bool = False
     """Generate on a running `trl vllm-serve` (bf16 bases only) instead of in this process."""

@@ -30,6 +30,12 @@ _SHARDING = (
 )
 
 
+def _says_the_same(value: Any, default: Any) -> bool:
+    """Null and false are the same here, and no other two values are."""
+    either = value is None or value is False
+    return (default is None or default is False) if either else value == default
+
+
 @dataclass(frozen=True, kw_only=True)
 class LibrarySettings:
     """The settings of one arguments class, by what becomes of them."""
@@ -52,13 +58,9 @@ class LibrarySettings:
         ]
 
     def changed(self, values: Mapping[str, Any]) -> set[str]:
-        """The library's settings among `values` that differ from its default; null and false are the same here."""
+        """The library's settings among `values` that differ from its default."""
         defaults = argument_fields(self.arguments_class)
-        return {
-            key
-            for key, value in values.items()
-            if key in defaults and value != (default := defaults[key][1]) and (value or default)
-        }
+        return {key for key, value in values.items() if key in defaults and not _says_the_same(value, defaults[key][1])}
 
 
 _USED_BY_ALL = frozenset(

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from schemas.any_run import AnyRunConfig
-from schemas.model import ModelArgs, PositiveInt
+from schemas.model import ModelArgs
 from schemas.optimization import OptimizationConfig
+from schemas.values import CountingInt, Name, PositiveInt
 
 PUBLISHED_SETTINGS = {
     "d_model": "hidden_size",
@@ -39,7 +40,7 @@ class NewModelShape:
     """Heads of keys and values; null: as many as of queries."""
     max_position_embeddings: PositiveInt = 4096
     """Longest row that the rotary positions are meant for."""
-    rope_theta: Annotated[float, Field(gt=0)] = 500_000.0
+    rope_theta: Annotated[float, Field(ge=1, le=1e12)] = 500_000.0
     """Base of the rotary positions; short rows learn sooner with a small one."""
     tie_word_embeddings: bool = False
     """Input embedding and head are one matrix."""
@@ -69,9 +70,9 @@ class DiffusionSamplingConfig:
     """Tokens of a block. A block is finished before the next one starts; `max_response_length`: one block."""
     remasking: Literal["low_confidence", "random"] = "low_confidence"
     """Which predicted tokens are masked again in a step: those of the lowest probability, or any."""
-    sampling_temperature: Annotated[float, Field(ge=0)] = 0.0
+    sampling_temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
     """0 takes the likeliest token at each position; above 0 samples from the distribution at that temperature."""
-    guidance_scale: Annotated[float, Field(ge=0)] = 0.0
+    guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Classifier-free guidance w: (1 + w) * logits - w * logits with the prompt masked; 0 is one forward less."""
 
 
@@ -81,11 +82,11 @@ class MaskedDiffusionConfig(DiffusionSamplingConfig):
     """What the run trains: `rlt` (a teacher; the default) or `masked_diffusion`."""
     objective: Literal["sft", "pretrain"]
     """`sft` masks the response only and never the prompt; `pretrain` masks the whole text."""
-    model_name_or_path: str | None = None
+    model_name_or_path: Name | None = None
     """Where training starts: a hub id such as GSAI-ML/LLaDA-8B-Base, or a local folder; null: from scratch."""
     new_model: NewModelShape | None = None
     """Network to start from scratch with."""
-    tokenizer_name_or_path: str | None = None
+    tokenizer_name_or_path: Name | None = None
     """Tokenizer where the model brings none (from scratch); `tiny` is the embedded one."""
     trainable_weights: Literal["adapter", "all"]
     """A LoRA adapter on frozen weights, or every weight (not with quantised ones)."""
@@ -99,15 +100,13 @@ class MaskedDiffusionConfig(DiffusionSamplingConfig):
     """sft: responses are filled with end-of-text tokens, which are learned, to a multiple of this many tokens."""
     num_likelihood_samples: PositiveInt = 32
     """Maskings of each held-out row for the likelihood bound; the paper takes 128."""
-    num_sampled_prompts: Annotated[int, Field(ge=0)] = 64
+    num_sampled_prompts: CountingInt = 64
     """sft: held-out prompts, at most `num_eval_prompts`, whose sampled responses are compared with the solution."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedDiffusionRunConfig(MaskedDiffusionConfig, AnyRunConfig):
     """One run that trains a masked-diffusion model."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     args: Any
     """transformers' own settings (TrainingArguments field -> value), with its defaults where nothing is said."""

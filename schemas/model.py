@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from schemas.values import Name, NotEmpty, NotNegativeFloat
+
 EMBEDDED_MODEL = "tiny"
 """The model name that stands for the embedded model, made locally on first use."""
-
-PositiveInt = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class ModelArgs:
     """Base weights as bitsandbytes NF4 with double quantisation (QLoRA)."""
     int8_matmul: Literal["dequantize", "llm_int8"] = "dequantize"
     """Product of 8-bit weights: each widened to 16 bits as it is used (the generator's function), or LLM.int8's own."""
-    llm_int8_threshold: Annotated[float, Field(ge=0)] = 6.0
+    llm_int8_threshold: NotNegativeFloat = 6.0
     """`int8_matmul: llm_int8`: activation columns above this are multiplied in 16 bits; 0 multiplies all in int8."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit data type."""
@@ -40,15 +40,15 @@ class ModelArgs:
     `auto`: `shared_prefix` with `attn_implementation: sdpa`, `padded` where a model's attention cannot be packed."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model repository. Off unless you set it."""
-    lora_r: PositiveInt = 32
-    """Rank of the LoRA adapter."""
-    lora_alpha: PositiveInt = 64
+    lora_r: Annotated[int, Field(ge=1, le=512)] = 32
+    """Rank of the LoRA adapter; vLLM serves none above 512."""
+    lora_alpha: Annotated[int, Field(ge=1, le=2**20)] = 64
     """LoRA scale numerator: the update is `lora_alpha / lora_r * B @ A`."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input while training; above 0 the policy that trains is not the one that sampled."""
-    lora_target_modules: str | list[str] = "all-linear"
+    lora_target_modules: Name | NotEmpty[Name] = "all-linear"
     """Linear layers that get an adapter: `all-linear` (all but the head) or names such as `[q_proj, v_proj]`."""
-    adapter_path: str | None = None
+    adapter_path: Name | None = None
     """Start from this saved adapter (its rank and targets win) instead of a zero one."""
 
     @property
@@ -73,9 +73,9 @@ class ModelArgs:
 class ModelConfig:
     """The models by name."""
 
-    model_name_or_path: str
+    model_name_or_path: Name
     """Teacher: hub id or local folder. `tiny` is the embedded model, made locally on first use."""
-    student_model: str | None = None
+    student_model: Name | None = None
     """Student whose likelihood of the solution is the reward; null: the teacher's own base without its adapter."""
     student_parking: Literal["auto", "none", "host"] = "auto"
     """Keep a student of its own in host memory outside scoring; `auto`: where the GPU is too small for all at once."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from schemas.model import PositiveInt
+from schemas.values import PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class OptimizationConfig:
     """Get past non-finite losses, gradients and rewards: skip the step, then lower the rate, then roll back."""
     max_recoveries: PositiveInt = 8
     """Bad steps after which a run with `recover_from_nan` stops all the same."""
-    lr_backoff: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    lr_backoff: Annotated[float, Field(ge=1e-6, lt=1)] = 0.5
     """Factor of the learning rate at each backing off."""
 
     def __post_init__(self) -> None:

@@ -8,14 +8,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from schemas.model import PositiveInt
+from schemas.schedules import OF_A_FIGURE, SCHEDULES, optimizer_problems, scheduler_problems
+from schemas.values import (
+    AnyInt,
+    CountingInt,
+    Name,
+    NotEmpty,
+    NotNegativeFloat,
+    PositiveInt,
+    ShareFloat,
+    TemperatureFloat,
+)
 
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]
-_NotNegative = Annotated[float, Field(ge=0)]
-_Positive = Annotated[float, Field(gt=0)]
-_Share = Annotated[float, Field(ge=0, le=1)]
-_ShareAbove0 = Annotated[float, Field(gt=0, le=1)]
+_ShareAbove0 = Annotated[float, Field(ge=0.001, le=1)]
 _Momentum = Annotated[float, Field(ge=0, lt=1)]
+_Clip = Annotated[float, Field(ge=0, le=1e6)]
+_SigmoidTemperature = Annotated[float, Field(ge=0.001, le=1000)]
+_GammaShape = Annotated[float, Field(ge=0, le=100)]
 
 _RENDERING = {"conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message", "padding"} | {
     *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs")
@@ -35,37 +45,66 @@ def _not_rendering(kwargs: dict[str, Any]) -> dict[str, Any]:
 RANGES: dict[str, Any] = {
     "adam_beta1": _Momentum,
     "adam_beta2": _Momentum,
-    "adam_epsilon": _NotNegative,
-    "beta": _NotNegative,
+    "adam_epsilon": Annotated[float, Field(ge=1e-30, le=1)],  # 0 is 0 / 0 where a gradient is 0, as LoRA's A at first
+    "beta": Annotated[float, Field(ge=0, le=1000)],
     "chat_template_kwargs": Annotated[dict[str, Any], AfterValidator(_not_rendering)] | None,
     "data_seed": _Seed | None,
-    "dataloader_num_workers": Annotated[int, Field(ge=0)],
+    "dataloader_multiprocessing_context": Literal["fork", "spawn", "forkserver"] | None,
+    "dataloader_num_workers": Annotated[int, Field(ge=0, le=256)],
     "debug": Literal["", "underflow_overflow"],
-    "epsilon": _NotNegative,
+    "delta": Annotated[float, Field(ge=1, le=1e6)] | None,
+    "epsilon": _Clip,
+    "epsilon_high": _Clip | None,
+    "eval_delay": NotNegativeFloat,
+    "hub_model_id": Name | None,
+    "hub_revision": Name | None,
     "importance_sampling_level": Literal["token", "sequence"],
-    "learning_rate": _NotNegative,
+    "learning_rate": Annotated[float, Field(ge=0, le=100)],
+    "log_completions_hub_repo": Name | None,
+    "log_level": Literal["detail", "debug", "info", "warning", "error", "critical", "passive"],
     "loss_type": Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"],
+    "lr_scheduler_kwargs": dict[str, Any] | None,
+    "lr_scheduler_type": Literal[*SCHEDULES, *OF_A_FIGURE],
     "max_completion_length": PositiveInt,
-    "max_grad_norm": _NotNegative,
-    "min_p": _Share | None,
+    "max_grad_norm": NotNegativeFloat,
+    "min_p": ShareFloat | None,
     "multi_objective_aggregation": Literal["sum_then_normalize", "normalize_then_sum"],
-    "num_generations": int,
+    "neftune_noise_alpha": Annotated[float, Field(ge=0, le=1e4)] | None,
+    "num_generations": AnyInt,
     "num_iterations": PositiveInt,
+    "num_train_epochs": NotNegativeFloat,
+    "off_policy_mask_threshold": NotNegativeFloat | None,
+    "optim_target_modules": Name | NotEmpty[Name] | None,
+    "output_dir": Name,
     "per_device_train_batch_size": PositiveInt,
-    "ref_model_mixup_alpha": _Share,
+    "project": Name,
+    "ref_model_mixup_alpha": ShareFloat,
     "ref_model_sync_steps": PositiveInt,
-    "repetition_penalty": _Positive,
+    "repetition_penalty": Annotated[float, Field(ge=0.01, le=100)],
+    "reward_weights": list[Annotated[float, Field(ge=-1e6, le=1e6)]] | None,
+    "run_name": Name,
+    "sapo_temperature_neg": _SigmoidTemperature,
+    "sapo_temperature_pos": _SigmoidTemperature,
     "save_strategy": Literal["no", "steps", "epoch"],
     "scale_rewards": Literal["group", "batch", "none"],
     "seed": _Seed,
-    "temperature": _Positive,
-    "top_k": Annotated[int, Field(ge=0)],
+    "temperature": TemperatureFloat,
+    "top_k": CountingInt,
     "top_p": _ShareAbove0,
+    "trackio_bucket_id": Name | None,
+    "trackio_space_id": Name | None,
+    "trackio_static_space_id": Name | Literal[False] | None,
     "train_sampling_strategy": Literal["random", "sequential"],
+    "vespo_k_neg": _GammaShape,
+    "vespo_k_pos": _GammaShape,
+    "vespo_lambda_neg": _GammaShape,
+    "vespo_lambda_pos": _GammaShape,
     "vllm_gpu_memory_utilization": _ShareAbove0,
+    "vllm_importance_sampling_clip_max": _Clip | None,
+    "vllm_importance_sampling_clip_min": _Clip | None,
     "vllm_importance_sampling_mode": Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],
-    "warmup_steps": _NotNegative,
-    "weight_decay": _NotNegative,
+    "warmup_steps": NotNegativeFloat,
+    "weight_decay": Annotated[float, Field(ge=0, le=100)],
 }
 """Setting -> the type that holds its possible values, in place of the library's wider one."""
 
@@ -77,8 +116,11 @@ def schedule_problems(arguments: Any) -> Iterator[str]:
         yield f"`max_steps` is {steps}. Use 1 or more, or -1 to train for `num_train_epochs`."
     elif steps == -1 and epochs <= 0:
         yield f"`num_train_epochs` is {epochs:g} with `max_steps` -1: nothing is trained. Set one of them above 0."
-    if arguments.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-        yield f"`lr_scheduler_type` {arguments.lr_scheduler_type} follows a figure, not the steps. Use e.g. cosine."
+    yield from scheduler_problems(arguments)
+    yield from optimizer_problems(arguments)
+    for key in ("dataloader_multiprocessing_context", "dataloader_persistent_workers", "dataloader_prefetch_factor"):
+        if getattr(arguments, key) and not arguments.dataloader_num_workers:
+            yield f"`{key}` is for worker processes, and `dataloader_num_workers` is 0. Remove it, or set that above 0."
     for what in ("logging", "save", "eval"):
         every, strategy = getattr(arguments, f"{what}_steps"), getattr(arguments, f"{what}_strategy")
         if strategy == "steps" and every is not None and every <= 0:

@@ -10,12 +10,14 @@ from pydantic_core import ErrorDetails
 
 from schemas.any_run import AnyRunConfig
 from schemas.generation import GenerationConfig, generator_base_of
+from schemas.leaves import not_finite, switches_for_numbers
 from schemas.library_settings import GRPO_CONFIG, ONLY_WITH_VLLM_SERVER
 from schemas.methods import DEFAULT_METHOD, METHODS, as_kind, method_of
 from schemas.model import ModelArgs, ModelConfig
 from schemas.optimization import OptimizationConfig
 from schemas.ranges import schedule_problems
 from schemas.reward import RewardConfig
+from schemas.secrets import secret_problems
 from schemas.trainer import TeacherStepConfig
 from schemas.trl_fields import argument_fields, arguments_model
 
@@ -27,8 +29,6 @@ class ConfigError(ValueError):
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(ModelConfig, GenerationConfig, RewardConfig, TeacherStepConfig, AnyRunConfig):
     """One run. Components take the base class that they need, e.g. `RLTReward(config: RewardConfig)`."""
-
-    __pydantic_config__ = {"extra": "forbid"}
 
     method: Literal["rlt"] = "rlt"
     """What the run trains: `rlt` (a teacher) or `masked_diffusion` (schemas/llada.py)."""
@@ -177,6 +177,8 @@ def load_run_config(values: Mapping[str, Any]) -> AnyRunConfig:
     config_class = method.config.object
     own, theirs = method.own_field_names(), set(argument_fields(method.library.arguments_class))
     problems = method.library.problems(values)
+    if secrets := list(secret_problems({k: v for k, v in values.items() if k not in method.library.refused})):
+        _raise(problems + secrets)  # alone: other messages show values
     for key in values:
         if key not in own and key not in theirs:
             problems.append(
@@ -185,7 +187,8 @@ def load_run_config(values: Mapping[str, Any]) -> AnyRunConfig:
     arguments = None
     try:
         arguments_model_class = arguments_model(method.library.arguments_class)
-        arguments = arguments_model_class(**{key: value for key, value in values.items() if key in theirs})
+        taken = theirs - method.library.refused.keys()  # those that are refused keep their defaults
+        arguments = arguments_model_class(**{key: value for key, value in values.items() if key in taken})
     except ValidationError as error:
         problems += _describe(error, values)
     own_values = {key: value for key, value in values.items() if key in own}
@@ -196,9 +199,27 @@ def load_run_config(values: Mapping[str, Any]) -> AnyRunConfig:
         except ValidationError as error:
             problems += _describe(error, values)
     problems += config_class.without_effect(values)
+    problems += (line for line in not_finite(values) if line.partition(". ")[0] not in "\n".join(problems))
+    if not problems:
+        parsed = TypeAdapter(config_class).dump_python(config)
+        problems += switches_for_numbers(values, parsed | parsed[method.arguments_field])
+    _raise(problems)
+    return config
+
+
+def refuse_secret(word: str) -> None:
+    """
+    Raises:
+        ConfigError: the word of a command line sets a secret; before anything shows it.
+    """
+    key, equals, value = word.lstrip("+~").partition("=")
+    if equals and not word.startswith("-") and value not in ("null", "''"):
+        _raise(list(secret_problems({key: value})))
+
+
+def _raise(problems: list[str]) -> None:
     if problems:
         raise ConfigError("\n".join(f"- {problem}" for problem in problems))
-    return config
 
 
 def load_teacher_config(values: Mapping[str, Any]) -> RunConfig:

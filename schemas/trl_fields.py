@@ -9,12 +9,15 @@ it is built; schemas/ranges.py narrows those that it would not check.
 import ast
 import functools
 import importlib.util
+import operator
+import types
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, create_model
 
 from schemas.ranges import RANGES
+from schemas.values import AnyFloat, AnyInt
 
 ArgumentsClass = Literal["TrainingArguments", "GRPOConfig"]
 
@@ -75,12 +78,19 @@ def argument_fields(arguments_class: ArgumentsClass) -> dict[str, tuple[Any, Any
     return {name: field for name, field in fields.items() if not name.startswith("_")}
 
 
+def _bounded(kind: Any) -> Any:
+    """The type with its whole numbers and floats bounded, also where it is a union."""
+    if isinstance(kind, types.UnionType):
+        return functools.reduce(operator.or_, map(_bounded, get_args(kind)))
+    return AnyInt if kind is int else AnyFloat if kind is float else kind
+
+
 @functools.cache
 def arguments_model(arguments_class: ArgumentsClass) -> Any:
     """A pydantic model with the class's plain fields; unknown names, wrong types and impossible values are errors."""
     definitions: dict[str, Any] = {}
     for name, (kind, default) in argument_fields(arguments_class).items():
         parsed = kind if default is not None or kind is Any else kind | None
-        definitions[name] = (RANGES.get(name, parsed), Field(default=default))
+        definitions[name] = (RANGES.get(name, _bounded(parsed)), Field(default=default))
     config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     return create_model(arguments_class, __config__=config, **definitions)

