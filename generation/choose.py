@@ -138,7 +138,8 @@ def _accept_export(config: GenerationConfig, error: CannotShareError) -> None:
             expected="a model whose linears are all quantised, on one device, and named alike by vLLM",
             remedy="set generator_base=export: vLLM then gets a copy of the quantised values, and its memory with it",
         ) from error
-    log.warning("generator_base: vLLM gets a copy of the base, with memory of its own: %s", error)
+    reason = str(error)  # a log record that kept the error would keep what the engine had built
+    log.warning("generator_base: vLLM gets a copy of the base, with memory of its own: %s", reason)
 
 
 def prepare_base(
