@@ -1,14 +1,15 @@
 """Token by token scores of a sample of the completions, `token_scores/`: for the colours of the report.
 
 A file has the name of the table of completions that its column `row` counts in. The columns `solution_tokens` and
-`solution_log_prob`, `explanation_tokens` and `explanation_kl` are lists, one entry a token.
+`solution_log_prob`, `explanation_tokens` and `explanation_kl` are lists, one entry per token.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from runs.run_folder import TOKEN_SCORES_FOLDER, write_table
+from runs.run_folder import TOKEN_SCORES_FOLDER
 
 MAX_FOLDER_BYTES = 128 * 10**6
 
@@ -20,13 +21,18 @@ def write_token_scores(
     table: Mapping[str, list[Any]],
     max_folder_bytes: int = MAX_FOLDER_BYTES,
 ) -> None:
-    """Write `token_scores/KIND_STEP.parquet`.
+    """Write `token_scores/KIND_STEP.parquet`, in place of an earlier one.
 
     Above `max_folder_bytes` the training steps that lie closest to their neighbours go, so that those which stay are
     spread over the run; its first and its last stay.
     """
+    import pandas as pd  # takes a second: not where only the table's name is wanted
+
     folder = run_dir / TOKEN_SCORES_FOLDER
-    write_table(folder / f"{kind}_{step:05d}.parquet", table)
+    folder.mkdir(exist_ok=True)
+    partial = folder / f".{kind}_{step:05d}.partial"
+    pd.DataFrame(table).to_parquet(partial)  # unlike the run's own files not synced to the disk, which takes longer
+    os.replace(partial, folder / f"{kind}_{step:05d}.parquet")
     while sum(file.stat().st_size for file in folder.iterdir()) > max_folder_bytes:
         files = {int(file.stem.rpartition("_")[2]): file for file in folder.glob("completions_*.parquet")}
         steps = sorted(files)
