@@ -27,7 +27,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from core.errors import NonFiniteError, UserError
+from core.errors import NonFiniteError, StoppedError, UserError
 from core.log import configure_logging, console, log
 from core.one_gpu import show_one_gpu
 from core.process import check_one_process, prepare_process
@@ -89,7 +89,7 @@ def main() -> int:
         return _refuse("this run cannot start", str(error))
     except (HydraException, OmegaConfBaseException) as error:
         return _refuse("the configuration cannot be composed", composition_problem(error))
-    except NonFiniteError as error:
+    except (NonFiniteError, StoppedError) as error:
         _refuse("training stopped", str(error))
         return 1
     except KeyboardInterrupt as error:

@@ -13,6 +13,16 @@ class UserError(ValueError):
         super().__init__(f"{given}\n  expected: {expected}\n  remedy:   {remedy}")
 
 
+class StoppedError(RuntimeError):
+    """A run that a fault of the machine ended (no memory, no disk): says what happened, what to do, where it goes on.
+
+    `train.py` turns it into one message and exit status 1.
+    """
+
+    def __init__(self, given: str, *, expected: str, remedy: str, continues: str) -> None:
+        super().__init__(f"{given}\n  expected: {expected}\n  remedy:   {remedy}\n  then:     {continues}")
+
+
 class CanaryError(RuntimeError):
     """The generator no longer samples from the policy that is being trained (stale weights or a lost adapter)."""
 

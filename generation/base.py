@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from core.types import UnmappedMemory
+from core.types import Phase, UnmappedMemory
+from models.memory_retries import MemoryRetries
 from rollout.types import Completion
 from schemas.run import RunConfig
 
@@ -82,9 +83,53 @@ class Generator(Protocol):
         """Free everything. The generator cannot be used afterwards."""
 
 
-def prompts_in_a_call(rows_per_call: int, num_generations: int) -> int:
-    """Prompts of one call, in whole groups; an evaluation (one completion each) has as many rows as a step."""
-    return max(1, rows_per_call // num_generations)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsAtOnce:
+    """Some of B rows, sampled together: whole prompt groups, or a part of one."""
+
+    prompts: Sequence[Sequence[int]]
+    num_generations: int
+    seeds: Sequence[int]
+
+
+def sample_in_calls(
+    sample: Callable[[RowsAtOnce], list[Completion]],
+    prompt_token_ids: Sequence[Sequence[int]],
+    num_generations: int,
+    seeds: Sequence[int],
+    *,
+    rows_per_call: int,
+    retries: MemoryRetries | None,
+) -> list[Completion]:
+    """[B] completions of `sample`, called with at most `rows_per_call` rows at once.
+
+    Whole prompt groups go together where they fit; an evaluation (one generation each) gets as many rows as a training
+    step. Rows that ran out of memory are sampled again, fewer at once; those that are done stay.
+    """
+    check_rows(prompt_token_ids, num_generations, seeds)
+    completions: list[Completion] = []
+
+    def sample_the_rest(max_rows: int) -> list[Completion]:
+        while len(completions) < len(seeds):
+            rows = _next_rows(len(completions), len(seeds), num_generations, max_rows)
+            group_rows = min(num_generations, len(rows))
+            prompts = [prompt_token_ids[row // num_generations] for row in rows[::group_rows]]
+            row_seeds = seeds[rows.start : rows.stop]
+            completions.extend(sample(RowsAtOnce(prompts=prompts, num_generations=group_rows, seeds=row_seeds)))
+        return completions
+
+    if retries is None:
+        return sample_the_rest(rows_per_call)
+    return retries(Phase.GENERATE, min(rows_per_call, len(seeds)), sample_the_rest, unit="rows")
+
+
+def _next_rows(start: int, num_rows: int, num_generations: int, max_rows: int) -> range:
+    """Whole groups from `start` on, or what is left of one and fits."""
+    is_within_group = start % num_generations > 0
+    if is_within_group or max_rows < num_generations:
+        end_of_group = (start // num_generations + 1) * num_generations
+        return range(start, min(start + max_rows, end_of_group))
+    return range(start, min(start + max_rows // num_generations * num_generations, num_rows))
 
 
 def check_rows(prompt_token_ids: Sequence[Sequence[int]], num_generations: int, seeds: Sequence[int]) -> None:

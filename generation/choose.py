@@ -15,6 +15,7 @@ from generation.base import Generator, SamplingSettings
 from generation.transformers_engine import TransformersGenerator
 from generation.vllm_engine import VLLMEngineConfig, VLLMGenerator
 from models.export import export_for_vllm, nf4_group_size
+from models.memory_retries import MemoryRetries
 from optimization.fp8_optim import check_fp8_support
 from planner.constants import lora_rank_slot
 from schemas.generation import GenerationConfig
@@ -59,6 +60,7 @@ def make_generator(
     planned_kv_cache_bytes: int,
     gpu_memory_utilization: float,
     trust_remote_code: bool = False,
+    retries: MemoryRetries | None = None,
 ) -> Generator:
     """The generator that `config` asks for, on the base of the peft model `model`; says the choice in one log line.
 
@@ -75,7 +77,7 @@ def make_generator(
     engine, reason = _choose_engine(config.generator, model.device)
     if engine == "transformers":
         log.info("generator: transformers, the trainer's own weights (%s)", reason)
-        return TransformersGenerator(model, sampling, rows_per_call)
+        return TransformersGenerator(model, sampling, rows_per_call, retries)
     base = prepare_base(config.generator_weights, model, tokenizer, base_checkpoint, export_folder)
     kv_cache_bytes = planned_kv_cache_bytes if config.kv_cache_gb == "auto" else int(config.kv_cache_gb * BYTES_PER_GB)
     log.info("generator: vllm, %s, KV cache %s (%s)", base.weights, format_gb(kv_cache_bytes), reason)
@@ -95,7 +97,7 @@ def make_generator(
         enforce_eager=config.vllm_enforce_eager,
         trust_remote_code=trust_remote_code,
     )
-    return VLLMGenerator(engine_config, sampling)
+    return VLLMGenerator(engine_config, sampling, retries)
 
 
 def prepare_base(

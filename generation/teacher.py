@@ -38,12 +38,14 @@ class Teacher:
         self.run = run
         self.format = PromptFormat.from_config(config)
         self.tokenizer = load_tokenizer(config.model_name_or_path, config.model_args)
-        self._host = ModelHost(config, roles=[Role.TEACHER], max_score_tokens=run.row_len)
+        self._host = ModelHost(
+            config, roles=[Role.TEACHER], max_score_tokens=run.row_len, max_oom_retries=config.max_oom_retries
+        )
         self.model = self._host.teacher.requires_grad_(False)
         self.sampling = SamplingSettings.of_run(config, self.tokenizer, self.model)
         self._token_text = TokenText(self.tokenizer)
         rows_per_call = config.generation_aggregation_steps * config.grpo.num_generations
-        self._generator = TransformersGenerator(self.model, self.sampling, rows_per_call)
+        self._generator = TransformersGenerator(self.model, self.sampling, rows_per_call, self._host.retries)
 
     def close(self) -> None:
         """Free the weights; the teacher cannot explain afterwards."""

@@ -21,8 +21,9 @@ from transformers import (
 
 from core.errors import NonFiniteError
 from core.types import UnmappedMemory
-from generation.base import ProgressCallback, SamplingSettings, check_rows, prompts_in_a_call
+from generation.base import ProgressCallback, RowsAtOnce, SamplingSettings, sample_in_calls
 from models.evaluation import evaluation_mode
+from models.memory_retries import MemoryRetries
 from rollout.types import Completion
 
 
@@ -38,10 +39,12 @@ class TransformersGenerator:
     weights = "the trainer's own"
     shares_trainer_weights = True
 
-    def __init__(self, model: Any, sampling: SamplingSettings, rows_per_call: int) -> None:
+    def __init__(
+        self, model: Any, sampling: SamplingSettings, rows_per_call: int, retries: MemoryRetries | None = None
+    ) -> None:
         self._model = model
         self._sampling = sampling
-        self._rows_per_call = rows_per_call
+        self._rows_per_call, self._retries = rows_per_call, retries
         self._processors = _logits_processors(sampling)
 
     @torch.no_grad()
@@ -53,18 +56,25 @@ class TransformersGenerator:
         on_progress: ProgressCallback | None = None,
     ) -> list[Completion]:
         """See `Generator.generate`. Every prompt is read once and its cache copied for its completions."""
-        check_rows(prompt_token_ids, num_generations, seeds)
-        completions: list[Completion] = []
+        num_done = 0
+
+        def sample(rows: RowsAtOnce) -> list[Completion]:
+            nonlocal num_done
+            completions = self._sample(rows.prompts, rows.num_generations, rows.seeds)
+            num_done += len(completions)
+            if on_progress is not None:
+                on_progress(num_done, len(seeds))
+            return completions
+
         with evaluation_mode(self._model):
-            prompts_per_call = prompts_in_a_call(self._rows_per_call, num_generations)
-            for start in range(0, len(prompt_token_ids), prompts_per_call):
-                prompts = prompt_token_ids[start : start + prompts_per_call]
-                first_row = start * num_generations
-                group_seeds = seeds[first_row : first_row + len(prompts) * num_generations]
-                completions += self._sample(prompts, num_generations, group_seeds)
-                if on_progress is not None:
-                    on_progress(len(completions), len(seeds))
-        return completions
+            return sample_in_calls(
+                sample,
+                prompt_token_ids,
+                num_generations,
+                seeds,
+                rows_per_call=self._rows_per_call,
+                retries=self._retries,
+            )
 
     def sync_adapter(self, model: Any) -> None:
         """See `Generator.sync_adapter`: samples from the trainer's model, so there is nothing to carry over."""

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from core.log import log, long_work
 from core.types import UnmappedMemory
 from core.units import format_gb
-from generation.base import ProgressCallback, SamplingSettings, check_rows, prompts_in_a_call
+from generation.base import ProgressCallback, RowsAtOnce, SamplingSettings, sample_in_calls
+from models.memory_retries import MemoryRetries
 from optimization.gpu import free_and_total_bytes
 from planner.constants import VLLM_BATCHED_TOKENS
 from rollout.types import Completion
@@ -67,10 +68,12 @@ class VLLMGenerator:
 
     name = "vllm"
 
-    def __init__(self, config: VLLMEngineConfig, sampling: SamplingSettings) -> None:
+    def __init__(
+        self, config: VLLMEngineConfig, sampling: SamplingSettings, retries: MemoryRetries | None = None
+    ) -> None:
         self.weights, self.shares_trainer_weights = config.weights, config.shares_trainer_weights
         self._sampling = sampling
-        self._rows_per_call = config.rows_per_call
+        self._rows_per_call, self._retries = config.rows_per_call, retries
         self._on_gpu = config.on_gpu
         self._scratch = _adapter_folder(_SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None)
         self._adapter_folder = Path(self._scratch.name)
@@ -91,21 +94,27 @@ class VLLMGenerator:
         on_progress: ProgressCallback | None = None,
     ) -> list[Completion]:
         """See `Generator.generate`. A row's tokens depend on its prompt, its seed and the adapter."""
-        check_rows(prompt_token_ids, num_generations, seeds)
-        num_rows, rows_per_call = len(seeds), prompts_in_a_call(self._rows_per_call, num_generations) * num_generations
-        completions: list[Completion] = []
-        for start in range(0, num_rows, rows_per_call):
-            rows = range(start, min(start + rows_per_call, num_rows))
-            prompts = [prompt_token_ids[row // num_generations] for row in rows]
-            params = [self._sampling_params(seeds[row]) for row in rows]
+        num_done = 0
 
-            def report(num_finished: int, start: int = start) -> None:
-                if on_progress is not None:
-                    on_progress(start + num_finished, num_rows)
+        def report(num_finished: int) -> None:
+            if on_progress is not None:
+                on_progress(num_done + num_finished, len(seeds))
 
-            outputs = self._run(prompts, params, report)
-            completions += [_completion(output, seeds[row]) for row, output in zip(rows, outputs, strict=True)]
-        return completions
+        def sample(rows: RowsAtOnce) -> list[Completion]:
+            nonlocal num_done
+            prompts = [prompt for prompt in rows.prompts for _ in range(rows.num_generations)]
+            outputs = self._run(prompts, [self._sampling_params(seed) for seed in rows.seeds], report)
+            num_done += len(outputs)
+            return [_completion(output, seed) for output, seed in zip(outputs, rows.seeds, strict=True)]
+
+        return sample_in_calls(
+            sample,
+            prompt_token_ids,
+            num_generations,
+            seeds,
+            rows_per_call=self._rows_per_call,
+            retries=self._retries,
+        )
 
     def sync_adapter(self, model: Any) -> None:
         """See `Generator.sync_adapter`. Costs one save to shared memory and one load by vLLM."""
@@ -220,7 +229,8 @@ class VLLMGenerator:
     ) -> list[Any]:
         """Requests through the engine until all are done; outputs in the order of the prompts.
 
-        vLLM draws from torch's global generator even where every row has a seed; that is undone.
+        After an error none of them is left in the engine, which can be used again. vLLM draws from torch's global
+        generator even where every row has a seed; that is undone.
         """
         engine = self._llm.llm_engine
         first = self._num_requests
@@ -229,13 +239,26 @@ class VLLMGenerator:
             prompt = {"prompt_token_ids": list(token_ids)}
             engine.add_request(str(first + offset), prompt, request_params, lora_request=self._adapter_request)
         outputs: dict[int, Any] = {}
-        with torch.random.fork_rng():
-            while engine.has_unfinished_requests():
-                finished = {int(output.request_id): output for output in engine.step() if output.finished}
-                outputs |= finished
-                if finished and on_finished is not None:
-                    on_finished(len(outputs))
+        try:
+            with torch.random.fork_rng():
+                while engine.has_unfinished_requests():
+                    finished = {int(output.request_id): output for output in engine.step() if output.finished}
+                    outputs |= finished
+                    if finished and on_finished is not None:
+                        on_finished(len(outputs))
+        except Exception:
+            self._drop_requests([str(first + offset) for offset in range(len(prompts))])
+            raise
         return [outputs[first + offset] for offset in range(len(prompts))]
+
+    def _drop_requests(self, request_ids: list[str]) -> None:
+        """Take requests out of the engine after an error.
+
+        vLLM enters a prompt's blocks among the cached prefixes before they are computed: those are forgotten too.
+        """
+        engine = self._llm.llm_engine
+        engine.abort_request(request_ids)
+        engine.reset_prefix_cache()
 
 
 def _adapter_folder(parent: Path | None) -> "tempfile.TemporaryDirectory[str]":

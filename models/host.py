@@ -18,6 +18,7 @@ from core.log import log
 from core.types import Phase, Role, UnmappedMemory
 from models.evaluation import evaluation_mode
 from models.load import add_adapter, load_base, load_frozen
+from models.memory_retries import MemoryRetries
 from models.meter import PhaseMeter
 from optimization.gpu import pick_device
 from rollout.logprobs import score_spans
@@ -52,13 +53,17 @@ class ModelHost:
     Args:
         roles: who will be asked for; nothing else is loaded.
         max_score_tokens: padded tokens of one scoring forward, as the memory plan has it.
+        max_oom_retries: how often scoring that runs out of memory is repeated with half of them.
     """
 
-    def __init__(self, config: ModelConfig, *, roles: Collection[Role], max_score_tokens: int) -> None:
+    def __init__(
+        self, config: ModelConfig, *, roles: Collection[Role], max_score_tokens: int, max_oom_retries: int = 0
+    ) -> None:
         self.roles = frozenset(roles)
         self.max_score_tokens = max_score_tokens
         self.device = pick_device(config.model_args.device_map)
         self.meter = PhaseMeter(self.device)
+        self.retries = MemoryRetries(self.meter, max_retries=max_oom_retries)
         self._engine: SleepingEngine | None = None
         self._is_closed = False
         self._models: dict[Role, Any] = {}
@@ -150,14 +155,25 @@ class ModelHost:
     def score(self, role: Role, rows: Sequence[ScoringRow], temperature: float) -> list[tuple[torch.Tensor, ...]]:
         """`rollout.logprobs.score_spans` under the model of a role."""
         with self.acting_as(role) as model:
-            return score_spans(model, rows, temperature=temperature, max_batch_tokens=self.max_score_tokens)
+            return self._score_spans(model, rows, temperature)
 
     def policy_logprobs(self, rows: Sequence[Sequence[int]], adapter_on: bool) -> list[list[float]]:
         """Log-prob of every token of each row after its first, at temperature 1, with the adapter or without it."""
         scoring_rows = [ScoringRow(token_ids=list(row), spans=((1, len(row)),)) for row in rows]
         with self.acting_as(Role.TEACHER) as teacher, nullcontext() if adapter_on else teacher.disable_adapter():
-            scored = score_spans(teacher, scoring_rows, max_batch_tokens=self.max_score_tokens)
+            scored = self._score_spans(teacher, scoring_rows, temperature=1.0)
         return [spans[0].tolist() for spans in scored]
+
+    def _score_spans(
+        self, model: Any, rows: Sequence[ScoringRow], temperature: float
+    ) -> list[tuple[torch.Tensor, ...]]:
+        longest = max((len(row.token_ids) for row in rows), default=1)
+        return self.retries(
+            Phase.SCORE,
+            min(self.max_score_tokens, len(rows) * longest),
+            lambda max_tokens: score_spans(model, rows, temperature=temperature, max_batch_tokens=max_tokens),
+            smallest=longest,
+        )
 
     def _adapter_for(self, role: Role) -> Any:
         if role == Role.TEACHER:

@@ -80,8 +80,20 @@ def diffusion_loss(
 
     In expectation an upper bound of the negative log-likelihood per token; ln V for a model that predicts uniformly.
     """
+    weights_S = loss_weights(batch, levels_S, mean_over)
+    return weighted_loss(model, batch, weights_S, masked_BT, mask_token_id)
+
+
+def loss_weights(batch: DiffusionBatch, levels_S: Tensor, mean_over: Literal["samples", "tokens"]) -> Tensor:
+    """[S] what the loss of each masked token of a sample counts in the batch's loss."""
     lens_S = batch.learned_lens_S()
-    weights_S = 1.0 / (levels_S * (lens_S * batch.num_samples if mean_over == "samples" else lens_S.sum()))
+    return 1.0 / (levels_S * (lens_S * batch.num_samples if mean_over == "samples" else lens_S.sum()))
+
+
+def weighted_loss(
+    model: Any, batch: DiffusionBatch, weights_S: Tensor, masked_BT: Tensor, mask_token_id: int
+) -> Tensor:
+    """The share of `diffusion_loss` that falls to some rows of a batch; `weights_S` are the whole batch's."""
     losses_N = -target_logprobs(model, batch, masked_BT, mask_token_id)
     return (losses_N * weights_S[batch.sample_ids_BT[masked_BT]]).sum()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
+from core.faults import note_phase
 from core.types import Phase, UnmappedMemory
 
 
@@ -43,6 +44,10 @@ class PhaseMeter:
         self.open_phases.append(phase)
         try:
             yield
+        except Exception as error:
+            self.mark()
+            note_phase(error, phase, self.peak_bytes(phase))
+            raise
         finally:
             self.mark()
             self.open_phases.pop()
@@ -94,7 +99,12 @@ class PhaseMeter:
 
     def peaks(self) -> dict[Phase, int]:
         """Peak bytes of each phase up to the last mark, by the driver's count on a GPU; the device is not asked."""
-        return {phase: use.peak_driver_bytes or use.peak_reserved_bytes for phase, use in self.use.items()}
+        return {phase: self.peak_bytes(phase) for phase in self.use}
+
+    def peak_bytes(self, phase: Phase) -> int:
+        """As `peaks`, of one phase."""
+        use = self.use[phase]
+        return use.peak_driver_bytes or use.peak_reserved_bytes
 
     def take_recent_peak(self) -> PhaseUse:
         """The peaks over all phases since the last call."""

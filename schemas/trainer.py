@@ -24,6 +24,9 @@ class TrainerConfig:
     """Start although the memory plan exceeds the GPU."""
     max_growth_warnings: Annotated[int, Field(ge=0)] = 3
     """How often the watchdog may warn that memory grows from step to step."""
+    max_oom_retries: Annotated[int, Field(ge=0)] = 3
+    """How often each phase (generate, score, train) may run out of memory: every time the same work is repeated with
+    half as much at once, and so from then on. 0: the first time ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

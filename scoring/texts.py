@@ -89,8 +89,9 @@ class TextScorer:
         reward = replace(config, teacher_logprobs="forward")
         check_scoring(reward, config.grpo.temperature, shares_tokens=student_tokenizer is None)
         quiet_libraries()
-        max_tokens = config.grpo.per_device_train_batch_size * self.run.row_len
-        self._host = ModelHost(config, roles=(Role.TEACHER, Role.STUDENT), max_score_tokens=max_tokens)
+        max_tokens, max_retries = config.grpo.per_device_train_batch_size * self.run.row_len, config.max_oom_retries
+        roles = (Role.TEACHER, Role.STUDENT)
+        self._host = ModelHost(config, roles=roles, max_score_tokens=max_tokens, max_oom_retries=max_retries)
         self._scorer = RolloutScorer(
             tokenizer=self._tokenizer,
             prompt_format=self._format,

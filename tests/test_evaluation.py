@@ -12,6 +12,7 @@ from generation import Canary, SamplingSettings
 from generation.policy import EVAL_STREAM, PolicySampler
 from generation.transformers_engine import TransformersGenerator
 from models.host import ModelHost
+from models.memory_retries import MemoryRetries
 from models.meter import PhaseMeter
 from models.trained import open_run
 from rollout.scoring import RolloutScorer
@@ -75,6 +76,7 @@ def test_a_masked_diffusion_model_from_a_runs_folder_has_the_figures_that_its_tr
         tokenizer=trainer.processing_class,
         tags=trainer.tags,
         meter=meter,
+        retries=MemoryRetries(meter, max_retries=0),
     )
     assert {f"eval_{name}": value for name, value in found.items()} == pytest.approx(expected, abs=1e-5)
     assert set(found) == {"nll_bound", "exact_match"}

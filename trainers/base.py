@@ -1,12 +1,13 @@
 """RunTrainer: the shared base of the trainers. Signals, recovery, offload, checkpoints, meter, finish and model card.
 
-What a step does is not hidden here: a trainer's `training_step` calls `self.offload()` and `self.guarded(...)` itself.
+What a step does is not hidden here: a trainer's `training_step` enters `self.offloaded()` and calls `self.guarded(...)`
+and `self.retries(...)` itself.
 """
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,6 +21,7 @@ from core.errors import NonFiniteError, UserError
 from core.log import log
 from core.types import Phase
 from core.units import gb
+from models.memory_retries import MemoryRetries
 from models.meter import PhaseMeter
 from optimization.memory_optim import CheckpointOffload
 from planner.plan import MemoryPlan
@@ -28,6 +30,7 @@ from runs.metrics import METRICS_FILE, is_evaluated
 from runs.run_folder import STAGING_FOLDER
 from schemas.run import AnyRunConfig
 from trainers.callbacks import StopOnSignal
+from trainers.memory_limits import load_limits, save_limits
 from trainers.recovery import Recovery, RollBackError, last_good_checkpoint, scale_rate
 
 _NO_SCHEDULE = ("reduce_lr_on_plateau", "greedy")
@@ -41,6 +44,7 @@ class RunTrainer(Trainer, ABC):
         config: the run.
         plan: the memory plan that the run is held to; logged beside what is measured.
         meter: seconds and peak memory of the run's phases.
+        retries: repeats what ran out of memory, with less at once.
         library: arguments of the library's trainer.
     """
 
@@ -53,10 +57,11 @@ class RunTrainer(Trainer, ABC):
         config: AnyRunConfig,
         plan: MemoryPlan,
         meter: PhaseMeter,
+        retries: MemoryRetries,
         callbacks: Sequence[TrainerCallback] = (),
         **library: Any,
     ) -> None:
-        self.config, self.plan, self.meter = config, plan, meter
+        self.config, self.plan, self.meter, self.retries = config, plan, meter, retries
         self._evaluated_step = -1
         self._num_tokens = dict.fromkeys(Phase, 0)
         self._reported_use = meter.checkpoint_use()
@@ -78,6 +83,8 @@ class RunTrainer(Trainer, ABC):
         """
         output_dir = Path(self.args.output_dir)
         with self.meter.phase(Phase.TRAIN), self._stop.handling(output_dir, self.config.resume):
+            if resume_from_checkpoint is not None:
+                load_limits(Path(resume_from_checkpoint), self.retries)
             while True:
                 try:
                     return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -120,12 +127,20 @@ class RunTrainer(Trainer, ABC):
 
     @cached_property
     def offload(self) -> Callable[[], AbstractContextManager[Any]]:
-        """Around forward and backward: what gradient checkpointing keeps goes to host memory, where the run asks so.
-
-        Made at the first step, when the parameters that it must leave alone lie where they stay.
-        """
+        """What `offloaded` enters. Made at the first step, when the parameters that it must leave alone lie where they
+        stay, and anew after an error, which leaves it with tensors of a backward that never came."""
         asked_for = self.config.offload_checkpoints and self.args.gradient_checkpointing
         return CheckpointOffload(self.model) if asked_for and self.meter.device.type == "cuda" else nullcontext
+
+    @contextmanager
+    def offloaded(self) -> Iterator[None]:
+        """Around forward and backward: what gradient checkpointing keeps goes to host memory, where the run asks so."""
+        try:
+            with self.offload():
+                yield
+        except Exception:
+            self.__dict__.pop("offload", None)
+            raise
 
     # Recovery from non-finite values (trainers/recovery.py)
 
@@ -206,7 +221,7 @@ class RunTrainer(Trainer, ABC):
             if num_tokens and seconds[phase] > 0:
                 metrics[f"tokens_per_s/{phase}"] = num_tokens / seconds[phase]
             self._num_tokens[phase] = 0
-        return metrics
+        return metrics | {f"memory/{phase}_oom_retries": num for phase, num in self.retries.num_retries.items()}
 
     # Atomic checkpoints: a folder `checkpoint-N` is complete or absent
 
@@ -218,6 +233,7 @@ class RunTrainer(Trainer, ABC):
         self._staging_dir = str(staging)
         try:
             super()._save_checkpoint(model, trial)
+            save_limits(staging / f"checkpoint-{self.state.global_step}", self.retries)
         finally:
             self._staging_dir = None
         name = f"checkpoint-{self.state.global_step}"

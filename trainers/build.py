@@ -105,7 +105,8 @@ def build_trainer(run: PreparedRun) -> TeacherGRPOTrainer:
     set_seed(config.grpo.seed)  # the adapter's initial values
     optimizations = preallocate_planned(config, run.plan)
     roles = [Role.TEACHER, Role.STUDENT, *([Role.REFERENCE] if config.grpo.beta else [])]
-    host = ModelHost(config, roles=roles, max_score_tokens=run.plan.settings.score_batch_tokens)
+    max_tokens, max_retries = run.plan.settings.score_batch_tokens, config.max_oom_retries
+    host = ModelHost(config, roles=roles, max_score_tokens=max_tokens, max_oom_retries=max_retries)
     try:
         optimizations += optimize_models(config, host.teacher, host.student, host.reference)
         if optimizations:
@@ -173,6 +174,7 @@ def _start_generator(run: PreparedRun, host: ModelHost) -> Generator:
         planned_kv_cache_bytes=run.plan.kv_cache_bytes,
         gpu_memory_utilization=config.grpo.vllm_gpu_memory_utilization,
         trust_remote_code=config.model_args.trust_remote_code,
+        retries=host.retries,
     )
     host.attach_engine(generator)
     return generator

@@ -30,8 +30,8 @@ from models.host import REFERENCE_ADAPTER
 from models.meter import PhaseMeter
 from planner.watchdog import GrowthWatchdog
 from runs.metrics import append_metrics
-from runs.run_folder import last_checkpoint
 from trainers.memory_line import MemoryLine
+from trainers.stops import goes_on_from
 
 
 class MetricsFile(TrainerCallback):
@@ -215,7 +215,7 @@ class StopOnSignal(TrainerCallback):
             if self.is_asked:
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(_goes_on_from(output_dir, resume)) from None
+            raise KeyboardInterrupt(goes_on_from(output_dir, resume)) from None
         finally:
             for number in handled:
                 signal.signal(number, before[number])
@@ -250,9 +250,3 @@ class StopOnSignal(TrainerCallback):
     def _stop_if_asked(self, control: TrainerControl) -> None:
         if self.is_asked and self._is_good:
             control.should_log = control.should_save = control.should_training_stop = True
-
-
-def _goes_on_from(output_dir: Path, resume: str) -> str:
-    command = "resume=auto" if resume == "never" else "the same command"
-    checkpoint = last_checkpoint(output_dir)
-    return f"{command} continues from {checkpoint}" if checkpoint else "no checkpoint yet: the same command starts anew"

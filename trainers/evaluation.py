@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -15,6 +16,7 @@ from generation.masked_diffusion import generate_responses
 from models.evaluation import evaluation_mode
 from models.host import ModelHost
 from models.masked_diffusion import likelihood_bound, random_stream
+from models.memory_retries import MemoryRetries
 from models.meter import PhaseMeter
 from rollout.scoring import RolloutScorer
 from rollout.tables import Classifier, completion_texts, evaluation_metrics, evaluation_table
@@ -60,6 +62,7 @@ def evaluate_masked_diffusion(
     tokenizer: PreTrainedTokenizerBase,
     tags: TagStyle,
     meter: PhaseMeter,
+    retries: MemoryRetries,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, float]:
     """The likelihood bound of held-out samples, and how often a sampled response has the right solution.
@@ -71,19 +74,21 @@ def evaluate_masked_diffusion(
     metrics = {}
     with torch.no_grad(), evaluation_mode(model):
         with meter.phase(Phase.SCORE):
-            metrics["nll_bound"] = _nll_bound(model, samples, config, on_progress)
+            metrics["nll_bound"] = _nll_bound(model, samples, config, retries, on_progress)
         if config.objective == "sft" and (sampled := samples[: config.num_sampled_prompts]):
             with meter.phase(Phase.GENERATE):
-                responses = generate_responses(
+                generate = partial(
+                    generate_responses,
                     model,
                     [sample.prompt_ids for sample in sampled],
                     config,
                     mask_token_id=model.config.mask_token_id,
                     filler_token_id=tokenizer.eos_token_id,
-                    max_rows=config.args.per_device_train_batch_size,
                     seed=config.args.seed + _SAMPLING_STREAM,
                     on_progress=lambda done, total: on_progress("sampling", done, total),
                 )
+                at_once = min(len(sampled), config.args.per_device_train_batch_size)
+                responses = retries(Phase.GENERATE, at_once, lambda rows: generate(max_rows=rows), unit="rows")
             texts = tokenizer.batch_decode(responses)
             metrics["exact_match"] = mean(
                 stated_solution(text, tags) == sample.solution.strip()
@@ -96,26 +101,32 @@ def _nll_bound(
     model: Any,
     samples: Sequence[Sample],
     config: MaskedDiffusionRunConfig,
+    retries: MemoryRetries,
     on_progress: Callable[[str, int, int], None],
 ) -> float:
-    device = next(model.parameters()).device
+    at_once = min(config.num_likelihood_samples, config.args.per_device_train_batch_size)
     total_nats, num_tokens = 0.0, 0
     for i, sample in enumerate(samples):
-        token_ids_T = torch.tensor(sample.token_ids, device=device)
-        learned_T = torch.arange(len(sample.token_ids), device=device) >= sample.prompt_len
-        bounds_K = likelihood_bound(
-            model,
-            token_ids_T,
-            learned_T,
-            mask_token_id=model.config.mask_token_id,
-            num_maskings=config.num_likelihood_samples,
-            max_rows=config.args.per_device_train_batch_size,
-            generator=random_stream(config.args.seed, _BOUND_STREAM, i),
-        )
+        bounds_K = retries(Phase.SCORE, at_once, partial(_bounds_of_sample, model, sample, i, config), unit="rows")
         total_nats -= bounds_K.mean().item()
-        num_tokens += int(learned_T.sum())
+        num_tokens += len(sample.token_ids) - sample.prompt_len
         on_progress("likelihood bound", i + 1, len(samples))
     return total_nats / num_tokens
+
+
+def _bounds_of_sample(
+    model: Any, sample: Sample, number: int, config: MaskedDiffusionRunConfig, max_rows: int
+) -> torch.Tensor:
+    token_ids_T = torch.tensor(sample.token_ids, device=next(model.parameters()).device)
+    return likelihood_bound(
+        model,
+        token_ids_T,
+        torch.arange(len(sample.token_ids), device=token_ids_T.device) >= sample.prompt_len,
+        mask_token_id=model.config.mask_token_id,
+        num_maskings=config.num_likelihood_samples,
+        max_rows=max_rows,
+        generator=random_stream(config.args.seed, _BOUND_STREAM, number),
+    )
 
 
 def stated_solution(response: str, tags: TagStyle) -> str | None:

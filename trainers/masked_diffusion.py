@@ -18,11 +18,13 @@ from data.tags import TagStyle
 from models.masked_diffusion import (
     OUTSIDE,
     DiffusionBatch,
-    diffusion_loss,
+    loss_weights,
     low_discrepancy_levels,
     mask_by_level,
     random_stream,
+    weighted_loss,
 )
+from models.memory_retries import MemoryRetries
 from models.meter import PhaseMeter
 from optimization.optimizers import MuonWithAdamW
 from planner.plan import MemoryPlan
@@ -103,6 +105,7 @@ class MaskedDiffusionTrainer(RunTrainer):
         args: TrainingArguments,
         plan: MemoryPlan,
         meter: PhaseMeter,
+        retries: MemoryRetries,
         model: Any,
         train_rows: Sequence[Sequence[Sample]],
         eval_samples: Sequence[Sample],
@@ -113,10 +116,12 @@ class MaskedDiffusionTrainer(RunTrainer):
     ) -> None:
         self.tags, self.eval_samples, self._on_progress = tags, eval_samples, on_progress
         self._micro_batch = (-1, 0)
+        self._inputs_of_step: list[dict[str, Tensor]] = []
         super().__init__(
             config=config,
             plan=plan,
             meter=meter,
+            retries=retries,
             model=model,
             args=args,
             train_dataset=SampleRows(train_rows),
@@ -137,10 +142,40 @@ class MaskedDiffusionTrainer(RunTrainer):
 
     # Loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         """Forward and backward of one micro-batch; transformers steps after `gradient_accumulation_steps` of them."""
-        with self.offload():
-            return self.guarded(lambda: super(MaskedDiffusionTrainer, self).training_step(*args, **kwargs))
+        return self.guarded(lambda: self._gradients_of_micro_batch(model, inputs))
+
+    def _gradients_of_micro_batch(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """The loss of a micro-batch, whose gradients are added to those of the step.
+
+        After running out of memory the gradients of the step are made anew, from all its micro-batches so far, some
+        rows at a time (models/memory_retries.py); masks and weights are drawn once.
+        """
+        if self._next_micro_batch() == 0:
+            self._inputs_of_step.clear()
+        self._inputs_of_step.append(self._masked(inputs))
+        num_rows, row_len = inputs["token_ids_BT"].shape
+        to_do = self._inputs_of_step[-1:]
+
+        def loss_and_gradients(max_tokens: int) -> Tensor:
+            nonlocal to_do
+            if to_do is self._inputs_of_step:
+                model.zero_grad(set_to_none=True)
+            now, to_do = to_do, self._inputs_of_step
+            with self.offloaded():
+                losses = [self._backward_in_parts(model, masked, max(1, max_tokens // row_len)) for masked in now]
+            return losses[-1]
+
+        return self.retries(Phase.TRAIN, num_rows * row_len, loss_and_gradients, smallest=row_len)
+
+    def _backward_in_parts(self, model: Any, masked: dict[str, Tensor], max_rows: int) -> Tensor:
+        loss = torch.zeros((), device=self.args.device)
+        for start in range(0, len(masked["token_ids_BT"]), max_rows):
+            rows = slice(start, start + max_rows)
+            part = {name: tensor if name == "weights_S" else tensor[rows] for name, tensor in masked.items()}
+            loss += super().training_step(model, part)
+        return loss
 
     def _pass_over_micro_batch(self) -> None:
         self._next_micro_batch()
@@ -148,16 +183,21 @@ class MaskedDiffusionTrainer(RunTrainer):
     def _forget_unfinished_step(self) -> None:
         self._micro_batch = (-1, 0)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+    def _masked(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A micro-batch with what is masked in it and what each sample counts."""
         batch = DiffusionBatch(**inputs)
-        step, micro = self.state.global_step, self._next_micro_batch()
+        step, micro = self._micro_batch
         first = float(np.random.default_rng([self.args.seed, _TRAIN_STREAM, step]).random())
         offset = micro / self.args.gradient_accumulation_steps
         levels_S = low_discrepancy_levels(batch.num_samples, first, offset).to(batch.token_ids_BT.device)
         masked_BT = mask_by_level(batch, levels_S, random_stream(self.args.seed, _TRAIN_STREAM, step, micro))
         self._num_tokens[Phase.TRAIN] += int(batch.learned_BT.sum())
-        mean_over: Any = "tokens" if self.config.objective == "pretrain" else "samples"
-        return diffusion_loss(model, batch, levels_S, masked_BT, self.model.config.mask_token_id, mean_over=mean_over)
+        weights_S = loss_weights(batch, levels_S, "tokens" if self.config.objective == "pretrain" else "samples")
+        return inputs | {"masked_BT": masked_BT, "weights_S": weights_S}
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        weights_S, masked_BT = inputs.pop("weights_S"), inputs.pop("masked_BT")
+        return weighted_loss(model, DiffusionBatch(**inputs), weights_S, masked_BT, self.model.config.mask_token_id)
 
     def _next_micro_batch(self) -> int:
         """Number of this micro-batch within its step."""
@@ -178,6 +218,7 @@ class MaskedDiffusionTrainer(RunTrainer):
                 tokenizer=self.processing_class,
                 tags=self.tags,
                 meter=self.meter,
+                retries=self.retries,
                 on_progress=self._on_progress,
             )
 

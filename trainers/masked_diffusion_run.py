@@ -15,6 +15,7 @@ from data.masked_diffusion import pack, prepare_samples
 from data.samples import Sample
 from models.llada import MASK_TOKEN, LladaModel, new_llada
 from models.load import add_adapter, load_base, load_tokenizer, quiet_libraries
+from models.memory_retries import MemoryRetries
 from models.meter import PhaseMeter
 from optimization import optimize_models, preallocate_planned, records_table
 from optimization.gpu import memory_of
@@ -175,6 +176,7 @@ def build_diffusion_trainer(
         model=model,
         plan=plan,
         meter=meter,
+        retries=MemoryRetries(meter, max_retries=config.max_oom_retries),
         train_rows=rows,
         eval_samples=eval_samples,
         tokenizer=tokenizer,

@@ -22,18 +22,21 @@ def train_runs(
 
     Raises:
         ConfigError, UserError: a run cannot work; nothing of it was loaded or written.
+        StoppedError: no memory or no disk was left; the message says what to do and where the run goes on.
         NonFiniteError: a log-prob, reward or loss was not finite.
         KeyboardInterrupt: training was stopped; the message says where it goes on from.
     """
     runs = [(load_for_this_machine(values), values) for values in composed]
 
     from optimization import optimized  # takes seconds: not before the settings are checked
+    from trainers.stops import faults_explained
 
     for config, composed_values in runs:
         values = resolved_values(config, dict(composed_values))
         with optimized(config) as config:
             plan, device = check_hardware_and_plan(config)
             # TRL and vLLM take ten seconds more, and most mistakes are found without them.
-            finished = method_of(config).train(config, values, plan, device, on_results)
+            with faults_explained(config, values, plan):
+                finished = method_of(config).train(config, values, plan, device, on_results)
         yield finished
         console.end_copy()

@@ -10,6 +10,7 @@ Letters: P prompts, G completions per prompt, B = P*G rows, T tokens.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
             config=config,
             plan=plan,
             meter=host.meter,
+            retries=host.retries,
             model=host.teacher,
             reward_funcs=[self.rlt, *(EXTRA_REWARDS[name](scorer.format.tags) for name in config.extra_rewards)],
             args=args,
@@ -143,11 +145,14 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
 
         A rollout serves `num_iterations` optimizer steps.
         """
-        with self.offload():
-            return self.guarded(lambda: self._gradients_of_step(model, inputs))
+        return self.guarded(lambda: self._gradients_of_step(model, inputs))
 
     def _gradients_of_step(self, model: Any, inputs: list[dict[str, Any]]) -> torch.Tensor:
-        """The whole step up to the optimizer: sample, score, reward, advantages; loss and backward of micro-batches."""
+        """The whole step up to the optimizer: sample, score, reward, advantages; loss and backward of micro-batches.
+
+        What runs out of memory is repeated with half as much at once (models/memory_retries.py): the rows of a call in
+        the generator, the tokens of a forward in the host, and here those of a micro-batch. The rollout stays.
+        """
         start_s = time.perf_counter()
         if self._rollout is None or self._num_uses == self.num_iterations:
             rollout = self._sample([Group.of_row(row) for row in inputs], self.num_generations, TRAIN_STREAM)
@@ -155,13 +160,29 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
             rollout = self._reward(rollout)
             self._rollout, self._num_uses = self._with_advantages(rollout), 0
         self._num_uses += 1
-        loss = torch.zeros((), device=self.accelerator.device)
-        metrics = StepMetrics(self)
-        for batch in self._pack(self._rollout):
-            with metrics.of_micro_batch(self, batch):
-                loss += Trainer.training_step(self, model, batch)  # forward, `_compute_loss`, backward
+        lengths = [len(row.token_ids) for row in self._rollout.rows]
+        loss, metrics = self.retries(
+            Phase.TRAIN,
+            min(self.plan.settings.micro_batch_tokens, len(lengths) * max(lengths)),
+            partial(self._loss_and_gradients, model, self._rollout, self._num_tokens[Phase.TRAIN]),
+            smallest=max(lengths),
+        )
         self._record(metrics.combined() | {"step_time": time.perf_counter() - start_s})
         return loss
+
+    def _loss_and_gradients(
+        self, model: Any, rollout: Rollout, num_tokens_before: int, max_tokens: int
+    ) -> tuple[torch.Tensor, StepMetrics]:
+        """Loss and backward of micro-batches of at most `max_tokens`; nothing of an attempt that failed is left."""
+        model.zero_grad(set_to_none=True)
+        self._num_tokens[Phase.TRAIN] = num_tokens_before
+        loss = torch.zeros((), device=self.accelerator.device)
+        metrics = StepMetrics(self)
+        with self.offloaded():
+            for batch in self._pack(rollout, max_tokens):
+                with metrics.of_micro_batch(self, batch):
+                    loss += Trainer.training_step(self, model, batch)  # forward, `_compute_loss`, backward
+        return loss, metrics
 
     def _sample(
         self, groups: Sequence[Group], num_generations: int, stream: int, *, step: int | None = None
@@ -278,10 +299,10 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
         self._logs["advantages"].extend(advantages_B.tolist())
         return rollout
 
-    def _pack(self, rollout: Rollout) -> Iterator[MicroBatch]:
+    def _pack(self, rollout: Rollout, max_tokens: int) -> Iterator[MicroBatch]:
         return micro_batches(
             rollout,
-            self.plan.settings.micro_batch_tokens,
+            max_tokens,
             device=self.accelerator.device,
             layout=layout_of(self.host.teacher),
             mask_truncated=self.mask_truncated_completions,
