@@ -101,10 +101,10 @@ def sample_in_calls(
     rows_per_call: int,
     retries: MemoryRetries | None,
 ) -> list[Completion]:
-    """[B] completions of `sample`, called with at most `rows_per_call` rows at once.
+    """[B] completions of `sample`, called with at most `rows_per_call` rows at once, and at least a prompt group.
 
-    Whole prompt groups go together where they fit; an evaluation (one generation each) gets as many rows as a training
-    step. Rows that ran out of memory are sampled again, fewer at once; those that are done stay.
+    An evaluation (one generation each) gets as many rows as a training step. Rows that ran out of memory are sampled
+    again, fewer at once and then also a part of a group; those that are done stay.
     """
     check_rows(prompt_token_ids, num_generations, seeds)
     completions: list[Completion] = []
@@ -118,9 +118,10 @@ def sample_in_calls(
             completions.extend(sample(RowsAtOnce(prompts=prompts, num_generations=group_rows, seeds=row_seeds)))
         return completions
 
-    if retries is None:
-        return sample_the_rest(rows_per_call)
-    return retries(Phase.GENERATE, min(rows_per_call, len(seeds)), sample_the_rest, unit="rows")
+    at_once = min(max(rows_per_call, num_generations), len(seeds))
+    return (
+        sample_the_rest(at_once) if retries is None else retries(Phase.GENERATE, at_once, sample_the_rest, unit="rows")
+    )
 
 
 def _next_rows(start: int, num_rows: int, num_generations: int, max_rows: int) -> range:
