@@ -7,30 +7,25 @@ import contextlib
 import logging
 import os
 import random
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 import torch
 from peft import get_peft_model_state_dict
-from safetensors.torch import save_file
 
 from core.log import log, long_work
 from core.types import UnmappedMemory
 from core.units import format_gb
+from generation.adapter_folder import AdapterFolder
 from generation.base import ProgressCallback, RowsAtOnce, SamplingSettings, sample_in_calls
 from models.memory_retries import MemoryRetries
 from optimization.gpu import free_and_total_bytes
 from planner.constants import VLLM_BATCHED_TOKENS
 from rollout.types import Completion
 
-_SHARED_MEMORY = Path("/dev/shm")
 _MIN_BATCHED_TOKENS_ON_CPU = 4096
 
 
@@ -75,8 +70,7 @@ class VLLMGenerator:
         self._sampling = sampling
         self._rows_per_call, self._retries = config.rows_per_call, retries
         self._on_gpu = config.on_gpu
-        self._scratch = _adapter_folder(_SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None)
-        self._adapter_folder = Path(self._scratch.name)
+        self._adapter_folder = AdapterFolder()
         self._adapter_request: Any = None
         self._num_swaps = self._num_requests = 0
         self._asleep = False
@@ -121,8 +115,7 @@ class VLLMGenerator:
         adapter_name = model.active_adapter
         state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        save_file(state, self._adapter_folder / "adapter_model.safetensors")
-        model.peft_config[adapter_name].save_pretrained(self._adapter_folder)
+        model.peft_config[adapter_name].save_pretrained(self._adapter_folder.save(state))
         self._load_adapter()
 
     def logprobs(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -165,7 +158,7 @@ class VLLMGenerator:
         """
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-        self._scratch.cleanup()
+        self._adapter_folder.cleanup()
         if self._asleep:
             torch.cuda.empty_cache()
             needed_bytes, (free_bytes, _) = self._unmapped.reserved_bytes, free_and_total_bytes()
@@ -199,9 +192,9 @@ class VLLMGenerator:
         if self._adapter_request is not None:
             engine.remove_lora(self._adapter_request.lora_int_id)
         self._num_swaps += 1
-        self._adapter_request = LoRARequest(f"step-{self._num_swaps}", self._num_swaps, str(self._adapter_folder))
+        self._adapter_request = LoRARequest(f"step-{self._num_swaps}", self._num_swaps, str(self._adapter_folder.path))
         if not engine.add_lora(self._adapter_request):
-            raise RuntimeError(f"vLLM did not load adapter {self._num_swaps} from {self._adapter_folder}")
+            raise RuntimeError(f"vLLM did not load adapter {self._num_swaps} from {self._adapter_folder.path}")
 
     def _sampling_params(self, seed: int) -> Any:
         from vllm import SamplingParams
@@ -261,14 +254,6 @@ class VLLMGenerator:
         engine.reset_prefix_cache()
 
 
-def _adapter_folder(parent: Path | None) -> "tempfile.TemporaryDirectory[str]":
-    """A folder for the adapter that goes with this process; those of processes that were killed are removed now."""
-    for folder in (parent or Path(tempfile.gettempdir())).glob("rlt-adapter-*"):
-        if not psutil.pid_exists(int(folder.name.split("-")[2])):
-            shutil.rmtree(folder, ignore_errors=True)
-    return tempfile.TemporaryDirectory(prefix=f"rlt-adapter-{os.getpid()}-", dir=parent)
-
-
 def _unmapped_memory(segments: Sequence[Mapping[str, Any]], allocations: Mapping[int, Any]) -> UnmappedMemory:
     """Memory that torch counts in vLLM's pools although it is not on the GPU.
 
@@ -303,6 +288,8 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process; read when vLLM is imported
     # The variable counts once vLLM has set up its logger, the level until then.
     logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR"))
+    # Pages of configuration and token ids at each error of a step, which is caught or has a traceback of its own.
+    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     # vLLM switches expandable segments off for the memory that sleeps; 0.26 looks for them under the older name alone.
     if "PYTORCH_ALLOC_CONF" in os.environ:
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = os.environ["PYTORCH_ALLOC_CONF"]

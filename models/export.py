@@ -27,6 +27,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.locks import is_held
+from core.log import log
+from runs.run_folder import CONFIG_FILE, LOCK_FILE
+
+EXPORT_FOLDER = "generator_base"
+"""In the folder of a run: its teacher's base as vLLM reads it. Made anew by every process, removed at its end."""
 
 ExportForm = Literal["packed_int8", "dequantized"]
 
@@ -74,6 +80,23 @@ def write_checkpoint(
             shutil.rmtree(folder)
         os.replace(unfinished, folder)
     return folder
+
+
+def remove_left_exports(output_dir: Path) -> None:
+    """Remove what killed runs left of their exports: in the folder of this run, and beside it where no run is alive.
+
+    A process that was killed removes nothing, and the same command need not come again.
+    """
+    parent = output_dir.parent
+    for run in parent.iterdir() if os.access(parent, os.R_OK) else [output_dir]:
+        left = [run / EXPORT_FOLDER, *run.glob(f".{EXPORT_FOLDER}-*")]
+        if not (run / CONFIG_FILE).is_file() or not any(folder.is_dir() for folder in left):
+            continue
+        if not run.samefile(output_dir) and is_held(run / LOCK_FILE):
+            continue
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
+        log.info("removed the export that a killed run left in %s", run)
 
 
 def exported_tensors(base: nn.Module, form: ExportForm) -> Iterator[tuple[str, Tensor]]:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Qwen2Con
 
 import models.export as export
 from core.errors import UserError
+from core.locks import try_lock
 from generation import prepare_base
 from tests.helpers.planted_outliers import load_quantised, word_tokenizer, write_planted_model
 
@@ -224,6 +225,22 @@ def test_an_interrupted_export_leaves_nothing_and_keeps_the_previous_one(int8_te
         export.export_for_vllm(int8_teacher, word_tokenizer(), folder, "packed_int8")
     assert list(tmp_path.iterdir()) == [folder]
     assert set(exported(folder)) == set(before)
+
+
+def test_exports_of_killed_runs_are_removed_whoever_starts_and_those_of_living_ones_kept(tmp_path):
+    left = ("generator_base", ".generator_base-ab12")
+    for name in ("own", "own.1", "living", "no_run"):
+        for folder in left:
+            (tmp_path / name / folder).mkdir(parents=True)
+        if name != "no_run":
+            (tmp_path / name / "config.yaml").touch()
+            (tmp_path / name / "generator_base.md").touch()
+    locks = [try_lock(tmp_path / name / ".lock") for name in ("own", "living")]
+    export.remove_left_exports(tmp_path / "own")
+    assert all(lock is not None for lock in locks)
+    kept = {path.name for path in tmp_path.iterdir() if any((path / folder).exists() for folder in left)}
+    assert kept == {"living", "no_run"}
+    assert (tmp_path / "own.1" / "generator_base.md").exists()
 
 
 def test_packing_a_base_that_is_not_quantised_is_refused(checkpoint, tmp_path):

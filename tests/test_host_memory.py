@@ -164,7 +164,7 @@ def test_an_engine_that_sleeps_is_woken_on_an_emptied_cache_before_it_is_freed(c
     generator.close()
     assert llm.events == ["sleep", "wake", "shutdown"]
     assert not card.cumem and generator.unmapped_memory().reserved_bytes == 0
-    assert not generator._adapter_folder.exists()
+    assert not generator._adapter_folder.path.exists()
 
 
 def test_an_engine_that_was_never_put_to_sleep_is_freed_as_it_is(card, monkeypatch):
@@ -182,7 +182,7 @@ def test_on_a_card_too_full_to_wake_in_the_engine_is_left_to_the_end_of_the_proc
     generator.close()
     assert llm.events == ["sleep"]
     assert "vLLM ends with this process" in caplog.text and "27.0 GB" in caplog.text
-    assert not generator._adapter_folder.exists()
+    assert not generator._adapter_folder.path.exists()
 
 
 def test_vllm_takes_as_many_tokens_at_once_as_the_plan_counts(card, monkeypatch):

@@ -2,17 +2,22 @@
 
 import importlib.metadata
 import os
+import shutil
 import sys
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from core.errors import UserError
 from core.log import log
-from generation import SamplingSettings, make_generator, prepare_base, trainer_precision
+from generation import SamplingSettings, adapter_folder, make_generator, prepare_base, trainer_precision
+from generation.adapter_folder import AdapterFolder
 from generation.transformers_engine import TransformersGenerator
 from generation.vllm_engine import _start_engine
 from planner.constants import lora_rank_slot
@@ -114,15 +119,50 @@ def test_the_adapter_slot_is_the_smallest_that_holds_the_rank():
         lora_rank_slot(513)
 
 
-def test_adapter_folders_of_killed_processes_are_removed_and_those_of_living_ones_kept(tmp_path):
-    from generation.vllm_engine import _adapter_folder
+class TestAdapterFolder:
+    @pytest.fixture
+    def shared_memory(self, tmp_path, monkeypatch):
+        folders = {name: tmp_path / name for name in ("shm", "tmp")}
+        for folder in folders.values():
+            folder.mkdir()
+        monkeypatch.setattr(adapter_folder, "SHARED_MEMORY", folders["shm"])
+        monkeypatch.setattr("tempfile.tempdir", str(folders["tmp"]))
+        return folders["shm"]
 
-    dead, living = tmp_path / "rlt-adapter-999999999-x", tmp_path / f"rlt-adapter-{os.getpid()}-x"
-    dead.mkdir()
-    living.mkdir()
-    with _adapter_folder(tmp_path) as own:
-        assert own.startswith(str(tmp_path / f"rlt-adapter-{os.getpid()}-"))
-        assert living.exists() and not dead.exists()
+    def test_folders_of_killed_processes_are_removed_and_those_of_living_ones_kept(self, shared_memory):
+        """By their locks: a process id says nothing about another PID namespace. Foreign names are left alone."""
+        living, killed = AdapterFolder(), shared_memory / "rlt-adapter-killed"
+        killed.mkdir()
+        (killed / "lock").touch()
+        (shared_memory / "rlt-adapter-file").touch()
+        (shared_memory / "rlt-adapter-not-a-number-x").mkdir()
+        own = AdapterFolder()
+        names = {"rlt-adapter-file", "rlt-adapter-not-a-number-x", own.path.name, living.path.name}
+        assert {path.name for path in shared_memory.iterdir()} == names
+        own.cleanup()
+        assert not own.path.exists() and living.path.exists()
+
+    def test_what_does_not_fit_into_shared_memory_goes_to_the_temporary_folder(self, shared_memory, monkeypatch):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4000))
+        folder = AdapterFolder()
+        assert folder.save({"a": torch.zeros(900)}).parent == shared_memory
+        assert folder.save({"a": torch.ones(900)}).parent == shared_memory  # over the first one
+        moved = folder.save({"a": torch.ones(2100)})
+        assert moved.parent == shared_memory.parent / "tmp" and not list(shared_memory.iterdir())
+        assert torch.equal(load_file(moved / "adapter_model.safetensors")["a"], torch.ones(2100))
+
+    def test_shared_memory_that_fills_up_meanwhile_is_left_too(self, shared_memory, monkeypatch):
+        def save_file(tensors, path):
+            if path.is_relative_to(shared_memory):
+                raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            safetensors.torch.save_file(tensors, path)
+
+        monkeypatch.setattr(adapter_folder, "save_file", save_file)
+        assert AdapterFolder().save({"a": torch.zeros(9)}).parent == shared_memory.parent / "tmp"
+
+    def test_shared_memory_that_is_not_there_is_not_missed(self, shared_memory):
+        shared_memory.rmdir()
+        assert AdapterFolder().path.parent == shared_memory.parent / "tmp"
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

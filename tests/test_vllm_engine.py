@@ -13,8 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import models.export as export
 from core.errors import CanaryError
+from core.types import Phase
 from generation import Canary, SamplingSettings, make_generator
 from generation.vllm_engine import VLLMEngineConfig, VLLMGenerator
+from models.memory_retries import MemoryRetries
+from models.meter import PhaseMeter
 from schemas.generation import GenerationConfig
 from tests.helpers.planted_outliers import load_quantised, word_tokenizer, write_planted_model
 
@@ -99,7 +102,7 @@ def generator(checkpoint, teacher, tmp_path_factory):
         base_checkpoint=str(checkpoint),
         sampling=SETTINGS,
         num_generations=8,
-        max_model_len=128,
+        max_model_len=512,
         export_folder=tmp_path_factory.mktemp("export") / "base",
         planned_kv_cache_bytes=64_000_000,
         gpu_memory_utilization=0.3,
@@ -132,7 +135,7 @@ def test_starting_leaves_random_generators_thread_settings_precision_and_preload
     finally:
         engine.close()
         torch.set_float32_matmul_precision("highest")
-    assert not engine._adapter_folder.exists()
+    assert not engine._adapter_folder.path.exists()
 
 
 def test_logprobs_are_the_trainers_after_every_swap(generator, teacher):
@@ -184,6 +187,33 @@ def test_progress_is_reported_up_to_the_last_row(generator):
     generator.generate(PROMPTS * 3, 2, range(12), lambda done, total: reports.append((done, total)))
     assert reports == sorted(reports)
     assert reports[-1] == (12, 12)
+
+
+@pytest.mark.parametrize("where", ["_model_forward", "_sample"])
+def test_rows_that_ran_out_of_memory_are_sampled_again_fewer_at_once(where, generator, teacher, monkeypatch):
+    """Prompts of more than a block: vLLM has entered them among the cached prefixes before it computes them."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    drawn = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(2, 128, (length,), generator=drawn).tolist() for length in (300, 200)]
+    generator.sync_adapter(teacher)
+    expected = generator.generate(prompts, 8, range(16))
+    generator._llm.llm_engine.reset_prefix_cache()
+    original, calls = getattr(GPUModelRunner, where), []
+
+    def failing(self, *args, **keywords):
+        calls.append(len(calls) + 1)
+        if len(calls) in (1, 4):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, *args, **keywords)
+
+    retries = MemoryRetries(PhaseMeter(torch.device(DEVICE)), max_retries=2)
+    monkeypatch.setattr(GPUModelRunner, where, failing)
+    monkeypatch.setattr(generator, "_retries", retries)
+    found = generator.generate(prompts, 8, range(16))
+    assert retries.limits == {Phase.GENERATE: 4}
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+    assert mean_difference([c.logprobs for c in found], [c.logprobs for c in expected]) < 0.02
 
 
 def test_a_prefix_cached_under_the_previous_adapter_is_not_served_to_the_next(generator, teacher):

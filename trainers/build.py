@@ -17,6 +17,7 @@ from data.embedded.task import classify_explanation
 from data.formats import PromptFormat
 from generation import Canary, Generator, Precision, SamplingSettings, check_generator, make_generator
 from generation.policy import PolicySampler
+from models.export import EXPORT_FOLDER, remove_left_exports
 from models.host import ModelHost
 from models.load import check_adapter, load_tokenizers, quiet_libraries, resolve_model_path
 from optimization import optimize_models, preallocate_planned, records_table
@@ -32,7 +33,6 @@ from trainers.grpo_args import build_grpo_args
 from trainers.memory_line import MemoryLine
 from trainers.teacher_grpo import TeacherGRPOTrainer
 
-EXPORT_FOLDER = "generator_base"
 _NUM_CANARY_ROWS, _CANARY_ROW_LEN = 4, 64
 
 
@@ -85,6 +85,8 @@ def check_before_loading(
         args = config.model_args
         precision: Precision = "int8" if args.load_in_8bit else "nf4" if args.load_in_4bit else "bf16"
         check_generator(config, device, precision, args.lora_r)
+    folder = open_run_folder(values, config.grpo.output_dir, config.resume)
+    remove_left_exports(folder.path)
     return PreparedRun(
         config=config,
         plan=plan,
@@ -94,7 +96,7 @@ def check_before_loading(
         prompt_format=prompt_format,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        folder=open_run_folder(values, config.grpo.output_dir, config.resume),
+        folder=folder,
     )
 
 
