@@ -4,9 +4,9 @@
 
 Composes and validates the configuration, plans memory, builds, trains. Exit status: 0 done, 2 the call or the
 configuration cannot work (nothing was started), 130 interrupted, 1 anything else.
-Ctrl-C or SIGTERM while training finishes the step at work and saves it; a second one stops at once. The same call
-continues from the last checkpoint. A sweep (`-m`) on a GPU trains each job in a process of its own and ends with the
-worst of their statuses.
+Ctrl-C, SIGTERM or SIGHUP while training finishes the step at work and saves it; a second one stops at once. The same
+call continues from the last checkpoint. A sweep (`-m`) on a GPU trains each job in a process of its own and ends with
+the worst of their statuses.
 """
 
 import json
@@ -95,7 +95,7 @@ def main() -> int:
     except KeyboardInterrupt as error:
         outside = "not while training; whole checkpoints are kept, and the same command continues from the last one"
         log.warning("interrupted: %s", error if error.args else outside)
-        return 130
+        return 1 if console.is_lost else 130
     except Exception:
         console.copy(traceback.format_exc())  # the log of the run holds what ended it
         raise

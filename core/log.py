@@ -4,12 +4,13 @@ import importlib.util
 import io
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +35,8 @@ class CopyingConsole(Console):
         super().__init__(**options)
         self._earlier: deque[str] = deque(maxlen=_MAX_EARLIER_TEXTS)
         self._log_file: IO[str] | None = None
+        self.is_lost = False
+        """Whether what is printed does not reach stdout any more."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*objects, **options)
@@ -47,9 +50,14 @@ class CopyingConsole(Console):
         """Write text to the file alone."""
         if self._log_file is None:
             self._earlier.append(text)
-        else:
+            return
+        try:
             self._log_file.write(text)
             self._log_file.flush()
+        except OSError as error:  # what the run itself cannot write ends it; that its log is cut short need not
+            log_file = self._log_file
+            self.end_copy()
+            self.print(f"{log_file.name} ends here: {error.strerror}", markup=False, highlight=False)
 
     def copy_to(self, path: Path) -> None:
         """Append to a file from now on, after a line with the date."""
@@ -61,8 +69,33 @@ class CopyingConsole(Console):
 
     def end_copy(self) -> None:
         if self._log_file is not None:
-            self._log_file.close()
+            with suppress(OSError):  # of a full disk, to which the rest of the buffer does not go either
+                self._log_file.close()
             self._log_file = None
+
+    def _check_buffer(self) -> None:
+        """Write what was printed. A pipe without a reader, a terminal that was closed and a full disk behind stdout
+        raise the same kind of error here, in whatever thread prints: see `on_broken_pipe`."""
+        try:
+            super()._check_buffer()
+        except OSError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        """Nobody reads stdout any more: go on with stderr while that is there, and in the log file; and stop as after a
+        hang-up (SIGHUP), which saves the step of a run that trains, and which a run under `nohup` does not hear."""
+        self.quiet = self.is_lost  # stderr is gone too
+        if self.is_lost:
+            return
+        self.is_lost = True
+        self.file = sys.stderr
+        with suppress(OSError, ValueError):  # no file behind it, as in tests and notebooks
+            stdout_fd = sys.stdout.fileno()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout_fd)  # what others print, and Python's flush at the end
+        self.print("stdout is gone: nobody reads what is shown there")
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            raise SystemExit(1)
+        signal.raise_signal(signal.SIGHUP)
 
 
 console = CopyingConsole()

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import CanaryError
+from core.errors import CanaryError, NonFiniteError
 from generation.base import Generator
 
 TrainerLogprobs = Callable[[Sequence[Sequence[int]], bool], list[list[float]]]
@@ -90,6 +90,7 @@ class Canary:
 
         Raises:
             CanaryError: the generator serves an older adapter, none, or other weights; says which it looks like.
+            NonFiniteError: log-probs are not finite: the weights hold NaN, so there is nothing to compare.
         """
         if self._without_adapter is None:
             self._without_adapter = _flat(self._trainer_logprobs(self._rows, False))
@@ -97,6 +98,9 @@ class Canary:
             generator=_flat(self._generator.logprobs(self._rows)),
             trainer=_flat(self._trainer_logprobs(self._rows, True)),
         )
+        for whose, values in (("trainer", now.trainer), (f"generator ({self._generator.name})", now.generator)):
+            if not np.isfinite(values).all():
+                raise NonFiniteError(f"the {whose} gives the canary's tokens log-probs that are not finite")
         mean_abs_difference = float(np.abs(now.offset).mean())
         self._refuse("no adapter", now, self._without_adapter, 0.0 if self._last is None else self._last.offset)
         moved_along = False

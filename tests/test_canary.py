@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import Qwen2ForCausalLM
 
-from core.errors import CanaryError
+from core.errors import CanaryError, NonFiniteError
 from generation.base import SamplingSettings
 from generation.canary import Canary
 from generation.transformers_engine import TransformersGenerator
@@ -140,5 +140,13 @@ def test_other_weights_are_noticed_by_the_tolerance(checkpoint):
 def test_log_probs_that_are_not_numbers_do_not_pass(checkpoint):
     bench = Bench(checkpoint, learning_rate=2e-3)
     bench.generator._model.base_model.model.lm_head.weight.data[:] = float("nan")
-    with pytest.raises(CanaryError):
+    with pytest.raises(NonFiniteError, match="the generator"):
         bench.canary.check()
+
+
+def test_weights_that_are_not_finite_are_told_from_a_generator_that_was_left_behind(checkpoint):
+    bench = Bench(checkpoint, learning_rate=0.0)
+    bench.swap()
+    next(p for p in bench.trainer.parameters() if p.requires_grad).data[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="trainer"):
+        bench.swap()

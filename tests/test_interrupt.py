@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM while a run trains: the step is finished and saved, and the same command continues after it."""
 
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
+from core.log import console
 from tests.helpers.tiny_diffusion import make_diffusion_trainer
 from tests.helpers.tiny_run import make_trainer, write_random_model
 from tests.test_kill_and_resume import command, comparable, logged, run_to_the_end
@@ -21,9 +23,11 @@ NO_SAVES = ("max_steps=4", "save_steps=1000", "eval_strategy=no")
 @pytest.fixture(scope="module", autouse=True)
 def sigint_arrives():
     """Also where the tests were started with it ignored, as `nohup make test &` does; children inherit that."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,7 @@ def interrupted(trainer, at: SignalAt) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_step_at_work_is_finished_and_saved(number, model, tmp_path):
     trainer = make_trainer(model, tmp_path / "run", *NO_SAVES)
     message = interrupted(trainer, SignalAt(1, number))
@@ -67,6 +71,37 @@ def test_a_second_signal_stops_at_once(model, tmp_path):
     assert trainer.state.global_step == 1
     trainer = make_trainer(model, tmp_path / "other", *NO_SAVES)
     assert interrupted(trainer, SignalAt(1, times=2)) == "no checkpoint yet: the same command starts anew"
+
+
+def test_a_terminal_that_hangs_up_twice_does_not_cost_the_step(model, tmp_path):
+    """The kernel and the shell both tell."""
+    trainer = make_trainer(model, tmp_path / "run", *NO_SAVES)
+    assert "checkpoint-2" in interrupted(trainer, SignalAt(1, signal.SIGHUP, times=2))
+
+
+def test_a_hang_up_under_nohup_changes_nothing(model, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trainer = make_trainer(model, tmp_path / "run", *NO_SAVES)
+        trainer.callback_handler.callbacks.insert(0, SignalAt(1, signal.SIGHUP))
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert trainer.state.global_step == 4
+
+
+def test_a_pipe_that_breaks_saves_the_step_and_stops_like_a_hang_up(model, tmp_path, monkeypatch):
+    trainer = make_trainer(model, tmp_path / "run", *NO_SAVES)
+    for name in ("is_lost", "quiet"):
+        monkeypatch.setattr(console, name, False)
+    monkeypatch.setattr(console, "_file", BrokenPipe())
+    assert "checkpoint-1" in interrupted(trainer, SignalAt(4))
+    assert console.is_lost
+
+
+class BrokenPipe(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError
 
 
 @pytest.mark.parametrize("event", ["on_evaluate", "on_save"])

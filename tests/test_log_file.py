@@ -1,8 +1,14 @@
 """The log file of a run holds what the console says, as plain text."""
 
+import errno
 import io
+import os
 import re
+import signal
+import sys
+from pathlib import Path
 
+import pytest
 from rich.progress import Progress
 from rich.table import Table
 
@@ -60,3 +66,67 @@ def test_a_progress_bar_leaves_nothing_in_the_file(tmp_path):
         progress.update(task, completed=2, refresh=True)
     assert "steps" in shown.getvalue()
     assert (tmp_path / "log").read_text().split("\n")[1:] == ["one line", "", ""]
+
+
+class Gone(io.StringIO):
+    """What is left of a terminal that was closed, or of a pipe without a reader."""
+
+    def __init__(self, error: int) -> None:
+        super().__init__()
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise OSError(self.error, os.strerror(self.error))
+
+
+@pytest.fixture
+def hang_ups(monkeypatch):
+    heard: list[int] = []
+    before = signal.signal(signal.SIGHUP, lambda number, frame: heard.append(number))
+    yield heard
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("error", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_a_stdout_that_is_gone_hangs_up_once_and_stderr_and_the_log_file_go_on(error, tmp_path, hang_ups, monkeypatch):
+    console, stderr = console_on(Gone(error)), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    console.copy_to(tmp_path / "log")
+    for line in ("first", "second"):
+        console.print(line)
+    assert hang_ups == [signal.SIGHUP] and console.is_lost
+    assert (tmp_path / "log").read_text().splitlines()[1:] == [
+        "stdout is gone: nobody reads what is shown there",
+        "first",
+        "second",
+    ]
+    assert "second" in stderr.getvalue()
+
+
+def test_where_stderr_is_gone_too_the_log_file_goes_on_alone(tmp_path, hang_ups, monkeypatch):
+    console = console_on(Gone(errno.EIO))
+    monkeypatch.setattr(sys, "stderr", Gone(errno.EIO))
+    console.copy_to(tmp_path / "log")
+    for line in ("first", "second"):
+        console.print(line)
+    assert hang_ups == [signal.SIGHUP] and (tmp_path / "log").read_text().endswith("first\nsecond\n")
+
+
+def test_outside_training_a_stdout_that_is_gone_ends_the_process(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with pytest.raises(SystemExit) as ended:
+        console_on(Gone(errno.EPIPE)).print("first")
+    assert ended.value.code == 1
+
+
+def test_a_log_file_on_a_full_disk_ends_and_the_console_says_so_once():
+    shown = io.StringIO()
+    console = console_on(shown)
+    console.copy_to(Path("/dev/full"))
+    for line in ("first", "second"):
+        console.print(line)
+    assert re.findall("/dev/full ends here: No space left on device", without_escapes(shown.getvalue())) == [
+        "/dev/full ends here: No space left on device"
+    ]
+    assert "second" in shown.getvalue()

@@ -185,6 +185,36 @@ def test_a_masked_diffusion_model_whose_weights_are_all_trained_rolls_back_too(t
     assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
 
 
+@pytest.mark.parametrize("what", ["adapter", "optimizer"])
+def test_weights_or_optimizer_state_that_are_not_finite_are_rolled_back_at_once(what, model, tmp_path):
+    """Spoilt after step 3: the canary would stop a run that went on sampling from such an adapter."""
+    run = Injected(model, tmp_path, "loss", set())
+    run.trainer.callback_handler.callbacks.insert(0, Spoil(what, step=3))
+    run.finish()
+    assert run.story == [(3 if what == "adapter" else 4, "roll back")]
+    assert "weights are not finite" in next(line for line in run.lines if "recovery/cause" in line)["recovery/cause"]
+    steps = [line["step"] for line in run.lines if "loss" in line]
+    assert steps == ([1, 2, 3, 4, 5, 6, 7] if what == "adapter" else [1, 2, 3, 3, 4, 5, 6, 7])
+    state = [v for s in run.trainer.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    assert all(value.isfinite().all() for value in state if value.is_floating_point())
+
+
+class Spoil(TrainerCallback):
+    """Makes a value of the adapter or of the optimizer's state NaN at the end of a step, once."""
+
+    def __init__(self, what: str, step: int) -> None:
+        self.what, self.step = what, step
+
+    def on_step_end(self, args, state, control, model, optimizer, **_):
+        if state.global_step == self.step:
+            self.step = -1
+            parameter = next(p for p in model.parameters() if p.requires_grad)
+            state_of = optimizer.state[parameter]
+            values = [v for v in state_of.values() if torch.is_tensor(v) and v.shape == parameter.shape]
+            spoilt = parameter.data if self.what == "adapter" else values[0]
+            spoilt.view(-1)[0] = math.nan
+
+
 @pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -255,6 +285,15 @@ def test_a_checkpoint_that_is_damaged_or_has_a_broken_adapter_is_passed_over(tmp
     truncate(tmp_path / "checkpoint-14" / "adapter_model.safetensors")
     (tmp_path / "checkpoint-16.bak").mkdir()
     assert last_good_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def test_a_checkpoint_with_a_broken_optimizer_state_or_of_another_name_is_passed_over(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-4", "checkpoint-6.bak"):
+        (tmp_path / name).mkdir()
+        save_file({"a": torch.ones(3)}, tmp_path / name / "adapter_model.safetensors")
+        moments = {"step": torch.tensor(2.0), "exp_avg": torch.tensor([0.0, math.nan if name[-1] == "4" else 1.0])}
+        torch.save({"state": {0: moments}, "param_groups": []}, tmp_path / name / "optimizer.pt")
+    assert last_good_checkpoint(str(tmp_path)).name == "checkpoint-2"
 
 
 def test_no_checkpoint_to_go_back_to_is_said(tmp_path):

@@ -234,6 +234,9 @@ class RunTrainer(Trainer, ABC):
         try:
             super()._save_checkpoint(model, trial)
             save_limits(staging / f"checkpoint-{self.state.global_step}", self.retries)
+        except Exception:
+            shutil.rmtree(staging, ignore_errors=True)  # of a full disk, which has room again for what comes last
+            raise
         finally:
             self._staging_dir = None
         name = f"checkpoint-{self.state.global_step}"

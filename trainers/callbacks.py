@@ -184,8 +184,14 @@ class ConsoleProgress(TrainerCallback):
         return format_duration(seconds_per_step * (state.max_steps - state.global_step))
 
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class StopOnSignal(TrainerCallback):
-    """SIGINT (Ctrl-C) or SIGTERM: finish the step at work, save it, stop. A second one stops at once.
+    """SIGINT (Ctrl-C), SIGTERM or SIGHUP: finish the step at work, save it, stop. A second one stops at once.
+
+    A second SIGHUP does not: a terminal that is closed sends it to the run and to what started it, and is then found
+    gone by the next line that is printed.
 
     Args:
         may_save: whether the step that ended may be a checkpoint; where it may not, the next one is waited for.
@@ -205,7 +211,7 @@ class StopOnSignal(TrainerCallback):
             KeyboardInterrupt: training was stopped; says where it goes on from.
         """
         is_main = threading.current_thread() is threading.main_thread()
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
+        before = {number: signal.getsignal(number) for number in _STOPPING if is_main}
         handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]  # as nohup and & do
         for number in handled:
             signal.signal(number, self._ask)
@@ -220,8 +226,10 @@ class StopOnSignal(TrainerCallback):
             for number in handled:
                 signal.signal(number, before[number])
 
-    def _ask(self, *_: Any) -> None:
+    def _ask(self, number: int, *_: Any) -> None:
         if self.is_asked:
+            if number == signal.SIGHUP:
+                return
             raise KeyboardInterrupt
         self.is_asked = True
         log.warning("finishing step %d, then saving; press again to stop now", self._step)

@@ -2,18 +2,20 @@
 
 A bad step changes nothing: its gradients are dropped before the optimizer sees them. The second bad step in a row also
 multiplies the learning rate by `lr_backoff`; the third lowers it again and goes back to the last good checkpoint
-(adapters, optimizer, schedule, random generators, place in the data; the generator gets the restored adapter).
+(adapters, optimizer, schedule, random generators, place in the data; the generator gets the restored adapter). A step
+after which the trained weights are not finite goes back at once.
 Counts are those of this process; the lowered rate is saved with the checkpoints.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME
 
 from core.errors import NonFiniteError
 from core.log import log
@@ -36,7 +38,7 @@ class Recovery(TrainerCallback):
         save: writes a checkpoint of the current state.
 
     Raises:
-        RollBackError: from the end of the third bad step in a row.
+        RollBackError: from the end of the third bad step in a row, or of one that spoilt the weights.
         NonFiniteError: at one bad step more than `max_recoveries`.
     """
 
@@ -77,6 +79,9 @@ class Recovery(TrainerCallback):
             self._save()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        is_spoilt = not _are_finite(p for p in kwargs["model"].parameters() if p.requires_grad)
+        if is_spoilt and self.cause is None:
+            self.cause = "the trained weights are not finite"
         if self.cause is None:
             self._num_in_a_row = 0
             return
@@ -94,7 +99,7 @@ class Recovery(TrainerCallback):
         if self._num_in_a_row >= _STEPS_UNTIL_LOWER:
             self._lr_scale *= self.lr_backoff
             scale_rate(kwargs["optimizer"], kwargs["lr_scheduler"], self.lr_backoff)
-        if self._num_in_a_row >= _STEPS_UNTIL_ROLL_BACK:
+        if is_spoilt or self._num_in_a_row >= _STEPS_UNTIL_ROLL_BACK:
             self.num_roll_backs += 1
             self._tell("roll back", cause, state, control)
             raise RollBackError
@@ -123,8 +128,15 @@ def scale_rate(optimizer: Any, lr_scheduler: Any, factor: float) -> None:
     lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what the trainer logs
 
 
+def _are_finite(tensors: Iterable[Any]) -> bool:
+    """Whether all values of the floating tensors are; the device is asked once."""
+    floating = [tensor.detach() for tensor in tensors if torch.is_tensor(tensor) and tensor.is_floating_point()]
+    return math.isfinite(torch.nn.utils.get_total_norm(floating, norm_type=math.inf))
+
+
 def last_good_checkpoint(output_dir: Path) -> Path:
-    """The newest whole checkpoint whose adapter (or model, where all weights are trained) has only finite values.
+    """The newest whole checkpoint whose adapter (or model, where all weights are trained) and optimizer state have only
+    finite values.
 
     Raises:
         NonFiniteError: there is none.
@@ -138,5 +150,19 @@ def last_good_checkpoint(output_dir: Path) -> Path:
 
 
 def _non_finite(checkpoint: Path) -> str | None:
-    tensors = (tensor for file in checkpoint.glob("*.safetensors") for tensor in load_file(file).values())
-    return None if all(tensor.isfinite().all() for tensor in tensors) else "it holds non-finite values"
+    saved = [*(load_file(file).values() for file in checkpoint.glob("*.safetensors")), _optimizer_state(checkpoint)]
+    return None if all(map(_are_finite, saved)) else "it holds non-finite values"
+
+
+def _optimizer_state(checkpoint: Path) -> Iterator[torch.Tensor]:
+    """Tensors of the optimizer's state, where it is a file of torch's (read without running code)."""
+    if (checkpoint / OPTIMIZER_NAME).is_file():
+        yield from _tensors(torch.load(checkpoint / OPTIMIZER_NAME, map_location="cpu", weights_only=True))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
