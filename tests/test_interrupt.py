@@ -95,7 +95,7 @@ def test_a_pipe_that_breaks_saves_the_step_and_stops_like_a_hang_up(model, tmp_p
     for name in ("is_lost", "quiet"):
         monkeypatch.setattr(console, name, False)
     monkeypatch.setattr(console, "_file", BrokenPipe())
-    assert "checkpoint-1" in interrupted(trainer, SignalAt(4))
+    assert "checkpoint-2" in interrupted(trainer, SignalAt(4))
     assert console.is_lost
 
 

@@ -1,6 +1,7 @@
 """Start of runs: from composed values to results, for the command line and for Python alike."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from core.log import console
@@ -29,14 +30,14 @@ def train_runs(
     runs = [(load_for_this_machine(values), values) for values in composed]
 
     from optimization import optimized  # takes seconds: not before the settings are checked
-    from trainers.stops import faults_explained
+    from trainers.stops import with_faults_explained
 
     for config, composed_values in runs:
         values = resolved_values(config, dict(composed_values))
         with optimized(config) as config:
             plan, device = check_hardware_and_plan(config)
             # TRL and vLLM take ten seconds more, and most mistakes are found without them.
-            with faults_explained(config, values, plan):
-                finished = method_of(config).train(config, values, plan, device, on_results)
+            run = partial(method_of(config).train, config, values, plan, device, on_results)
+            finished = with_faults_explained(run, config, values, plan)
         yield finished
         console.end_copy()

@@ -2,10 +2,9 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from core.errors import StoppedError, UserError
 from core.faults import disk_fault, first_line, is_out_of_memory, phase_of
@@ -17,25 +16,27 @@ from runs.run_folder import last_checkpoint
 from schemas.any_run import AnyRunConfig
 
 _NUM_LEVERS = 3
+T = TypeVar("T")
 
 
-@contextmanager
-def faults_explained(config: AnyRunConfig, values: Mapping[str, Any], plan: MemoryPlan) -> Iterator[None]:
-    """Around a whole run: what a full disk or an error of memory raises becomes one message.
+def with_faults_explained(run: Callable[[], T], config: AnyRunConfig, values: Mapping[str, Any], plan: MemoryPlan) -> T:
+    """The result of a whole run; what a full disk or an error of memory raises becomes one message.
 
     Raises:
-        StoppedError: in their place.
+        StoppedError: in their place, and without them: their frames hold tensors, and the lock of the run's folder.
     """
     try:
-        yield
+        return run()
     except (StoppedError, UserError):
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            raise _out_of_memory(error, config, values, plan) from error
-        if (fault := disk_fault(error)) is not None:
-            raise _disk(fault, config) from error
-        raise
+            stopped = _out_of_memory(error, config, values, plan)
+        elif (fault := disk_fault(error)) is not None:
+            stopped = _disk(fault, config)
+        else:
+            raise
+    raise stopped
 
 
 def goes_on_from(output_dir: Path, resume: str, *, changed: bool = False) -> str:
