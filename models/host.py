@@ -21,7 +21,9 @@ from models.load import add_adapter, load_base, load_frozen
 from models.memory_retries import MemoryRetries
 from models.meter import PhaseMeter
 from optimization.gpu import pick_device
+from rollout.batches import input_len, largest_batch_tokens
 from rollout.logprobs import score_spans
+from rollout.packed_attention import layout_of
 from rollout.types import ScoringRow
 from schemas.model import ModelConfig
 
@@ -167,12 +169,12 @@ class ModelHost:
     def _score_spans(
         self, model: Any, rows: Sequence[ScoringRow], temperature: float
     ) -> list[tuple[torch.Tensor, ...]]:
-        longest = max((len(row.token_ids) for row in rows), default=1)
         return self.retries(
             Phase.SCORE,
-            min(self.max_score_tokens, len(rows) * longest),
+            self.max_score_tokens,
             lambda max_tokens: score_spans(model, rows, temperature=temperature, max_batch_tokens=max_tokens),
-            smallest=longest,
+            taken=lambda max_tokens: largest_batch_tokens(rows, max_tokens, layout_of(model)),
+            smallest=max(map(input_len, rows), default=1),
         )
 
     def _adapter_for(self, role: Role) -> Any:

@@ -35,13 +35,20 @@ class MemoryRetries:
         self.num_retries: Counter[Phase] = Counter()
 
     def __call__(
-        self, phase: Phase, at_once: int, work: Callable[[int], T], *, smallest: int = 1, unit: str = "tokens"
+        self,
+        phase: Phase,
+        at_once: int,
+        work: Callable[[int], T],
+        *,
+        taken: Callable[[int], int] | None = None,
+        smallest: int = 1,
+        unit: str = "tokens",
     ) -> T:
         """What `work(limit)` returns, `limit` being `at_once` or the less that was found to fit.
 
         Args:
-            at_once: how much the work takes at once where memory allows; no more than there is of it, since it is
-                halved.
+            at_once: how much the work may take at once where memory allows.
+            taken: limit -> how much it really takes at once, which is what is halved; None: all of the limit.
             smallest: what cannot be divided (one row). Work that fails with so little is repeated as it is, with the
                 caches freed.
         """
@@ -59,19 +66,19 @@ class MemoryRetries:
                     raise
                 why = first_line(error)
             # Only here, where the error is gone, its frames are too, and with them the tensors of the failed attempt.
-            self._shrink(phase, limit, smallest, unit, why)
+            self._shrink(phase, limit if taken is None else min(limit, taken(limit)), smallest, unit, why)
             self._free()
             _set_random_state(self.meter.device, random_state)
 
-    def _shrink(self, phase: Phase, limit: int, smallest: int, unit: str, why: str) -> None:
+    def _shrink(self, phase: Phase, size: int, smallest: int, unit: str, why: str) -> None:
         self.num_retries[phase] += 1
-        what = f"again with {limit}, which cannot be divided"
-        if limit > smallest:
-            self.limits[phase] = max(limit // 2, smallest)
+        what = "again, as these cannot be divided"
+        if size > smallest:
+            self.limits[phase] = max(size // 2, smallest)
             what = f"{self.limits[phase]} at once from now on"
         log.warning(
             "out of memory (%s) with %d %s at once: %s, retry %d of %d. %s",
-            *(phase, limit, unit, what, self.num_retries[phase], self.max_retries, why),
+            *(phase, size, unit, what, self.num_retries[phase], self.max_retries, why),
         )
 
     def _free(self) -> None:

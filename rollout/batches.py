@@ -51,6 +51,12 @@ def row_batches(rows: Sequence[ScoringRow], max_tokens: int, layout: Layout) -> 
     return _first_fit(pieces, max_tokens)
 
 
+def largest_batch_tokens(rows: Sequence[ScoringRow], max_tokens: int, layout: Layout) -> int:
+    """Tokens that the forward of the largest of `row_batches` computes."""
+    batches = row_batches(rows, max_tokens, layout)
+    return max((make_batch([rows[i] for i in batch], layout).num_tokens for batch in batches), default=0)
+
+
 def _groups(rows: Sequence[ScoringRow], lengths: Sequence[int], layout: Layout) -> list[tuple[int, list[int]]]:
     """(prefix length, indices of the rows that have this prefix in common), without rows of no length."""
     groups: dict[tuple[int, ...], list[int]] = {}

@@ -32,6 +32,7 @@ from models.host import REFERENCE_ADAPTER, ModelHost
 from planner.plan import MemoryPlan
 from rewards import EXTRA_REWARDS
 from rollout.advantages import group_advantages, importance_ratios
+from rollout.batches import input_len, largest_batch_tokens
 from rollout.logprobs import span_logprobs
 from rollout.packed_attention import layout_of
 from rollout.packing import MicroBatch, micro_batches
@@ -160,12 +161,13 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
             rollout = self._reward(rollout)
             self._rollout, self._num_uses = self._with_advantages(rollout), 0
         self._num_uses += 1
-        lengths = [len(row.token_ids) for row in self._rollout.rows]
+        rows = [row.scoring_row for row in self._rollout.rows]
         loss, metrics = self.retries(
             Phase.TRAIN,
-            min(self.plan.settings.micro_batch_tokens, len(lengths) * max(lengths)),
+            self.plan.settings.micro_batch_tokens,
             partial(self._loss_and_gradients, model, self._rollout, self._num_tokens[Phase.TRAIN]),
-            smallest=max(lengths),
+            taken=lambda max_tokens: largest_batch_tokens(rows, max_tokens, layout_of(self.host.teacher)),
+            smallest=max(map(input_len, rows)),
         )
         self._record(metrics.combined() | {"step_time": time.perf_counter() - start_s})
         return loss
