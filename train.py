@@ -28,6 +28,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import NonFiniteError, StoppedError, UserError
+from core.faults import disk_fault
 from core.log import configure_logging, console, log
 from core.one_gpu import show_one_gpu
 from core.process import check_one_process, prepare_process
@@ -96,7 +97,10 @@ def main() -> int:
         outside = "not while training; whole checkpoints are kept, and the same command continues from the last one"
         log.warning("interrupted: %s", error if error.args else outside)
         return 1 if console.is_lost else 130
-    except Exception:
+    except Exception as error:
+        if (fault := disk_fault(error)) is not None:
+            _refuse("the run could not start", fault)
+            return 1
         console.copy(traceback.format_exc())  # the log of the run holds what ended it
         raise
     return 0

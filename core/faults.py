@@ -20,8 +20,12 @@ _MEMORY_TEXTS = (
     "less than desired gpu memory utilization",
 )
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
-_BROKEN = {errno.EIO, errno.ESTALE, errno.ENODEV}
+_DISK_FAULTS = {
+    "a disk is full": _FULL,
+    "a disk is read-only": {errno.EROFS},
+    "access is denied": {errno.EACCES, errno.EPERM},
+    "a disk does not answer": {errno.EIO, errno.ESTALE, errno.ENODEV},
+}
 _DISK_TEXTS = {
     "no space left on device": errno.ENOSPC,
     "disk quota exceeded": errno.EDQUOT,
@@ -40,12 +44,14 @@ class FailedPhase:
     phase: Phase
     measured_bytes: int
     """Peak of that phase up to the error."""
+    num_retries: int
+    """How often its work had been repeated with less at once; 0: this is no such work."""
 
 
-def note_phase(error: BaseException, phase: Phase, measured_bytes: int) -> None:
+def note_phase(error: BaseException, phase: Phase, measured_bytes: int, num_retries: int = 0) -> None:
     """Let an error remember the phase that it was raised in; the innermost one is kept."""
     if phase_of(error) is None:
-        error.__dict__["failed_phase"] = FailedPhase(phase, measured_bytes)
+        error.__dict__["failed_phase"] = FailedPhase(phase, measured_bytes, num_retries)
 
 
 def phase_of(error: BaseException) -> FailedPhase | None:
@@ -74,12 +80,7 @@ def disk_fault(error: BaseException) -> str | None:
     number = _disk_errno(error)
     if number is None:
         return None
-    if number in _FULL:
-        what = "a disk is full"
-    elif number in _NOT_WRITABLE:
-        what = "a folder cannot be written"
-    else:
-        what = "a disk does not answer"
+    what = next(words for words, numbers in _DISK_FAULTS.items() if number in numbers)
     names = (getattr(cause, "filename", None) for cause in _with_causes(error))
     where = next((f" ({name})" for name in names if name), "")
     return f"{what}{where}: {first_line(error)}"
@@ -95,7 +96,7 @@ def _disk_errno(error: BaseException) -> int | None:
     for cause in _with_causes(error):
         if isinstance(cause, UserError):
             continue
-        if isinstance(cause, OSError) and cause.errno in _FULL | _NOT_WRITABLE | _BROKEN:
+        if isinstance(cause, OSError) and cause.errno in set().union(*_DISK_FAULTS.values()):
             return cause.errno
         if isinstance(cause, OSError | RuntimeError) or type(cause).__name__ == "SafetensorError":
             text = str(cause).lower()

@@ -33,6 +33,8 @@ class MemoryRetries:
         self.limits: dict[Phase, int] = {}
         """At most this much at once, as the run found out; absent: as the plan has it."""
         self.num_retries: Counter[Phase] = Counter()
+        self.never_repeated: set[Phase] = set()
+        """Phases whose work cannot be taken back."""
 
     def __call__(
         self,
@@ -60,9 +62,9 @@ class MemoryRetries:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.num_retries[phase] >= self.max_retries:
+                if self.num_retries[phase] >= self.max_retries or phase in self.never_repeated:
                     self.meter.mark()
-                    note_phase(error, phase, self.meter.peak_bytes(phase))
+                    note_phase(error, phase, self.meter.peak_bytes(phase), self.num_retries[phase])
                     raise
                 why = first_line(error)
             # Only here, where the error is gone, its frames are too, and with them the tensors of the failed attempt.

@@ -129,8 +129,8 @@ def test_every_library_is_understood(write: Callable[[Path], None], tmp_path):
     [
         (errno.ENOSPC, "a disk is full (/a/file)"),
         (errno.EDQUOT, "a disk is full"),
-        (errno.EROFS, "a folder cannot be written (/a/file)"),
-        (errno.EACCES, "a folder cannot be written"),
+        (errno.EROFS, "a disk is read-only (/a/file)"),
+        (errno.EACCES, "access is denied"),
         (errno.EIO, "a disk does not answer"),
     ],
 )

@@ -62,6 +62,8 @@ class RunTrainer(Trainer, ABC):
         **library: Any,
     ) -> None:
         self.config, self.plan, self.meter, self.retries = config, plan, meter, retries
+        if "lomo" in config.arguments.optim:
+            self.retries.never_repeated.add(Phase.TRAIN)  # it steps within backward
         self._evaluated_step = -1
         self._num_tokens = dict.fromkeys(Phase, 0)
         self._reported_use = meter.checkpoint_use()
