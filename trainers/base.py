@@ -62,12 +62,12 @@ class RunTrainer(Trainer, ABC):
         **library: Any,
     ) -> None:
         self.config, self.plan, self.meter, self.retries = config, plan, meter, retries
-        if "lomo" in config.arguments.optim:
-            self.retries.never_repeated.add(Phase.TRAIN)  # it steps within backward
         self._evaluated_step = -1
         self._num_tokens = dict.fromkeys(Phase, 0)
         self._reported_use = meter.checkpoint_use()
         super().__init__(callbacks=list(callbacks), **library)
+        if self.args.optim in ("lomo", "adalomo"):
+            retries.never_repeated.add(Phase.TRAIN)  # they step within backward
         self.remove_callback(PrinterCallback)
         self._stop = StopOnSignal(may_save=lambda: self.recovery is None or self.recovery.cause is None)
         self.add_callback(self._stop)  # before the recovery, which forgets the cause at the end of the step
