@@ -128,9 +128,9 @@ def scale_rate(optimizer: Any, lr_scheduler: Any, factor: float) -> None:
     lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what the trainer logs
 
 
-def _are_finite(tensors: Iterable[Any]) -> bool:
+def _are_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether all values of the floating tensors are; the device is asked once."""
-    floating = [tensor.detach() for tensor in tensors if torch.is_tensor(tensor) and tensor.is_floating_point()]
+    floating = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     return math.isfinite(torch.nn.utils.get_total_norm(floating, norm_type=math.inf))
 
 
