@@ -84,7 +84,7 @@ def _disk(fault: str, config: AnyRunConfig) -> StoppedError:
     return StoppedError(
         fault,
         expected="folders that can be written, and room in them; free: " + ", ".join(free),
-        remedy="make room, or point output_dir, TMPDIR or HF_HOME to a disk that has some; save_total_limit=1 keeps "
+        remedy="make room, or point output_dir, TMPDIR, HF_HOME or XDG_CACHE_HOME elsewhere; save_total_limit=1 keeps "
         "one checkpoint",
         continues=goes_on_from(Path(config.arguments.output_dir), config.resume),
     )
