@@ -1,11 +1,12 @@
 # make test       install what is missing, then linters and every test that needs no GPU
 # make test-fast  the same without the slow tests
 # make test-gpu   the tests that need a GPU, and vLLM's, each engine in a process of its own
+# make campaign   the fault campaign (docs/reliability.md), under half an hour; CAMPAIGN_SEED=7 CAMPAIGN_SCALE=2 ARGS="-k kills"
 # make gpu        measure this GPU (benchmarks/gpu); ARGS="--part a", ARGS="--shape tiny" without a GPU
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: install lint test test-fast test-gpu gpu
+.PHONY: install lint test test-fast test-gpu campaign gpu
 
 install:
 	$(PYTHON) scripts/setup_env.py --dev
@@ -24,6 +25,9 @@ test-fast: lint
 
 test-gpu: install
 	$(VENV)/python -m pytest -m "gpu or engine"
+
+campaign: install
+	$(VENV)/python -m pytest -n 0 -m campaign tests/campaign $(ARGS)
 
 gpu: install
 	$(VENV)/python -m benchmarks.gpu $(ARGS)
