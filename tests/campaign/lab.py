@@ -33,9 +33,10 @@ _DIFFUSION = (
 )
 _POINTS = (
     "accelerate.optimizer:AcceleratedOptimizer.step",
+    "runs.checkpoints:publish_checkpoint",
+    "runs.checkpoints:rotate_checkpoints",
     "runs.metrics:append_metrics",
     "runs.run_folder:open_run_folder",
-    "runs.run_folder:publish_checkpoint",
     "runs.summary:summarise",
     "trainers.base:RunTrainer._save_checkpoint",
     "trainers.base:RunTrainer.evaluate",
