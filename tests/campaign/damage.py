@@ -25,6 +25,7 @@ DAMAGES: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
 }
 _THE_RUNS_OWN = ("config.yaml", "metrics.jsonl")
 """What a run cannot be continued without: it may be refused, and nothing of the folder may change then."""
+_MAY_CHANGE = {".lock", "logs/training.log"}
 _SET_ASIDE = ".damaged"
 """Ending of what a run keeps and does not use."""
 
@@ -63,8 +64,9 @@ def _try(lab: Lab, tally: Tally, program: Program, template: Path, name: str, da
     problems = [f"a traceback:\n{ended.last_lines}"] if ended.num_tracebacks else []
     if ended.status == 2 and name in _THE_RUNS_OWN:
         problems += [] if name in ended.says else [f"the message does not name {name}:\n{ended.last_lines}"]
-        changed = {path for path, was in before.items() if _contents(trial.run).get(path) != was}
-        problems += [f"changed although refused: {sorted(changed - {'logs/training.log', '.lock'})}"] * bool(changed)
+        after = _contents(trial.run)
+        changed = sorted({path for path, was in before.items() if after.get(path) != was} - _MAY_CHANGE)
+        problems += [f"changed although refused: {changed}"] * bool(changed)
     elif ended.status != 0:
         problems += [f"status {ended.status}:\n{ended.last_lines}"]
     else:

@@ -1,6 +1,7 @@
 """A disk that runs full at each writer: a small filesystem of the trial's own is filled at a moment of the run."""
 
 import subprocess
+import tempfile
 from pathlib import Path
 
 from tests.campaign.faults import BALLAST, FILES, Fault
@@ -36,8 +37,7 @@ def mount_obstacle(base: Path) -> str:
 
 
 def _try(lab: Lab, tally: Tally, program: Program, fault: Fault) -> None:
-    folder = lab.base / f"disk-{program.name}-{fault.nth}-{fault.action.replace(':', '-')}"
-    folder.mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="disk-", dir=lab.base))
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_SIZE}", "tmpfs", folder], check=True)
     try:
         trial = lab.trial(program, folder)
