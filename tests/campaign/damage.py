@@ -26,8 +26,8 @@ DAMAGES: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
 _THE_RUNS_OWN = ("config.yaml", "metrics.jsonl")
 """What a run cannot be continued without: it may be refused, and nothing of the folder may change then."""
 _MAY_CHANGE = {".lock", "logs/training.log"}
-_SET_ASIDE = ".damaged"
-"""Ending of what a run keeps and does not use."""
+_SET_ASIDE = "*.damaged*"
+"""What a run keeps and does not use."""
 
 
 def damage_and_continue(lab: Lab, tally: Tally, program: Program, num_files: int) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.campaign.process import TRACEBACK, Ended, Process, Starter
 from tests.helpers import tiny_run
 
 RUN = "run"
+EXACT = 1e-6
 _NOT_COMPARED = ("time/", "memory/", "tokens_per_s/", "step_time", "train_runtime", "train_samples", "train_steps")
 _SMALL = ("max_steps=5", "save_steps=2", "eval_steps=3", "logging_steps=1", "num_eval_prompts=2", f"output_dir={RUN}")
 _TEACHER = (
@@ -47,6 +49,7 @@ _TEACHER_POINTS = (
     "generation.canary:Canary.check",
     "generation.policy:PolicySampler.__call__",
     "rewards.rlt:RLTReward.__call__",
+    "rollout.logprobs:score_spans",
     "rollout.scoring:RolloutScorer.__call__",
     "runs.run_folder:write_evaluation",
     "trainers.teacher_grpo:TeacherGRPOTrainer._compute_loss",
@@ -62,13 +65,18 @@ class Program:
     points: tuple[str, ...]
 
 
-TRANSFORMERS = Program("transformers", (*_TEACHER, *_SMALL, "generator=transformers"), _TEACHER_POINTS)
+TRANSFORMERS = Program(
+    "transformers",
+    (*_TEACHER, *_SMALL, "generator=transformers"),
+    (*_TEACHER_POINTS, "generation.transformers_engine:TransformersGenerator._sample"),
+)
 VLLM = Program(
     "vllm",
     (*_TEACHER, *_SMALL, "generator=vllm"),
     (
         *_TEACHER_POINTS,
         "generation.vllm_engine:_start_engine",
+        "generation.vllm_engine:VLLMGenerator._run",
         "generation.vllm_engine:VLLMGenerator.sync_adapter",
         "generation.vllm_engine:VLLMGenerator._load_adapter",
         "generation.vllm_engine:VLLMGenerator.close",
@@ -128,10 +136,10 @@ class Trial:
         problems = [f"the same command shows a traceback:\n{ended.last_lines}"] * bool(ended.num_tracebacks)
         return problems + self.differences(but_for=but_for)
 
-    def differences(self, *, but_for: Collection[str] = ()) -> list[str]:
+    def differences(self, *, but_for: Collection[str] = (), tolerance: float = EXACT) -> list[str]:
         """From the program's uninterrupted run, as `differences` has them, and what lies outside the run's folder."""
         reference = self.lab.reference(self.program).folder
-        found = differences(self.run, reference, but_for)
+        found = differences(self.run, reference, but_for, tolerance)
         # The semaphores of multiprocessing are removed by a process that does not see this /dev/shm.
         left = [path for path in self.shared_memory.iterdir() if not path.name.startswith("sem.")]
         found += [f"left in /dev/shm: {path.name}" for path in left]
@@ -209,21 +217,25 @@ class Lab:
                 pass
 
 
-def differences(run: Path, reference: Path, but_for: Collection[str] = ()) -> list[str]:
+def differences(run: Path, reference: Path, but_for: Collection[str] = (), tolerance: float = EXACT) -> list[str]:
     """In what a run differs from another one that was not disturbed: metrics, adapter or model, tables, files.
 
-    `but_for`: files, and endings of names in the run's folder (`.damaged`), that are not looked at.
+    Args:
+        but_for: patterns of files that are not looked at.
+        tolerance: of metrics and weights.
     """
     if not (run / "summary.json").is_file():
         return ["there is no summary.json"]
     found = []
-    ours, theirs = (_files(folder) - set(but_for) for folder in (run, reference))
-    ours = {name for name in ours if not name.partition("/")[0].endswith(tuple(but_for))}
+    ours, theirs = (
+        {name for name in _files(folder) if not any(fnmatch(name, pattern) for pattern in but_for)}
+        for folder in (run, reference)
+    )
     found += [f"missing: {name}" for name in sorted(theirs - ours)]
     found += [f"left behind: {name}" for name in sorted(ours - theirs)]
     for name in sorted(ours & theirs):
         compare = _COMPARISONS.get(name.rpartition("/")[2]) or _COMPARISONS.get(Path(name).suffix)
-        problem = compare(run / name, reference / name) if compare else None
+        problem = compare(run / name, reference / name, tolerance) if compare else None
         if problem:
             found.append(f"{name}: {problem}")
     return found
@@ -240,28 +252,28 @@ def comparable(metrics: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith(_NOT_COMPARED)} for line in kept]
 
 
-def _compare_metrics(ours: Path, theirs: Path) -> str | None:
+def _compare_metrics(ours: Path, theirs: Path, tolerance: float) -> str | None:
     a, b = comparable(ours), comparable(theirs)
     if [line["step"] for line in a] != [line["step"] for line in b]:
         return f"steps {[line['step'] for line in a]} and not {[line['step'] for line in b]}"
     for x, y in zip(a, b, strict=True):
-        if x != pytest.approx(y, abs=1e-6):
-            keys = [key for key in x.keys() | y.keys() if x.get(key) != pytest.approx(y.get(key), abs=1e-6)]
+        if x != pytest.approx(y, abs=tolerance):
+            keys = [key for key in x.keys() | y.keys() if x.get(key) != pytest.approx(y.get(key), abs=tolerance)]
             return f"step {x['step']}: {', '.join(f'{k} {x.get(k)} and not {y.get(k)}' for k in sorted(keys)[:3])}"
     return None
 
 
-def _compare_tensors(ours: Path, theirs: Path) -> str | None:
+def _compare_tensors(ours: Path, theirs: Path, tolerance: float) -> str | None:
     from safetensors.numpy import load_file
 
     a, b = load_file(ours), load_file(theirs)
     if a.keys() != b.keys():
         return "other tensors"
     apart = max((float(abs(a[name] - b[name]).max()) for name in a if a[name].size), default=0.0)
-    return None if apart <= 1e-6 else f"weights are {apart:.2g} apart"
+    return None if apart <= tolerance else f"weights are {apart:.2g} apart"
 
 
-def _compare_tables(ours: Path, theirs: Path) -> str | None:
+def _compare_tables(ours: Path, theirs: Path, tolerance: float) -> str | None:
     import pyarrow.parquet
 
     columns = ["step", "completion"]
@@ -269,14 +281,14 @@ def _compare_tables(ours: Path, theirs: Path) -> str | None:
     return None if a.equals(b) else "other completions"
 
 
-def _compare_summaries(ours: Path, theirs: Path) -> str | None:
+def _compare_summaries(ours: Path, theirs: Path, tolerance: float) -> str | None:
     a, b = (json.loads(file.read_text()) for file in (ours, theirs))
     keys = (a.keys() | b.keys()) - {"memory"}
-    other = [key for key in keys if a.get(key) != pytest.approx(b.get(key), abs=1e-6) and not isinstance(a[key], dict)]
+    other = [key for key in keys if a.get(key) != pytest.approx(b.get(key), abs=tolerance)]
     return f"other {', '.join(sorted(other))}" if other else None
 
 
-_COMPARISONS: dict[str, Callable[[Path, Path], str | None]] = {
+_COMPARISONS: dict[str, Callable[[Path, Path, float], str | None]] = {
     "metrics.jsonl": _compare_metrics,
     "summary.json": _compare_summaries,
     ".safetensors": _compare_tensors,
