@@ -202,7 +202,7 @@ class Lab:
             return self._references[program.name]
 
     def _make_reference(self, program: Program) -> Reference:
-        trial = self.trial(program, self.base / f"reference {program.name}")
+        trial = self.trial(program)
         counts = trial.folder / "counts.json"
         call = trial.call()
         whole = Call(**vars(call) | {"points": program.points, "counts": counts})
