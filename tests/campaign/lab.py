@@ -208,7 +208,10 @@ class Lab:
         whole = Call(**vars(call) | {"points": program.points, "counts": counts})
         ended = self.starter.fork(whole).end()
         assert ended.status == 0 and TRACEBACK not in ended.text, f"{program.name}: {ended.status}\n{ended.text}"
-        return Reference(trial.run, json.loads(counts.read_text()), ended.seconds)
+        reached = json.loads(counts.read_text())
+        never = [point for point in program.points if point not in reached]
+        assert not never, f"{program.name} never reaches {', '.join(never)}: aim elsewhere"
+        return Reference(trial.run, reached, ended.seconds)
 
     def each(self, things: Iterable[Any], try_it: Callable[[Any], object]) -> None:
         """Call `try_it` for each, `jobs` at a time."""
