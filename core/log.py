@@ -101,7 +101,7 @@ class CopyingConsole(Console):
 
 
 console = CopyingConsole()
-if not (console.is_jupyter or sys.stdout.isatty()):
+if not (console.is_jupyter or (sys.stdout is not None and sys.stdout.isatty())):
     console.width = _FILE_WIDTH  # a file or a pipe; terminals and notebooks have a width of their own
 log = logging.getLogger("rlt")
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from core.errors import UserError
 from runs.checkpoints import checkpoints, publish_checkpoint
 from runs.metrics import METRICS_FILE, read_metrics
-from runs.run_folder import SUMMARY_FILE
+from runs.run_folder import CONFIG_FILE, SUMMARY_FILE
 from schemas.compose import compose_run_config
 from tests.helpers.tiny_run import SMALL, write_random_model
 from trainers.start import train_runs
@@ -158,3 +158,11 @@ def test_a_lower_learning_rate_takes_effect_from_the_checkpoint_on(train, whole,
     there = train(tmp_path / "there", f"resume={whole / 'checkpoint-2'}", "learning_rate=1e-6")
     ours = {line["step"]: line["learning_rate"] for line in figures(there) if "learning_rate" in line}
     assert ours == pytest.approx({step: rates[step] * 1e-6 / RATE for step in (3, 4)}) and ours[4] > 0
+
+
+def test_a_run_killed_before_its_last_rotation_keeps_no_more_checkpoints_than_asked_for(train, copy):
+    saved = (copy / CONFIG_FILE).read_text()
+    (copy / CONFIG_FILE).write_text(saved.replace("save_total_limit: 10", "save_total_limit: 2"))
+    assert len(checkpoints(copy)) > 2
+    train(copy, "save_total_limit=2")
+    assert list(checkpoints(copy)) == [4, 3]

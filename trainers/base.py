@@ -121,11 +121,15 @@ class RunTrainer(Trainer, ABC):
         """Metrics of an evaluation on the held-out rows."""
 
     def finish(self) -> None:
-        """Evaluate once more if the last step was not, and write the result with tokenizer and model card."""
+        """Evaluate once more if the last step was not, and write the result with tokenizer and model card.
+
+        A run may have been killed before it had deleted what its last checkpoint makes superfluous: that is done here.
+        """
         step, metrics = self.state.global_step, Path(self.args.output_dir, METRICS_FILE)
         if self.args.eval_strategy != "no" and self._evaluated_step != step and not is_evaluated(metrics, step):
             self.evaluate()
         self.save_model()
+        rotate_checkpoints(Path(self.args.output_dir), self.args.save_total_limit)
 
     @cached_property
     def offload(self) -> Callable[[], AbstractContextManager[Any]]:
