@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 import rollout.logprobs
 import trainers.teacher_grpo
@@ -185,8 +186,8 @@ def test_memory_that_never_suffices_ends_the_run_with_one_message(phase, model, 
 
 
 def test_the_optimizers_step_is_not_repeated_since_it_may_be_half_done(model, tmp_path, monkeypatch):
-    step = Failing(torch.optim.AdamW.step, {2})
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args, **keywords: step(*args, **keywords))
+    step = Failing(AcceleratedOptimizer.step, {2})
+    monkeypatch.setattr(AcceleratedOptimizer, "step", lambda *args, **keywords: step(*args, **keywords))
     words = ("save_strategy=steps", "save_steps=1", "num_iterations=1", "optim=adamw_torch")
     with pytest.raises(StoppedError, match=r"out of memory \(train\)(.|\n)*continues from .*checkpoint-1"):
         list(train_runs([run_of(model, tmp_path / "run", *words)]))

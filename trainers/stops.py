@@ -14,6 +14,7 @@ from planner.fit import levers
 from planner.plan import MemoryPlan
 from runs.run_folder import last_checkpoint
 from schemas.any_run import AnyRunConfig
+from schemas.run import ConfigError
 
 _NUM_LEVERS = 3
 T = TypeVar("T")
@@ -27,7 +28,7 @@ def with_faults_explained(run: Callable[[], T], config: AnyRunConfig, values: Ma
     """
     try:
         return run()
-    except (StoppedError, UserError):
+    except (StoppedError, UserError, ConfigError):
         raise
     except Exception as error:
         if is_out_of_memory(error):
