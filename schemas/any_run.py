@@ -72,7 +72,9 @@ class AnyRunConfig(DataConfig, TrainerConfig, OptimizationConfig, ABC):
     @classmethod
     def without_effect(cls, values: Mapping[str, Any]) -> Iterator[str]:
         """Settings that would be ignored. Asked of the user's values only: levers may set the same for any run."""
-        args = values.get("model_args") or {}
+        args = values.get("model_args")
+        if not isinstance(args, Mapping):  # as a wrong type it has a message of its own
+            return
         if args.get("int8_matmul", "dequantize") == "dequantize" and args.get("llm_int8_threshold", 6.0) != 6.0:
             yield (
                 f"`model_args.llm_int8_threshold` is {args['llm_int8_threshold']} with `model_args.int8_matmul` "

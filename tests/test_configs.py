@@ -245,7 +245,7 @@ OUT_OF_RANGE_RLT = [
     ),
     ("ref_model_mixup_alpha=1.1", "`ref_model_mixup_alpha` is 1.1. Input should be less than or equal to 1"),
     ("ref_model_mixup_alpha=-0.1", "`ref_model_mixup_alpha` is -0.1. Input should be greater than or equal to 0"),
-    ("extra_rewards=[format] reward_weights=[1]", "`reward_weights` is [1], and the rewards are rlt, format"),
+    ("extra_rewards=[format] reward_weights=[1]", "`reward_weights` is [1.0], and the rewards are rlt, format"),
     ("reward_weights=[1,2]", "Give one weight for each, or reward_weights=null"),
     (
         "generator=transformers generator_weights=bf16",
