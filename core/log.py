@@ -117,6 +117,7 @@ _NOISY_LOGGERS = {
 
 def configure_logging(level: str = "INFO") -> None:
     """Send our log lines to the console and quieten the libraries'. Safe to call twice."""
+    _make_streams_usable()
     log.setLevel(level)
     log.propagate = False
     log.handlers[:] = [RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S", markup=False)]
@@ -126,6 +127,16 @@ def configure_logging(level: str = "INFO") -> None:
     )  # its engine is not the one we use
     for name, noisy_level in _NOISY_LOGGERS.items():
         logging.getLogger(name).setLevel(noisy_level)
+
+
+def _make_streams_usable() -> None:
+    """A stream that is closed goes nowhere, and what a console's encoding does not have is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the life of the process
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 from rich.progress import Progress
 from rich.table import Table
 
-from core.log import CopyingConsole
+from core.log import CopyingConsole, configure_logging
 
 
 def console_on(stream: io.StringIO) -> CopyingConsole:
@@ -130,3 +130,14 @@ def test_a_log_file_on_a_full_disk_ends_and_the_console_says_so_once():
         "/dev/full ends here: No space left on device"
     ]
     assert "second" in shown.getvalue()
+
+
+def test_what_a_console_cannot_say_is_escaped_and_closed_streams_go_nowhere(monkeypatch):
+    said = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", None)
+    configure_logging()
+    print("folder ラン")
+    print("nobody reads this", file=sys.stderr)
+    sys.stdout.flush()
+    assert said.getvalue() == b"folder \\u30e9\\u30f3\n" and sys.stderr is not None
