@@ -36,6 +36,7 @@ from core.types import Role
 from generation import SamplingSettings, make_generator
 from models.host import ModelHost
 from models.int8_linear import widened_product
+from optimization.gpu import find_card, has_gpu
 from schemas.generation import GenerationConfig
 from schemas.model import ModelArgs, ModelConfig
 
@@ -108,7 +109,7 @@ def measure(way: str, folder: Path, part: str) -> dict[str, Any]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # as the engine's start sets it, before vLLM is imported
     for module in ("vllm.entrypoints.llm", "generation.vllm_shared"):  # libraries count for every way, and for no start
         importlib.import_module(module)
-    rows_at_once = (1, 4, 8, 32) if not torch.cuda.is_available() else (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+    rows_at_once = (1, 4, 8, 32) if not has_gpu() else (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
     model = ModelConfig(model_name_or_path=str(folder), model_args=ModelArgs(load_in_8bit=True, lora_r=16))
     host = ModelHost(model, roles=[Role.TEACHER], max_score_tokens=512)
     row = list(range(5, 37))
@@ -142,7 +143,7 @@ def start(host: ModelHost, folder: Path, way: str, max_rows: int) -> Any:
         num_generations=max_rows,
         max_model_len=128,
         export_folder=export_folder,
-        planned_kv_cache_bytes=64 * 1024**2 if not torch.cuda.is_available() else 4 * 1024**3,
+        planned_kv_cache_bytes=64 * 1024**2 if not has_gpu() else 4 * 1024**3,
         gpu_memory_utilization=0.9,
         share=host.share_base,
     )
@@ -150,7 +151,7 @@ def start(host: ModelHost, folder: Path, way: str, max_rows: int) -> Any:
 
 def held_gb() -> float:
     gc.collect()
-    if torch.cuda.is_available():
+    if has_gpu():
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         return (total - free) / 1e9
@@ -160,7 +161,7 @@ def held_gb() -> float:
 
 
 def tokens_per_s(generator: Any, num_rows: int) -> float:
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    clock = time.perf_counter if has_gpu() else time.process_time
     best = 0.0
     for repeat in range(3):
         started_s = clock()
@@ -170,12 +171,12 @@ def tokens_per_s(generator: Any, num_rows: int) -> float:
 
 
 def time_products() -> None:
-    if not torch.cuda.is_available():
+    if not has_gpu():
         log.info("the crossover between kernel and widening is that of a GPU; torch sees none")
         return
     from models.int8_triton import few_rows_product
 
-    log.info("%s, compute capability %s", torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    log.info("%s", find_card())
     weights = [(torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda"), shape) for shape in SHAPES_OF_A_7B]
     for num_rows in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
         kernel_ms = widened_ms = 0.0

@@ -20,6 +20,8 @@ import functools
 import torch
 from torch import Tensor
 
+from optimization.gpu import compute_capability
+
 _CPU_FEW_ROWS = 8
 _CPU_WIDTH_MULTIPLE = 32  # `_weight_int8pack_mm` takes K in vectors and reads beyond the end of rows of another width
 _CPU_CHUNK_BYTES = 1024**2
@@ -76,7 +78,7 @@ def _on_cuda(x: Tensor, q: Tensor, scb: Tensor, bias: Tensor | None) -> Tensor:
 
 @functools.cache
 def _few_rows_on_cuda(device: torch.device) -> int:
-    return CUDA_FEW_ROWS.get(torch.cuda.get_device_capability(device), CUDA_FEW_ROWS_UNMEASURED)
+    return CUDA_FEW_ROWS.get(compute_capability(device), CUDA_FEW_ROWS_UNMEASURED)
 
 
 def _shape_only(x: Tensor, q: Tensor, scb: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from optimization.gpu import num_multiprocessors
+
 BLOCK_N, BLOCK_K = 64, 128
 NUM_WARPS, NUM_STAGES = 4, 4
 _MAX_SPLITS = 16
@@ -29,7 +31,7 @@ def few_rows_product(
     block_m = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
     tiles = (triton.cdiv(num_outputs, BLOCK_N), triton.cdiv(num_rows, block_m))
     if num_splits is None:
-        num_splits = splits_of_k(tiles[0] * tiles[1], width, _num_processors(x_MK.device))
+        num_splits = splits_of_k(tiles[0] * tiles[1], width, num_multiprocessors(x_MK.device))
     split_width = triton.cdiv(triton.cdiv(width, num_splits), BLOCK_K) * BLOCK_K
     sums = y_MN if num_splits == 1 else y_MN.new_empty(num_splits, num_rows, num_outputs, dtype=torch.float32)
     bias_or_any = scb if bias is None else bias
@@ -64,10 +66,6 @@ def splits_of_k(num_tiles: int, width: int, num_processors: int) -> int:
     ):
         num_splits *= 2
     return num_splits
-
-
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit

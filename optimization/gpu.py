@@ -80,6 +80,16 @@ def free_and_total_bytes() -> tuple[int, int]:
     return torch.cuda.mem_get_info()
 
 
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Compute level of a GPU, such as (9, 0)."""
+    return torch.cuda.get_device_capability(device)
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def computes_in_bf16(device: torch.device) -> bool:
     """Whether a device has bf16 units; a GPU before Ampere would imitate them."""
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)

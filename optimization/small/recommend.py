@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from core.errors import UserError
 from core.units import gb
+from optimization.catalogue import MODELS
 from optimization.small.models import SIZES, model_config
 from planner.components import kv_bytes_per_token, weight_bytes
 from planner.constants import CUDA_CONTEXT_BYTES
@@ -42,11 +43,12 @@ _CHANGES: tuple[dict[str, Any], ...] = (
 )
 """For training from scratch, the mildest first; mixed precision is always on."""
 _ROWS_OF_8192 = "max_prompt_length=4096 max_completion_length=4096"
+_QWEN = MODELS["qwen2.5"]
 _TEACHER_RUNGS = tuple(
     (f"teacher_rlt_mono_{card}", f"{_ROWS_OF_8192} {words} per_device_train_batch_size={rows}".replace("  ", " "))
     for card, words, rows in (
-        ("8gb", "model_name_or_path=Qwen/Qwen2.5-0.5B-Instruct", 1),
-        ("8gb", "model_name_or_path=Qwen/Qwen2.5-1.5B-Instruct", 1),
+        ("8gb", f"model_name_or_path={_QWEN['0.5b']}", 1),
+        ("8gb", f"model_name_or_path={_QWEN['1.5b']}", 1),
         ("8gb", "", 1),
         ("12gb", "", 1),
         ("16gb", "", 1),
