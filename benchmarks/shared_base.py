@@ -156,7 +156,7 @@ def held_gb() -> float:
         free, total = torch.cuda.mem_get_info()
         return (total - free) / 1e9
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(status["RssAnon"].split()[0]) * 1024 / 1e9
 
 

@@ -344,7 +344,7 @@ def plot_errors(path: Path) -> None:
 def main() -> None:
     fix_cpu_dequantization()
     made = {name: make() for name, make in TABLES.items()} | {REAL_TABLE: real_error_table()}
-    PAGE.write_text(with_tables(PAGE.read_text(), made))
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), made))
     plot_levels(IMAGES / "nf4_levels.png")
     plot_errors(IMAGES / "quantisation_error.png")
 

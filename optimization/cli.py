@@ -99,7 +99,7 @@ def run_and_words(options: argparse.Namespace) -> tuple[str, list[str], list[str
     words: dict[str, Any] = {}
     for name in GROUPS:
         if options.all or getattr(options, name):
-            words |= yaml.safe_load((CONFIG_ROOT / "optimization_cfg" / f"{name}.yaml").read_text())
+            words |= yaml.safe_load((CONFIG_ROOT / "optimization_cfg" / f"{name}.yaml").read_text(encoding="utf-8"))
     run_of_model, chosen = run_for_model(options.model, options.size) if options.model else (DEFAULT_RUN, [])
     folder = [f"output_dir={options.output_dir}"] if options.output_dir else []
     run = names[0] if names else run_of_model

@@ -27,7 +27,7 @@ _SHOWN_PHASES = (Phase.GENERATE, Phase.SCORE, Phase.TRAIN)
 
 def table(measurements: Path = MEASUREMENTS) -> str:
     """Markdown: one row per configuration, one column per GPU with the predicted GB of GENERATE / SCORE / TRAIN."""
-    measured = measured_peaks(json.loads(measurements.read_text()))
+    measured = measured_peaks(json.loads(measurements.read_text(encoding="utf-8")))
     header = ["config", "GPU", "teacher", "student", "reference", "batch", "context"]
     header += [*(f"{card} GB GPU" for card in CARDS_GB), "measured"]
     lines = [_row(header), _row(["---"] * len(header))]
@@ -93,13 +93,13 @@ def main(words: list[str] | None = None, readme: Path = CONFIG_ROOT.parent / "RE
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 where the table is out of date")
     arguments = parser.parse_args(words)
-    old = readme.read_text()
+    old = readme.read_text(encoding="utf-8")
     new = with_block(old, table(), start=START, end=END)
     if arguments.check:
         if old != new:
             console.print("README.md: the table is out of date; run python -m planner.readme_table")
         return int(old != new)
-    readme.write_text(new)
+    readme.write_text(new, encoding="utf-8")
     return 0
 
 

@@ -162,7 +162,7 @@ def _shape_from_folder(name: str, folder: Path) -> ModelShape:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise _unreadable(path, str(error)) from error
     if not isinstance(config, dict):
@@ -180,7 +180,7 @@ def _unreadable(path: Path, reason: str) -> UserError:
 
 @functools.cache
 def _known_families() -> dict[str, Any]:
-    return json.loads((Path(__file__).parent / "known_shapes.json").read_text())
+    return json.loads((Path(__file__).parent / "known_shapes.json").read_text(encoding="utf-8"))
 
 
 @functools.cache

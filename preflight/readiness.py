@@ -43,7 +43,7 @@ class Check:
 
 def check_packages() -> Iterator[Check]:
     """Check installed versions against pyproject.toml's ranges (outside: failure) and the pins that were tried."""
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     pins = _pins()
     wrong, other = [], []
     for line in project["dependencies"]:
@@ -72,7 +72,7 @@ def _quoted(packages: list[tuple[str, str]]) -> str:
 
 
 def _pins() -> dict[str, str]:
-    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
     return {line.split("==")[0]: line.strip() for line in lines if "==" in line and not line.startswith("#")}
 
 
@@ -146,7 +146,7 @@ def _torch_cuda_version() -> str | None:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
-    source = (Path(spec.origin).parent / "version.py").read_text()
+    source = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
     match = re.search(r"^cuda: .*? = (.+)$", source, re.MULTILINE)
     return ast.literal_eval(match[1]) if match else None
 

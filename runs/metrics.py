@@ -15,7 +15,7 @@ _END_OF_TRAINING = "train_runtime"
 
 
 def append_metrics(file: Path, step: int, figures: Mapping[str, Any]) -> None:
-    with open(file, "a") as handle:
+    with open(file, "a", encoding="utf-8") as handle:
         handle.write(json.dumps({"step": step, **figures}) + "\n")
 
 
@@ -51,7 +51,7 @@ def drop_metrics_after(file: Path, step: int) -> None:
 
 
 def _lines(file: Path) -> list[str]:
-    return file.read_text(errors="replace").splitlines()
+    return file.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _parsed(text: str) -> dict[str, Any] | None:

@@ -230,7 +230,7 @@ def _write_config(path: Path, values: Mapping[str, Any]) -> None:
 
 def _lock(path: Path) -> IO[str]:
     try:
-        handle = open(path / LOCK_FILE, "a")  # noqa: SIM115 - held for the life of the run
+        handle = open(path / LOCK_FILE, "a", encoding="utf-8")  # noqa: SIM115 - held for the life of the run
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(handle.fileno()), os.stat(path / LOCK_FILE)):
             raise BlockingIOError
@@ -265,7 +265,7 @@ def read_config(run: Path) -> dict[str, Any]:
 def _saved_config(run: Path) -> dict[str, Any] | None:
     """None where there is none, or a damaged one."""
     try:
-        saved = yaml.safe_load((run / CONFIG_FILE).read_text())
+        saved = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, FileNotFoundError):
         return None
     return saved if isinstance(saved, dict) else None

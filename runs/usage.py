@@ -124,7 +124,7 @@ print(output.outputs[0].text)"""
         slot = lora_rank_slot(self.config.model_args.lora_r)
         trust = " --trust-remote-code" if self.config.model_args.trust_remote_code else ""
         return f"""python -m vllm.entrypoints.openai.api_server --model {self.base}{trust} \\
-    --enable-lora --max-lora-rank {slot} --lora-modules teacher={self.folder}
+    --enable-lora --max-lora-rank {slot} --lora-modules teacher={self.folder} --host 127.0.0.1
 # then POST /v1/completions with "model": "teacher", the prompt, and "add_special_tokens": false"""
 
     def _prompt(self) -> str:

@@ -34,7 +34,7 @@ def page() -> str:
     for module in _MODULES:
         path = ROOT / "schemas" / f"{module}.py"
         if path.exists():
-            tree = ast.parse(path.read_text())
+            tree = ast.parse(path.read_text(encoding="utf-8"))
             sections += [_section(node) for node in tree.body if isinstance(node, ast.ClassDef) and _fields(node)]
     return "\n".join(sections + _library())
 
@@ -96,5 +96,9 @@ def _default(value: ast.expr) -> str:
 
 if __name__ == "__main__":
     if "--check" in sys.argv[1:]:
-        sys.exit(0 if PAGE.exists() and PAGE.read_text() == page() else f"{PAGE} is stale: python -m schemas.document")
+        sys.exit(
+            0
+            if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page()
+            else f"{PAGE} is stale: python -m schemas.document"
+        )
     PAGE.write_text(page())

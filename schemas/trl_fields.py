@@ -70,7 +70,7 @@ def argument_fields(arguments_class: ArgumentsClass) -> dict[str, tuple[Any, Any
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(f"{package} is not installed; run ./launch_mono.sh or `make install` once")
-        tree = ast.parse((Path(spec.origin).parent / path).read_text())
+        tree = ast.parse((Path(spec.origin).parent / path).read_text(encoding="utf-8"))
         body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
         for node in body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):

@@ -37,7 +37,7 @@ def try_newest(venv: Path, words: list[str]) -> int:
     """Install, compare, test; pytest's exit status."""
     setup = [sys.executable, str(ROOT / "scripts" / "setup_env.py"), "--dev", "--newest", f"{OPTION}{venv}"]
     subprocess.run(setup, check=True)
-    tried = pins((ROOT / "constraints.txt").read_text())
+    tried = pins((ROOT / "constraints.txt").read_text(encoding="utf-8"))
     now = installed(venv)
     newer = {name: version for name, version in now.items() if name in tried and version != tried[name]}
     for name, version in sorted(newer.items()):

@@ -44,7 +44,7 @@ def pinned(text: str) -> dict[str, str]:
 
 def asked_for() -> list[str]:
     """Names that pyproject.toml lists, all extras among them, and vLLM's."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     words = [*project["dependencies"], *(word for extra in project["optional-dependencies"].values() for word in extra)]
     return [*(canonicalize_name(Requirement(word).name) for word in words), *_VLLM]
 
@@ -111,11 +111,18 @@ def with_hashes(known: dict[str, str], reports: Iterable[str]) -> str:
 
 def main() -> None:
     if "--hashes" in sys.argv[1:]:
-        HASHES.write_text(with_hashes(known_hashes(), [Path(file).read_text() for file in sys.argv[2:]]))
+        HASHES.write_text(
+            with_hashes(known_hashes(), [Path(file).read_text(encoding="utf-8") for file in sys.argv[2:]])
+        )
         return
-    installed, pins = brought_by(asked_for()), pinned(CONSTRAINTS.read_text())
+    installed, pins = brought_by(asked_for()), pinned(CONSTRAINTS.read_text(encoding="utf-8"))
     if "--write" in sys.argv[1:]:
-        elsewhere = {n: v for file in sys.argv[2:] for n, v in reported(Path(file).read_text()) if n not in installed}
+        elsewhere = {
+            n: v
+            for file in sys.argv[2:]
+            for n, v in reported(Path(file).read_text(encoding="utf-8"))
+            if n not in installed
+        }
         CONSTRAINTS.write_text(pins_text(elsewhere | installed, pins))
         return
     if found := problems(installed, pins):

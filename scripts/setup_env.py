@@ -70,7 +70,7 @@ def pip_install(*requirements: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         pip("install", "--report", str(report), *constrained(), *requirements)
-        check_hashes({name: sha256 for name, sha256, _ in downloaded(report.read_text())})
+        check_hashes({name: sha256 for name, sha256, _ in downloaded(report.read_text(encoding="utf-8"))})
 
 
 def downloaded(report: str) -> Iterator[tuple[str, str, str]]:
@@ -84,7 +84,7 @@ def downloaded(report: str) -> Iterator[tuple[str, str, str]]:
 
 def known_hashes() -> dict[str, str]:
     """File name -> SHA-256 of the lines of hashes.txt."""
-    lines = (line.split(maxsplit=1) for line in HASHES.read_text().splitlines())
+    lines = (line.split(maxsplit=1) for line in HASHES.read_text(encoding="utf-8").splitlines())
     return {name: sha256 for sha256, name in lines}
 
 
@@ -159,24 +159,24 @@ def make_importable(venv: Path, checkout: Path) -> None:
     """Let the environment's Python import the checkout from any folder; nothing is copied or installed."""
     for site_packages in venv.glob("lib/python*/site-packages"):
         file = site_packages / "rlt-one-gpu.pth"
-        if not file.exists() or file.read_text() != f"{checkout}\n":  # a checkout may have been moved
-            file.write_text(f"{checkout}\n")
+        if not file.exists() or file.read_text(encoding="utf-8") != f"{checkout}\n":  # a checkout may have been moved
+            file.write_text(f"{checkout}\n", encoding="utf-8")
 
 
 def main() -> None:
     extras = ["loggers", *(["dev"] if "--dev" in sys.argv[1:] else [])]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     requirements = [*project["dependencies"], *(r for e in extras for r in project["optional-dependencies"][e])]
     inputs = [
         *requirements,
         *constrained(),
-        CONSTRAINTS.read_text(),
-        Path(__file__).read_text(),
+        CONSTRAINTS.read_text(encoding="utf-8"),
+        Path(__file__).read_text(encoding="utf-8"),
         sys.version,
         str(has_nvidia_driver()),
     ]
     digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
-    installed = json.loads(STAMP.read_text()) if STAMP.exists() else {}
+    installed = json.loads(STAMP.read_text(encoding="utf-8")) if STAMP.exists() else {}
     make_importable(VENV, ROOT)
     if digest in installed.get("digests", []):
         return

@@ -20,7 +20,7 @@ def load_limits(checkpoint: Path, retries: MemoryRetries) -> None:
     """Go on with what the run of this checkpoint found; where both know a limit, with the lower one."""
     if not (checkpoint / _FILE).is_file():
         return
-    for name, limit in json.loads((checkpoint / _FILE).read_text()).items():
+    for name, limit in json.loads((checkpoint / _FILE).read_text(encoding="utf-8")).items():
         retries.limits[Phase(name)] = min(limit, retries.limits.get(Phase(name), limit))
     found = ", ".join(f"{phase} {limit}" for phase, limit in retries.limits.items())
     log.info("at once, since the run before ran out of memory: %s (%s)", found, checkpoint / _FILE)

@@ -49,7 +49,7 @@ def running_process(run: Path) -> psutil.Process | None:
         return None
     lock = run / LOCK_FILE
     try:
-        process = psutil.Process(int(lock.read_text()))
+        process = psutil.Process(int(lock.read_text(encoding="utf-8")))
         is_older = process.create_time() <= lock.stat().st_mtime  # a later process may have got the number
     except (OSError, ValueError, psutil.NoSuchProcess):
         return None
@@ -78,7 +78,7 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _progress(run: Path) -> str:
-    max_steps = yaml.safe_load((run / CONFIG_FILE).read_text()).get("max_steps") or 0
+    max_steps = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8")).get("max_steps") or 0
     logged = [metrics for metrics in _metrics(run) if "loss" in metrics]
     step = f"step {logged[-1]['step'] if logged else 0}" + (f"/{max_steps}" if max_steps > 0 else "")
     reward = logged[-1].get("reward") if logged else None

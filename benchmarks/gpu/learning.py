@@ -17,7 +17,7 @@ def embedded_run(setup: Setup, figures: Figures) -> None:
     words = [f"max_steps={num_steps}", f"eval_steps={num_steps}", f"output_dir={folder}", "resume=never"]
     command = [sys.executable, str(ROOT / "train.py"), "--config-name=teacher_rlt_tiny", *words]
     subprocess.run(command, cwd=ROOT, check=True)
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     figures.update(summary=summary, num_steps=num_steps)
     figures.add_table(
         f"embedded run, {num_steps} steps" + ("" if num_steps == 50 else ": no bar is asked of so few"),

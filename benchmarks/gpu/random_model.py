@@ -137,7 +137,7 @@ def write_questions(path: Path, tokenizer: PreTrainedTokenizerFast, max_prompt_l
             num_words -= 1
         rows.append(row(index, num_words))
         lengths.append(length(rows[-1]))
-    path.write_text("".join(json.dumps(r | {"reasoning_trace": "so it is"}) + "\n" for r in rows))
+    path.write_text("".join(json.dumps(r | {"reasoning_trace": "so it is"}) + "\n" for r in rows), encoding="utf-8")
     return lengths
 
 

@@ -33,14 +33,14 @@ def publish(results: Sequence[Result], root: Path = ROOT) -> None:
     file = root / "docs" / "measurements.json"
     new = [_published(result) for result in results if result.status == "ok"]
     keys = {_key(entry) for entry in new}
-    entries = [entry for entry in json.loads(file.read_text()) if _key(entry) not in keys] + new
+    entries = [entry for entry in json.loads(file.read_text(encoding="utf-8")) if _key(entry) not in keys] + new
     write_whole(file, json.dumps(entries, indent=1) + "\n")
     write_pages(root)
 
 
 def results_in(folder: Path) -> list[Result]:
     """Results of a GPU in an --out folder, of the shape that the configurations are made for."""
-    results = [Result(**json.loads(path.read_text())) for path in sorted(folder.glob("?-*.json"))]
+    results = [Result(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("?-*.json"))]
     return [result for result in results if result.machine["card"] is not None and result.shape == PUBLISHED_SHAPE]
 
 
@@ -100,9 +100,16 @@ def with_section(page: str, entries: Sequence[dict[str, Any]]) -> str:
 def write_pages(root: Path = ROOT) -> None:
     measurements = root / "docs" / "measurements.json"
     page, readme = root / "docs" / "measurements.md", root / "README.md"
-    page.write_text(with_section(page.read_text(), json.loads(measurements.read_text())))
+    page.write_text(
+        with_section(page.read_text(encoding="utf-8"), json.loads(measurements.read_text(encoding="utf-8")))
+    )
     readme.write_text(
-        with_block(readme.read_text(), readme_table.table(measurements), start=readme_table.START, end=readme_table.END)
+        with_block(
+            readme.read_text(encoding="utf-8"),
+            readme_table.table(measurements),
+            start=readme_table.START,
+            end=readme_table.END,
+        )
     )
 
 
@@ -116,8 +123,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if not arguments.check:
         publish(results_in(arguments.add) if arguments.add else [])
         return 0
-    page = (ROOT / "docs" / "measurements.md").read_text()
-    stale = page != with_section(page, json.loads((ROOT / "docs" / "measurements.json").read_text()))
+    page = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8")
+    stale = page != with_section(page, json.loads((ROOT / "docs" / "measurements.json").read_text(encoding="utf-8")))
     if stale:
         console.print("docs/measurements.md is out of date; run python -m benchmarks.gpu.report")
     return int(stale)

@@ -87,7 +87,7 @@ class Figures:
 def read_result(out: Path, cell: Cell) -> Result | None:
     """Result of a cell in `OUT`, of whatever machine; None where there is no complete one."""
     try:
-        return Result(**json.loads((out / f"{cell.file_name}.json").read_text()))
+        return Result(**json.loads((out / f"{cell.file_name}.json").read_text(encoding="utf-8")))
     except (FileNotFoundError, json.JSONDecodeError, TypeError):  # never ran, or by an earlier version of this file
         return None
 
@@ -129,9 +129,9 @@ def run_cell(cell: Cell, machine: Machine, *, shape: str, out: Path, limit_s: fl
     command = [sys.executable, "-m", "benchmarks.gpu.cell", json.dumps(task)]
     log.info("%s: at work, at most %.0f s; %s", cell.file_name, limit_s, log_file)
     started = time.monotonic()
-    with open(log_file, "w") as lines:
+    with open(log_file, "w", encoding="utf-8") as lines:
         status = _run(command, lines, limit_s)
-    figures = json.loads(figures_file.read_text()) if figures_file.exists() else {}
+    figures = json.loads(figures_file.read_text(encoding="utf-8")) if figures_file.exists() else {}
     figures_file.unlink(missing_ok=True)
     result = Result(
         part=cell.part,
@@ -175,6 +175,8 @@ def _reason(status: int | None, figures: Mapping[str, Any], log_file: Path, limi
         return ""
     if status == SKIPPED_STATUS:
         return str(figures["skipped"])
-    lines = [line.strip() for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.strip() for line in log_file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+    ]
     last = lines[-1][:300] if lines else "it printed nothing"
     return f"after {limit_s:.0f} s, at: {last}" if status is None else f"status {status}: {last}"

@@ -317,5 +317,5 @@ def _cells(row: dict[str, float | None], *names: str) -> list[str]:
 
 
 def _logged_steps(metrics_file: Path) -> Sequence[dict[str, Any]]:
-    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    lines = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if "loss" in line]
