@@ -4,7 +4,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
-    AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
     GraniteConfig,
@@ -14,32 +13,14 @@ from transformers import (
 
 from rollout.logprobs import score_spans, span_logprobs
 from rollout.types import ScoringRow
+from tests.helpers.families import SIZES, make_model
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 CONFIGS: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**SIZES),
     "granite_divides": GraniteConfig(**SIZES, logits_scaling=3.0),
     "cohere_multiplies": CohereConfig(**SIZES, logit_scale=0.2),
     "gemma2_caps": Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=1.5),
 }
-
-
-def make_model(config: PretrainedConfig) -> torch.nn.Module:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.2)
-    return model
 
 
 def make_rows() -> list[ScoringRow]:

@@ -26,18 +26,8 @@ from rollout.batches import input_len, make_batch, row_batches
 from rollout.logprobs import score_spans, span_logprobs
 from rollout.packed_attention import Layout, obstacle_to_packing, pack_sequences
 from rollout.types import ScoringRow
+from tests.helpers.families import SIZES, make_model
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 FAMILIES: dict[str, PretrainedConfig] = {
     "cohere": CohereConfig(**SIZES),
     "gemma": GemmaConfig(**SIZES, head_dim=8),
@@ -52,14 +42,6 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**SIZES, head_dim=8),
 }
 PACKED: tuple[Layout, ...] = ("shared_prefix", "packed")
-
-
-def make_model(config: PretrainedConfig) -> torch.nn.Module:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    return model
 
 
 def make_rows(seed: int = 0, vocab_size: int = 97) -> list[ScoringRow]:
@@ -82,7 +64,7 @@ def make_rows(seed: int = 0, vocab_size: int = 97) -> list[ScoringRow]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", PACKED)
 def test_logprobs_are_those_of_each_row_alone(family: str, layout: Layout) -> None:
-    model = make_model(FAMILIES[family])
+    model = make_model(FAMILIES[family], noise=0.05)
     rows = make_rows()
     expected = [score_spans(model, [row])[0] for row in rows]
     assert obstacle_to_packing(model) is None
@@ -98,7 +80,7 @@ def test_logprobs_are_those_of_each_row_alone(family: str, layout: Layout) -> No
 @pytest.mark.parametrize("layout", PACKED)
 @pytest.mark.parametrize("family", ["qwen2", "mistral_window"])
 def test_gradients_of_an_adapter_are_those_of_a_padded_batch(family: str, layout: Layout, checkpointing: bool) -> None:
-    model = get_peft_model(make_model(FAMILIES[family]), LoraConfig(r=4, target_modules="all-linear"))
+    model = get_peft_model(make_model(FAMILIES[family], noise=0.05), LoraConfig(r=4, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
@@ -154,13 +136,13 @@ def test_rows_that_share_no_prefix_are_not_mixed_up() -> None:
 
 
 def test_a_model_whose_attention_cannot_is_named_with_the_reason() -> None:
-    assert "caps" in str(obstacle_to_packing(make_model(Gemma2Config(**SIZES, head_dim=8))))
+    assert "caps" in str(obstacle_to_packing(make_model(Gemma2Config(**SIZES, head_dim=8), noise=0.05)))
     eager = AutoModelForCausalLM.from_config(FAMILIES["qwen2"], attn_implementation="eager")
     assert "eager" in str(obstacle_to_packing(eager))
 
 
 def test_other_calls_of_a_packing_model_compute_what_they_did() -> None:
-    model, ids_BT = make_model(FAMILIES["qwen2_window"]), torch.randint(3, 97, (2, 20))
+    model, ids_BT = make_model(FAMILIES["qwen2_window"], noise=0.05), torch.randint(3, 97, (2, 20))
     mask_BT = torch.ones_like(ids_BT).index_fill_(1, torch.arange(4), 0)
     with torch.no_grad():
         expected = model(ids_BT, attention_mask=mask_BT).logits
