@@ -98,7 +98,8 @@ def _disk_errno(error: BaseException) -> int | None:
             continue
         if isinstance(cause, OSError) and cause.errno in set().union(*_DISK_FAULTS.values()):
             return cause.errno
-        if isinstance(cause, OSError | RuntimeError) or type(cause).__name__ == "SafetensorError":
+        # tokenizers raises plain `Exception`s
+        if isinstance(cause, OSError | RuntimeError) or type(cause).__name__ in ("SafetensorError", "Exception"):
             text = str(cause).lower()
             if (number := next((number for words, number in _DISK_TEXTS.items() if words in text), None)) is not None:
                 return number

@@ -19,10 +19,14 @@ def replaced_file(path: Path) -> Iterator[Path]:
     A power failure leaves the old content or the new one.
     """
     partial = path.with_name(f".{path.name}.partial")
-    yield partial
-    with open(partial, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
+    try:
+        yield partial
+        with open(partial, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -66,7 +66,7 @@ WRITERS = {
     "checkpoint": ("peft:PeftModel.save_pretrained", 2),
     "optimizer": ("transformers.trainer:Trainer._save_optimizer_and_scheduler", 2),
     "metrics": ("trainers.callbacks:append_metrics", 3),
-    "completions": ("pandas:DataFrame.to_parquet", 2),
+    "completions": ("pandas:DataFrame.to_parquet", 4),
     "evaluation": ("trainers.teacher_grpo:write_evaluation", 1),
     "result": ("peft:PeftModel.save_pretrained", 4),
     "summary": ("runs.summary:write_summary", 1),

@@ -134,7 +134,9 @@ def test_the_same_command_continues_as_if_it_had_not_been_interrupted(model, tmp
     rows = [{"question": f"{i}+{i}", "solution": f"={2 * i}"} for i in range(10)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    words = {folder: [*command(model, folder, "transformers"), "save_steps=1000"] for folder in (whole, stopped)}
+    words = {
+        folder: [*command(model, folder, "generator=transformers"), "save_steps=1000"] for folder in (whole, stopped)
+    }
     run_to_the_end(words[whole])
 
     process = subprocess.Popen(words[stopped], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

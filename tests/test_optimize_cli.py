@@ -169,7 +169,7 @@ def test_the_script_sets_up_passes_its_words_on_and_keeps_the_folder(clone):
 def test_the_script_trains_three_steps(clone):
     done = shell(clone, "--recover-nan", "--compile", "--train", "max_steps=3", "--output-dir", "run")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "every LLM.int8 linear ends the" in done.stdout  # why the student is not compiled
+    assert "the model is on a CPU, where compiling" in done.stdout  # why the student is not compiled
     assert (clone / "elsewhere" / "run" / "adapter_model.safetensors").is_file()
 
 

@@ -105,7 +105,8 @@ class Watched:
         self.losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
     def is_like(self, other: "Watched") -> None:
-        assert self.losses == pytest.approx(other.losses, abs=1e-6)
+        # In float32, of a loss in which terms of about 1 cancel.
+        assert self.losses == pytest.approx(other.losses, abs=2e-6)
         for mine, theirs in zip(self.gradients, other.gradients, strict=True):
             assert mine.keys() == theirs.keys() and max(g.abs().max() for g in theirs.values()) > 1e-4
             for name, gradient in theirs.items():

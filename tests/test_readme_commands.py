@@ -56,7 +56,7 @@ WALKED = {
 END""": Expected(0, ""),
     "python -m scoring explanations.jsonl scored.jsonl --run results/teacher_rlt_tiny": Expected(0, "scored.jsonl"),
     "python -m models.merge results/teacher_rlt_tiny merged": Expected(0, "merged"),
-    "tail -f results/teacher_rlt_tiny/logs/training.log": Expected(124, "the results are in results/", timeout_s=2),
+    "tail -f results/teacher_rlt_tiny/logs/training.log": Expected(124, "the results are in", timeout_s=2),
     "python -m trainers.watch results/teacher_rlt_tiny": Expected(0, "teacher_rlt_tiny finished, step 2/2"),
     "python -m runs.report results/teacher_rlt_tiny": Expected(
         0, "the report is in results/teacher_rlt_tiny/report.html"
@@ -65,7 +65,8 @@ END""": Expected(0, ""),
 NOT_WALKED = {
     "make test": "the tests themselves",
     "python -m vllm.entrypoints.openai.api_server --model ~/.cache/rlt/arithmetic-qwen2-v4 "
-    "--enable-lora --max-lora-rank 16 --lora-modules teacher=results/teacher_rlt_tiny": "a server, which goes on",
+    "--enable-lora --max-lora-rank 16 --lora-modules teacher=results/teacher_rlt_tiny "
+    "--host 127.0.0.1": "a server, which goes on",
 }
 
 
