@@ -104,9 +104,8 @@ class Watched:
         trainer.train()
         self.losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
-    def is_like(self, other: "Watched") -> None:
-        # In float32, of a loss in which terms of about 1 cancel.
-        assert self.losses == pytest.approx(other.losses, abs=2e-6)
+    def is_like(self, other: "Watched", *, num_faults: int = 1) -> None:
+        assert self.losses == pytest.approx(other.losses, abs=1e-6 * num_faults)  # float32: each halving rounds anew
         for mine, theirs in zip(self.gradients, other.gradients, strict=True):
             assert mine.keys() == theirs.keys() and max(g.abs().max() for g in theirs.values()) > 1e-4
             for name, gradient in theirs.items():
@@ -151,7 +150,7 @@ def test_a_step_is_the_one_without_the_fault(fault, model, undisturbed, tmp_path
     trainer.sampler = sampled
     fail(trainer, monkeypatch, calls)
     found = Watched(trainer)
-    found.is_like(undisturbed)
+    found.is_like(undisturbed, num_faults=len(calls))
     assert sampled.num_calls == 1  # one rollout for two steps
     lines = [line for line in said if "out of memory" in line]
     assert len(lines) == len(calls) and all(f"({phase})" in line and "\n" not in line for line in lines)
