@@ -13,7 +13,7 @@ import argparse
 import gc
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,65 +124,65 @@ def main() -> None:
     compare(models, words)
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a side of the comparison scores."""
+
+    layout: Layout | None
+    """None: one completion after the other, all logits."""
+    teacher_logprobs: str = "forward"
+    collect: bool = False
+
+    @property
+    def roles(self) -> list[Role]:
+        return [Role.STUDENT] if self.teacher_logprobs == "sampler" else [Role.STUDENT, Role.TEACHER]
+
+
+WAYS = {
+    "plain": Way(None),
+    "plain, collect": Way(None, collect=True),
+    "padded": Way("padded"),
+    "packed": Way("packed"),
+    "shared prefix": Way("shared_prefix"),
+    "shared prefix, sampler's log-probs": Way("shared_prefix", teacher_logprobs="sampler"),
+}
+
+
 def compare(models: dict[Role, PreTrainedModel], words: argparse.Namespace) -> None:
-    max_tokens: int = words.max_tokens
     config = load_run_config(compose_run_config("teacher_rlt_tiny", ["student_model=tiny"]))
-    prompt_format = PromptFormat.from_config(config)
+    prompt_format, max_tokens = PromptFormat.from_config(config), words.max_tokens
     rollout = draw_rollout(words.groups, prompt_format)
-    asked: list[tuple[Role, list[ScoringRow]]] = []
+    rows: dict[Role, list[ScoringRow]] = {}
 
-    def scorer(score: Callable[[PreTrainedModel, Sequence[ScoringRow]], Any], teacher_logprobs: str) -> Any:
-        def scored(role: Role, rows: Sequence[ScoringRow], temperature: float) -> Any:
-            asked.append((role, list(rows)))
-            return score(models[role], rows)
+    def side(way: Way) -> Callable[[], Any]:
+        def scored(role: Role, role_rows: Sequence[ScoringRow], temperature: float) -> Any:
+            rows[role], model = list(role_rows), models[role]
+            pack_sequences(model, way.layout or "padded")
+            if way.layout is None:
+                return plain_score(model, role_rows, collect=way.collect)
+            return score_spans(model, role_rows, max_batch_tokens=max_tokens)
 
-        reward_config = replace(config, teacher_logprobs=teacher_logprobs)
-        return RolloutScorer(
+        rewards = RolloutScorer(
             tokenizer=build_tokenizer(),
             prompt_format=prompt_format,
-            reward_config=reward_config,
+            reward_config=replace(config, teacher_logprobs=way.teacher_logprobs),
             sampling_temperature=TEMPERATURE,
             score=scored,
         )
-
-    def ours(layout: Layout, teacher_logprobs: str) -> Callable[[], Any]:
-        def score(model: PreTrainedModel, rows: Sequence[ScoringRow]) -> Any:
-            pack_sequences(model, layout)
-            return score_spans(model, rows, max_batch_tokens=max_tokens)
-
-        rewards = scorer(score, teacher_logprobs)
         return lambda: rewards(rollout).breakdown.reward
 
-    def plain(collect: bool) -> Callable[[], Any]:
-        def score(model: PreTrainedModel, rows: Sequence[ScoringRow]) -> Any:
-            pack_sequences(model, "padded")
-            return plain_score(model, rows, collect=collect)
-
-        rewards = scorer(score, "forward")
-        return lambda: rewards(rollout).breakdown.reward
-
-    sides = {
-        "plain": plain(collect=False),
-        **({"plain, collect": plain(collect=True)} if words.published else {}),
-        "padded": ours("padded", "forward"),
-        "packed": ours("packed", "forward"),
-        "shared prefix": ours("shared_prefix", "forward"),
-        "shared prefix, sampler's log-probs": ours("shared_prefix", "sampler"),
-    }
+    sides = {name: side(way) for name, way in WAYS.items() if words.published or not way.collect}
     expected = sides["plain"]()
-    rows = {role: list(r) for role, r in asked}
     for name in ("padded", "packed", "shared prefix"):
         torch.testing.assert_close(sides[name](), expected, atol=1e-4, rtol=1e-4)
     seconds = paired_seconds(sides, words.repeats)
-    layouts: dict[str, Layout] = {"padded": "padded", "packed": "packed"}
+    of_plain = sum(multiply_adds(models[role], rows[role], None, max_tokens) for role in rows)
     console.print(f"{len(rollout.rows)} completions, {sum(len(r.token_ids) for r in rollout.rows)} tokens with prompts")
     console.print(f"{'':36}CPU s    plain / this  multiply-adds plain / this  padding")
     for name, side_s in seconds.items():
-        roles = [Role.STUDENT] if "sampler" in name else [Role.STUDENT, Role.TEACHER]
-        layout = None if name.startswith("plain") else layouts.get(name, "shared_prefix")
-        done = sum(multiply_adds(models[role], rows[role], layout, max_tokens) for role in roles)
-        of_plain = sum(multiply_adds(models[role], rows[role], None, max_tokens) for role in rows)
-        padding = 0.0 if layout is None else max(padded_share(rows[role], layout, max_tokens) for role in roles)
+        way = WAYS[name]
+        done = sum(multiply_adds(models[role], rows[role], way.layout, max_tokens) for role in way.roles)
+        padding = max(padded_share(rows[role], way.layout, max_tokens) for role in way.roles) if way.layout else 0.0
         console.print(
             f"{name:36}{side_s:7.2f}  {seconds['plain'] / side_s:12.2f}  {of_plain / done:26.2f}  {padding:7.3f}"
         )

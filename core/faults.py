@@ -59,7 +59,7 @@ def phase_of(error: BaseException) -> FailedPhase | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory, of the card or of the host, was asked for in vain."""
+    """Whether memory, of the GPU or of the host, was asked for in vain."""
     for cause in _with_causes(error):
         if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
             return True

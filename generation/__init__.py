@@ -3,13 +3,13 @@
 from generation.base import Generator, SamplingSettings
 from generation.canary import Canary
 from generation.choose import (
-    BaseForVLLM,
     Precision,
     check_generator,
     make_generator,
     prepare_base,
     trainer_precision,
 )
+from generation.vllm_engine import BaseForVLLM
 
 __all__ = [
     "BaseForVLLM",

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from core.log import log
 from core.units import BYTES_PER_GB, format_gb
 from generation.base import Generator, SamplingSettings
 from generation.transformers_engine import TransformersGenerator
-from generation.vllm_engine import VLLMEngineConfig, VLLMGenerator, forget_failed_start
+from generation.vllm_engine import BaseForVLLM, VLLMEngineConfig, VLLMGenerator, forget_failed_start
 from models.export import export_for_vllm, nf4_group_size
 from models.memory_retries import MemoryRetries
 from models.shared_base import CannotShareError, SharedBase, share_base
@@ -24,17 +23,6 @@ from planner.constants import lora_rank_slot
 from schemas.generation import GenerationConfig, generator_base_of
 
 Precision = Literal["int8", "nf4", "bf16"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BaseForVLLM:
-    """A checkpoint for vLLM, or the trainer's base itself, and what it holds."""
-
-    checkpoint: str
-    weights: str
-    shares_trainer_weights: bool
-    shared_base: SharedBase | None = None
-    quantization: Literal["fp8"] | None = None
 
 
 def check_generator(config: GenerationConfig, device: torch.device, trainer: Precision, lora_rank: int) -> None:
@@ -88,11 +76,7 @@ def make_generator(
 
     def start(base: BaseForVLLM) -> Generator:
         engine_config = VLLMEngineConfig(
-            checkpoint=base.checkpoint,
-            weights=base.weights,
-            shares_trainer_weights=base.shares_trainer_weights,
-            shared_base=base.shared_base,
-            quantization=base.quantization,
+            base=base,
             dtype=str(_activation_dtype(model)).removeprefix("torch."),
             on_gpu=model.device.type == "cuda",
             max_model_len=max_model_len,

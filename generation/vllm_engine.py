@@ -31,8 +31,8 @@ _MIN_BATCHED_TOKENS_ON_CPU = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VLLMEngineConfig:
-    """Settings of the engine."""
+class BaseForVLLM:
+    """A checkpoint for vLLM, or the trainer's base itself, and what it holds."""
 
     checkpoint: str
     """Folder or hub id that vLLM loads."""
@@ -43,6 +43,13 @@ class VLLMEngineConfig:
     """The trainer's base, which is served where it lies; of `checkpoint` the configuration alone is read then."""
     quantization: Literal["fp8"] | None = None
     """Quantise on the fly while loading; None loads the checkpoint as it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VLLMEngineConfig:
+    """Settings of the engine."""
+
+    base: BaseForVLLM
     dtype: str
     """Dtype of activations and unquantised weights."""
     on_gpu: bool
@@ -70,12 +77,12 @@ class VLLMGenerator:
     def __init__(
         self, config: VLLMEngineConfig, sampling: SamplingSettings, retries: MemoryRetries | None = None
     ) -> None:
-        self.weights, self.shares_trainer_weights = config.weights, config.shares_trainer_weights
+        self.weights, self.shares_trainer_weights = config.base.weights, config.base.shares_trainer_weights
         self._sampling = sampling
         self._rows_per_call, self._retries = config.rows_per_call, retries
         self._on_gpu = config.on_gpu
         self._adapter_folder = AdapterFolder()
-        self._reads_trainers_base = config.shared_base is not None
+        self._reads_trainers_base = config.base.shared_base is not None
         self._adapter_request: Any = None
         self._num_swaps = self._num_requests = 0
         self._asleep = False
@@ -324,7 +331,7 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
         }
     with _weights(config) as weights:
         return LLM(
-            model=config.checkpoint,
+            model=config.base.checkpoint,
             dtype=config.dtype,
             trust_remote_code=config.trust_remote_code,
             skip_tokenizer_init=True,
@@ -351,12 +358,12 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
 @contextlib.contextmanager
 def _weights(config: VLLMEngineConfig) -> Iterator[Mapping[str, Any]]:
     """vLLM's arguments that say where it gets its weights."""
-    if config.shared_base is None:
-        yield {"quantization": config.quantization}
+    if config.base.shared_base is None:
+        yield {"quantization": config.base.quantization}
         return
     from generation.vllm_shared import offered
 
-    with offered(config.shared_base) as arguments:
+    with offered(config.base.shared_base) as arguments:
         yield arguments
 
 

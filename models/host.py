@@ -208,11 +208,11 @@ class ModelHost:
             raise ValueError(f"no {role}: the host {self._state()}")
         own = None if role == Role.TEACHER else self._models.get(role)
         model, adapter = (own, nullcontext()) if own is not None else (self.teacher, self._adapter_for(role))
-        with torch.no_grad(), evaluation_mode(model), adapter, self._on_card(role):
+        with torch.no_grad(), evaluation_mode(model), adapter, self._on_gpu(role):
             yield model
 
     @contextmanager
-    def _on_card(self, role: Role) -> Iterator[None]:
+    def _on_gpu(self, role: Role) -> Iterator[None]:
         """A parked student is there; it stays until the SCORE phase ends, as more rows may follow."""
         if role != Role.STUDENT or self._parked_student is None:
             yield

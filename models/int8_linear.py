@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from optimization.gpu import compute_capability
+from optimization.int8_matmul import widen
 
 _CPU_FEW_ROWS = 8
 _CPU_WIDTH_MULTIPLE = 32  # `_weight_int8pack_mm` takes K in vectors and reads beyond the end of rows of another width
@@ -41,10 +42,10 @@ def widened_product(x_MK: Tensor, q: Tensor, scb: Tensor, bias: Tensor | None, c
     """[M, N] in the dtype of x; at most `chunk_bytes` (or 64 rows) of the weight are widened at once."""
     y_MN = x_MK.new_empty(len(x_MK), len(q))
     num_rows = min(len(q), max(64, chunk_bytes // (q.shape[1] * x_MK.element_size())))
-    buffer, scales = x_MK.new_empty(num_rows, q.shape[1]), scb * (1.0 / 127.0)
+    buffer = x_MK.new_empty(num_rows, q.shape[1])
     for start in range(0, len(q), num_rows):
         rows = slice(start, min(start + num_rows, len(q)))
-        weight = torch.mul(q[rows], scales[rows, None], out=buffer[: rows.stop - start])
+        weight = widen(q[rows], scb[rows], out_NK=buffer[: rows.stop - start])
         if bias is None:
             torch.mm(x_MK, weight.t(), out=y_MN[:, rows])
         else:

@@ -50,9 +50,15 @@ class DequantizedProduct(torch.autograd.Function):
 
 
 def _widened(q_NK: Tensor, scb_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N, K] q * SCB / 127, multiplied in float32 and rounded once; no other tensor of that size is made."""
-    widened_NK = torch.empty(q_NK.shape, dtype=dtype, device=q_NK.device)
-    return torch.mul(q_NK, (scb_N * (1.0 / 127.0))[:, None], out=widened_NK)
+    return widen(q_NK, scb_N, out_NK=torch.empty(q_NK.shape, dtype=dtype, device=q_NK.device))
+
+
+def widen(q_NK: Tensor, scb_N: Tensor, *, out_NK: Tensor) -> Tensor:
+    """q * SCB / 127 written to `out_NK`, multiplied in float32 and rounded once; no other tensor of that size is made.
+
+    Trainer and generator both call this where they widen: their weights are the same bits.
+    """
+    return torch.mul(q_NK, (scb_N * (1.0 / 127.0))[:, None], out=out_NK)
 
 
 def multiply_in_16_bits(model: nn.Module) -> AppliedOptimization | Obstacle:

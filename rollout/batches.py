@@ -145,18 +145,19 @@ def _packed_batch(rows: Sequence[ScoringRow], layout: Layout) -> Batch:
     lengths = [input_len(row) for row in rows]
     token_ids: list[int] = []
     position_ids: list[int] = []
-    segments = Segments([], [])
+    segment_lens: list[int] = []
+    prefixes: list[int | None] = []
     starts = [(0, 0, 0)] * len(rows)
 
     def append(row: ScoringRow, start: int, end: int, prefix: int | None) -> None:
         if end > start:
             token_ids.extend(row.token_ids[start:end])
             position_ids.extend(range(start, end))
-            segments.lengths.append(end - start)
-            segments.prefixes.append(prefix)
+            segment_lens.append(end - start)
+            prefixes.append(prefix)
 
     for prefix_len, members in _groups(rows, lengths, layout):
-        prefix_start, prefix = len(token_ids), len(segments.lengths) if prefix_len else None
+        prefix_start, prefix = len(token_ids), len(segment_lens) if prefix_len else None
         append(rows[members[0]], 0, prefix_len, None)
         for b in members:
             starts[b] = (prefix_start, prefix_len, len(token_ids))
@@ -165,6 +166,6 @@ def _packed_batch(rows: Sequence[ScoringRow], layout: Layout) -> Batch:
         "input_ids": torch.tensor([token_ids]),
         "position_ids": torch.tensor([position_ids]),
         "attention_mask": torch.zeros(1, 1, 1, 1),  # of four dimensions: transformers then makes none of its own
-        "packed": segments,
+        "packed": Segments(segment_lens, prefixes),
     }
     return Batch(inputs, starts)

@@ -13,16 +13,17 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
+def replaced_file(path: Path, *, synced: bool = True) -> Iterator[Path]:
     """A file beside `path` to write to; it takes the place of `path` when the block ends without an error.
 
-    A power failure leaves the old content or the new one.
+    A power failure leaves the old content or the new one; where it is not `synced`, which is faster, perhaps neither.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
-        with open(partial, "rb") as handle:
-            os.fsync(handle.fileno())
+        if synced:
+            with open(partial, "rb") as handle:
+                os.fsync(handle.fileno())
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

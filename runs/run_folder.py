@@ -13,7 +13,6 @@ summary.json       before and after; its presence says that the run is finished
 A run is never cut for another one: what lies in the folder and is not continued is kept whole as `FOLDER.1`, `.2`, ...
 """
 
-import fcntl
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from typing import IO, Any
 import yaml
 
 from core.errors import UserError
+from core.locks import try_lock
 from core.log import console, log
 from runs.checkpoints import (
     check_named,
@@ -229,17 +229,18 @@ def _write_config(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _lock(path: Path) -> IO[str]:
+    handle, is_ours = None, False
     try:
-        handle = open(path / LOCK_FILE, "a", encoding="utf-8")  # noqa: SIM115 - held for the life of the run
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(handle.fileno()), os.stat(path / LOCK_FILE)):
-            raise BlockingIOError
-    except (BlockingIOError, FileNotFoundError):  # the latter two: it is putting a new folder in the place of this one
+        handle = try_lock(path / LOCK_FILE)
+        is_ours = handle is not None and os.path.samestat(os.fstat(handle.fileno()), os.stat(path / LOCK_FILE))
+    except FileNotFoundError:  # as with another file of that name: a new folder is being put in the place of this one
+        pass
+    if handle is None or not is_ours:
         raise UserError(
             f"another process is training in {path}",
             expected="one run for each output folder",
             remedy="wait for it, or set output_dir=ANOTHER_FOLDER",
-        ) from None
+        )
     handle.truncate(0)
     handle.write(str(os.getpid()))
     handle.flush()

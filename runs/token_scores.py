@@ -4,11 +4,11 @@ A file has the name of the table of completions that its column `row` counts in.
 `solution_log_prob`, `explanation_tokens` and `explanation_kl` are lists, one entry per token.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from runs.files import replaced_file
 from runs.run_folder import TOKEN_SCORES_FOLDER
 
 MAX_FOLDER_BYTES = 128 * 10**6
@@ -30,9 +30,8 @@ def write_token_scores(
 
     folder = run_dir / TOKEN_SCORES_FOLDER
     folder.mkdir(exist_ok=True)
-    partial = folder / f".{kind}_{step:05d}.partial"
-    pd.DataFrame(table).to_parquet(partial)  # unlike the run's own files not synced to the disk, which takes longer
-    os.replace(partial, folder / f"{kind}_{step:05d}.parquet")
+    with replaced_file(folder / f"{kind}_{step:05d}.parquet", synced=False) as partial:
+        pd.DataFrame(table).to_parquet(partial)
     while sum(file.stat().st_size for file in folder.iterdir()) > max_folder_bytes:
         files = {int(file.stem.rpartition("_")[2]): file for file in folder.glob("completions_*.parquet")}
         steps = sorted(files)

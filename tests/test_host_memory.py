@@ -16,7 +16,7 @@ import models.host as host_module
 from core.log import log
 from core.types import Phase, Role
 from generation import SamplingSettings
-from generation.vllm_engine import VLLMEngineConfig, VLLMGenerator
+from generation.vllm_engine import BaseForVLLM, VLLMEngineConfig, VLLMGenerator
 from models.host import ModelHost
 from models.shared_base import SharedBase
 from planner.constants import VLLM_BATCHED_TOKENS
@@ -25,9 +25,7 @@ from tests.helpers.fake_card import CONTEXT_BYTES, GB, FakeCard, FakeLLM, stub_m
 
 ENGINE_BYTES = 27 * GB
 ENGINE = VLLMEngineConfig(
-    checkpoint="base",
-    weights="under test",
-    shares_trainer_weights=True,
+    base=BaseForVLLM(checkpoint="base", weights="under test", shares_trainer_weights=True),
     dtype="bfloat16",
     on_gpu=True,
     max_model_len=128,
@@ -198,7 +196,7 @@ def test_an_engine_on_the_trainers_base_gives_back_its_cache_and_nothing_else(ca
     llm = SimpleNamespace(**{name: lambda *a, name=name, **k: seen.append((name, *a, *k.values())) for name in methods})
     monkeypatch.setattr(vllm_engine, "_start_engine", lambda config: llm)
     settings = SamplingSettings(temperature=1.0, max_new_tokens=4, stop_token_ids=(1,))
-    generator = VLLMGenerator(replace(ENGINE, shared_base=SharedBase()), settings)
+    generator = VLLMGenerator(replace(ENGINE, base=replace(ENGINE.base, shared_base=SharedBase())), settings)
     for _ in range(2):
         generator.sleep()
     generator.wake()
@@ -218,13 +216,14 @@ import json, sys
 from pathlib import Path
 import torch
 from generation import SamplingSettings
-from generation.vllm_engine import VLLMEngineConfig, VLLMGenerator
+from generation.vllm_engine import BaseForVLLM, VLLMEngineConfig, VLLMGenerator
 from tests.helpers.planted_outliers import write_planted_model
 
 def start():
     config = VLLMEngineConfig(
-        checkpoint=sys.argv[1], weights="under test", shares_trainer_weights=True, dtype="bfloat16", on_gpu=True,
-        max_model_len=128, rows_per_call=16, max_lora_rank=8, kv_cache_bytes=512_000_000, gpu_memory_utilization=0.3,
+        base=BaseForVLLM(checkpoint=sys.argv[1], weights="under test", shares_trainer_weights=True),
+        dtype="bfloat16", on_gpu=True, max_model_len=128, rows_per_call=16, max_lora_rank=8,
+        kv_cache_bytes=512_000_000, gpu_memory_utilization=0.3,
         enforce_eager=True,
     )
     return VLLMGenerator(config, SamplingSettings(temperature=1.0, max_new_tokens=4, stop_token_ids=(1,)))

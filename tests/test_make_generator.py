@@ -176,5 +176,5 @@ def test_vllm_finds_expandable_segments_under_the_name_that_its_versions_read(na
     fake = SimpleNamespace(LLM=lambda **settings: seen.append(os.environ["PYTORCH_CUDA_ALLOC_CONF"]))
     monkeypatch.setitem(sys.modules, "vllm", fake)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80, 85))
-    _start_engine(mock.Mock(on_gpu=True, gpu_memory_utilization=0.5, shared_base=None))
+    _start_engine(mock.Mock(on_gpu=True, gpu_memory_utilization=0.5, base=mock.Mock(shared_base=None)))
     assert seen == ["expandable_segments:True"]

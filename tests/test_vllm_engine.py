@@ -15,7 +15,7 @@ import models.export as export
 from core.errors import CanaryError
 from core.types import Phase
 from generation import Canary, SamplingSettings, make_generator
-from generation.vllm_engine import VLLMEngineConfig, VLLMGenerator
+from generation.vllm_engine import BaseForVLLM, VLLMEngineConfig, VLLMGenerator
 from models.memory_retries import MemoryRetries
 from models.meter import PhaseMeter
 from schemas.generation import GenerationConfig
@@ -67,9 +67,7 @@ def mean_difference(left, right):
 
 def start(checkpoint, weights="under test"):
     config = VLLMEngineConfig(
-        checkpoint=str(checkpoint),
-        weights=weights,
-        shares_trainer_weights=True,
+        base=BaseForVLLM(checkpoint=str(checkpoint), weights=weights, shares_trainer_weights=True),
         dtype="bfloat16",
         on_gpu=DEVICE == "cuda",
         max_model_len=128,

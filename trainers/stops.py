@@ -54,11 +54,11 @@ def _out_of_memory(error: Exception, config: AnyRunConfig, values: Mapping[str, 
     failed = phase_of(error)
     phase = failed.phase if failed is not None else Phase.LOAD
     measured = f", {format_gb(failed.measured_bytes)} measured" if failed is not None else ""
-    card = f", of a card of {format_gb(plan.gpu_bytes)}" if plan.gpu_bytes is not None else ""
+    gpu = f", of a GPU of {format_gb(plan.gpu_bytes)}" if plan.gpu_bytes is not None else ""
     retries = f", after {failed.num_retries} retries (max_oom_retries)" if failed and failed.num_retries else ""
     return StoppedError(
         f"out of memory ({phase}){retries}: {first_line(error)}",
-        expected=f"{format_gb(plan.peak_bytes(phase))} by the plan in this phase{measured}{card}",
+        expected=f"{format_gb(plan.peak_bytes(phase))} by the plan in this phase{measured}{gpu}",
         remedy=_what_saves(values, phase),
         continues=goes_on_from(Path(config.arguments.output_dir), config.resume, changed=True),
     )
