@@ -59,7 +59,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """Where the starter asked for it: be killed as soon as it ends, however it ends. Linux; elsewhere nothing happens."""
+    """Where the starter asked for it: be killed as soon as that ends, in whatever way (Linux; elsewhere not)."""
     parent = os.environ.pop(WATCHED_PARENT, None)
     if parent is None or not sys.platform.startswith("linux"):
         return

@@ -28,7 +28,12 @@ class Board:
 
     def __init__(self, num_jobs: int, jobs_at_once: int, expected_s: Mapping[str, float | None]) -> None:
         self._num_jobs, self._jobs_at_once, self._expected_s = num_jobs, jobs_at_once, expected_s
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+        )
         self._progress = Progress(*columns, console=console, transient=True, disable=not can_animate())
         self._all = self._progress.add_task("pipeline", total=num_jobs, state="")
         self._tasks: dict[str, TaskID] = {}
@@ -52,7 +57,9 @@ class Board:
     def finished(self, job: Job, seconds: float) -> None:
         log.info("%s: finished in %s%s", job.title, format_duration(seconds), self._left and f"; {self._left}")
 
-    def update(self, running: "Sequence[Running]", to_do: Sequence[Job], known: Mapping[str, Mapping[str, Any]]) -> None:
+    def update(
+        self, running: "Sequence[Running]", to_do: Sequence[Job], known: Mapping[str, Mapping[str, Any]]
+    ) -> None:
         """Show where the jobs are."""
         self._left = time_left(
             [(one.job, one.seconds) for one in running], to_do, known, self._jobs_at_once, self._expected_s

@@ -1,4 +1,4 @@
-"""Jobs of a pipeline: one for each stage, arm and seed, with its command and the fingerprint of all that goes into it."""
+"""Jobs of a pipeline: one for each stage, arm and seed, with its command and a fingerprint of all that goes into it."""
 
 import hashlib
 import json
@@ -65,7 +65,7 @@ def jobs_of(pipeline: PipelineConfig) -> dict[str, Job]:
     """
     jobs: dict[str, Job] = {}
     problems: dict[str, None] = {}
-    for seed in pipeline.seeds or [None]:
+    for seed in pipeline.seeds if pipeline.seeds is not None else [None]:
         for stage_name, stage in pipeline.stages.items():
             for arm in stage.arms or [None]:
                 try:
@@ -127,7 +127,9 @@ class _References:
             return [resolved for inner in value for resolved in self._elements(inner)]
         if value == "{seed}":
             return self._seed
-        return REFERENCE.sub(lambda found: self._text(found[1], found[2], found[3]), value) if _is_text(value) else value
+        return (
+            REFERENCE.sub(lambda found: self._text(found[1], found[2], found[3]), value) if _is_text(value) else value
+        )
 
     def _elements(self, value: Any) -> list[Any]:
         """What an element of a list stands for: `{folders:STAGE}/x` for one of each arm."""
@@ -152,7 +154,7 @@ def _is_text(value: Any) -> bool:
 
 
 def for_planning(job: Job, jobs: Mapping[str, Job]) -> Job:
-    """The job with inputs that are not there yet replaced by the bases that they are made from, so that it can be planned.
+    """The job with inputs that are not there yet replaced by the bases that they are made from: it can be planned.
 
     An adapter or a run that is named alone is left out: the base of the job's own configuration is planned.
     """

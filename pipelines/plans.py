@@ -115,16 +115,13 @@ def plan_table(
 
 def expected_seconds(pipeline: PipelineConfig) -> dict[str, float | None]:
     """Stage -> seconds of one of its jobs, as its configuration says."""
-    return {name: minutes and minutes * 60 for name, minutes in _minutes(pipeline).items()}
+    return {
+        name: None if stage.expected_minutes is None else stage.expected_minutes * 60
+        for name, stage in pipeline.stages.items()
+    }
 
 
-def _minutes(pipeline: PipelineConfig) -> dict[str, float | None]:
-    return {name: stage.expected_minutes for name, stage in pipeline.stages.items()}
-
-
-def _time_each(
-    pipeline: PipelineConfig, group: Sequence[PlannedJob], known: Mapping[str, Mapping[str, Any]]
-) -> str:
+def _time_each(pipeline: PipelineConfig, group: Sequence[PlannedJob], known: Mapping[str, Mapping[str, Any]]) -> str:
     """Mean of those that have finished, else what is expected."""
     times = [seconds for one in group if (seconds := known.get(one.job.name, {}).get("seconds")) is not None]
     if times:

@@ -1,8 +1,8 @@
 """The runner of a pipeline: starts jobs as processes, waits, repeats nothing that is finished, leaves nothing behind.
 
 What is finished is read from the folders of the jobs, so that the same call goes on after a kill at any moment. A job's
-fingerprint (configuration and inputs) is written to `jobs.json` before it starts. A folder whose fingerprint is another one
-is set aside as `FOLDER.1`, ..., and the job done anew.
+fingerprint (configuration and inputs) is written to `jobs.json` before it starts. A folder whose fingerprint is another
+one is set aside as `FOLDER.1`, ..., and the job done anew.
 """
 
 import json
@@ -158,8 +158,8 @@ class PipelineRunner:
         log.error("%s %s; the pipeline stops. Its last lines:", job.title, how)
         console.print("\n".join(text.splitlines()[-_LAST_LINES:]), markup=False, highlight=False, soft_wrap=True)
         log.error(
-            "all of it: %s\nto go on: mend the cause, then the same command; finished jobs are not repeated, and jobs whose "
-            "settings or inputs change are done anew",
+            "all of it: %s\nto go on: mend the cause, then the same command; finished jobs are not repeated, and jobs "
+            "whose settings or inputs change are done anew",
             self.log_file(job),
         )
 

@@ -28,9 +28,9 @@ class StageConfig:
     config: Name
     """Run configuration that its jobs start from."""
     settings: dict[str, Any] = field(default_factory=lambda: {})
-    """What its jobs set. `{seed}` and `{arm}` stand for those of the job, `{folder:STAGE}` for the results of an earlier
-    stage's job of the same seed and arm, `{folder:STAGE/ARM}` for those of another arm, and in a list `{folders:STAGE}`
-    for those of all arms of the job's seed."""
+    """What its jobs set. `{seed}` and `{arm}` stand for those of the job, `{folder:STAGE}` for the results of an
+    earlier stage's job of the same seed and arm, `{folder:STAGE/ARM}` for those of another arm, and in a list
+    `{folders:STAGE}` for those of all arms of the job's seed."""
     arms: dict[Part, dict[str, Any] | None] = field(default_factory=lambda: {})
     """Arm -> what it sets differently; no arms: one job for each seed."""
     expected_minutes: PositiveFloat | None = None
