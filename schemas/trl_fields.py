@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, create_model
 from schemas.ranges import RANGES
 from schemas.values import AnyFloat, AnyInt
 
-ArgumentsClass = Literal["TrainingArguments", "GRPOConfig"]
+ArgumentsClass = Literal["TrainingArguments", "GRPOConfig", "SFTConfig"]
 
 # From the most basic class to the most derived one: a later declaration of the same name wins, as in Python.
 _TRAINING_ARGUMENTS = ("transformers", "training_args.py", "TrainingArguments")
@@ -29,6 +29,11 @@ _SOURCES: dict[ArgumentsClass, tuple[tuple[str, str, str], ...]] = {
         _TRAINING_ARGUMENTS,
         ("trl", "trainer/base_config.py", "_BaseConfig"),
         ("trl", "trainer/grpo_config.py", "GRPOConfig"),
+    ),
+    "SFTConfig": (
+        _TRAINING_ARGUMENTS,
+        ("trl", "trainer/base_config.py", "_BaseConfig"),
+        ("trl", "trainer/sft_config.py", "SFTConfig"),
     ),
 }
 _PLAIN_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "dict": dict, "list": list, "None": None}
