@@ -2,8 +2,8 @@
 
 transformers calls `training_step` once per optimizer step, with all its rows. They are laid out as those of a
 teacher's step are (`rollout.batches`): under a token budget, rows of one forward one after another and kept apart, or
-padded. TRL's loss of a micro-batch is a sum over its learned tokens, divided by those of the step, so that micro-batches
-add up to one batch.
+padded. TRL's loss of a micro-batch is a sum over its learned tokens, divided by those of the step: micro-batches add up
+to one batch.
 """
 
 from collections import defaultdict
