@@ -58,11 +58,6 @@ class TracesRunConfig(TracesConfig, SampledRunConfig):
                 f"`resume` is {self.resume!r}; a collection has no checkpoints, its unfinished folder is what it goes "
                 "on from. Use resume=auto or resume=never."
             )
-        if self.model_args.adapter_path is not None:
-            raise ValueError(
-                "`model_args.adapter_path` is set; the teacher's adapter comes from `teacher_run`. Set "
-                "teacher_run=FOLDER, and model_args.adapter_path=null."
-            )
 
     @property
     def arguments(self) -> Any:
@@ -76,6 +71,9 @@ class TracesRunConfig(TracesConfig, SampledRunConfig):
     def without_effect(cls, values: Mapping[str, Any]) -> Iterator[str]:
         """Settings that only a training uses."""
         yield from super().without_effect(values)
+        args = values.get("model_args")
+        if isinstance(args, Mapping) and args.get("adapter_path") is not None:
+            yield "`model_args.adapter_path` is set, and `teacher_run` names the teacher. Use teacher_run=FOLDER."
         for key, (default, why) in _NOT_HERE.items():
             if values.get(key, default) != default:
                 yield f"`{key}` cannot be set: {why}. Remove it."
