@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from schemas.any_run import AnyRunConfig, TrainingRunConfig
-from schemas.library_settings import GRPO_CONFIG, SFT_CONFIG, TRAINING_ARGUMENTS, LibrarySettings
+from schemas.library_settings import GRPO_CONFIG, SAMPLING_ARGUMENTS, SFT_CONFIG, TRAINING_ARGUMENTS, LibrarySettings
 
 DEFAULT_METHOD = "rlt"
 ConfigT = TypeVar("ConfigT", bound=AnyRunConfig)
@@ -123,6 +123,21 @@ METHODS: dict[str, Method] = {
     ),
     "teacher_sft": _supervised("a teacher's warm-up", "TeacherSFTRunConfig"),
     "student_sft": _supervised("a student's distillation", "StudentSFTRunConfig"),
+    "collect_traces": Method(
+        title="a collection of traces",
+        index="collect_traces",
+        config=Entry("schemas.traces:TracesRunConfig"),
+        library=SAMPLING_ARGUMENTS,
+        arguments_field="sampling",
+        build_arguments=None,
+        roles=("teacher", "student"),
+        rows="explanations",
+        plan_settings=Entry("planner.traces:traces_settings"),
+        choose_fp8=Entry("optimization.fp8_optim:choose_fp8_of_teacher"),
+        train=Entry("traces.run:collect_traces"),
+        report=Entry("traces.summary:TRACES_REPORT"),
+        card=None,
+    ),
 }
 
 
