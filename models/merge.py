@@ -9,7 +9,7 @@ and rounded once, to the run's 16-bit dtype; never into 8 or 4 bits, which would
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from data.formats import PromptFormat
 from data.tags import TEACHER_PROMPT_FILE
 from models.export import exported_tensors, quantised_or_plain_weight, write_checkpoint
 from models.load import add_adapter, load_base, load_tokenizer, quiet_libraries
-from models.trained import open_run
+from models.trained import StoredModel, open_model, open_run
 from optimization.gpu import pick_device
 from schemas.run import ConfigError
 
@@ -44,25 +44,40 @@ def merge_run(run: str | Path, folder: Path) -> Path:
         raise UserError(
             f"`{folder}` is there already", expected="a new or an empty folder", remedy="remove it, or name another one"
         )
-    config = open_run(run, needs_adapter=True).config
+    trained = open_run(run, needs_adapter=True)
+    config = trained.config
     quiet_libraries()
     tokenizer = load_tokenizer(config.model_name_or_path, config.model_args)
-    base = load_base(config.model_name_or_path, config.model_args, pick_device(config.model_args.device_map))
-    model = add_adapter(base, config.model_args)
-    sampling = GenerationConfig(
+    generation_config = GenerationConfig(
         do_sample=True,
         temperature=config.grpo.temperature,
         top_p=config.grpo.top_p,
         top_k=config.grpo.top_k,
         max_new_tokens=config.grpo.max_completion_length,
-        eos_token_id=base.generation_config.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     files = {
-        "generation_config.json": sampling.to_json_string(),
+        "generation_config.json": generation_config.to_json_string(),
         TEACHER_PROMPT_FILE: PromptFormat.from_config(config).teacher_prompt_template(tokenizer),
     }
-    return write_checkpoint(base, tokenizer, folder, merged_tensors(model), files=files)
+    return write_merged(open_model(run, config.model_args), folder, pick_device(config.model_args.device_map), files)
+
+
+def write_merged(
+    stored: StoredModel, folder: Path, device: torch.device, files: Mapping[str, str] | None = None
+) -> Path:
+    """Write a stored model as one plain checkpoint with its tokenizer and more text files (name -> content).
+
+    Raises:
+        UserError: it cannot be loaded, or its adapter is not a plain LoRA of weight matrices.
+    """
+    base = load_base(stored.weights, stored.args, device)
+    tensors = exported_tensors(base, "dequantized")
+    if stored.adapter is not None:
+        tensors = merged_tensors(add_adapter(base, stored.args))
+    end_ids = base.generation_config.to_json_string()
+    files = {"generation_config.json": end_ids} | dict(files or {})
+    return write_checkpoint(base, load_tokenizer(stored.tokenizer, stored.args), folder, tensors, files=files)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from schemas.any_run import AnyRunConfig
-from schemas.library_settings import GRPO_CONFIG, TRAINING_ARGUMENTS, LibrarySettings
+from schemas.library_settings import GRPO_CONFIG, SAMPLING_ARGUMENTS, TRAINING_ARGUMENTS, LibrarySettings
 
 DEFAULT_METHOD = "rlt"
 ConfigT = TypeVar("ConfigT", bound=AnyRunConfig)
@@ -98,6 +98,20 @@ METHODS: dict[str, Method] = {
         train=Entry("trainers.masked_diffusion_run:train_masked_diffusion"),
         report=Entry("runs.summary:DIFFUSION_REPORT"),
         card=Entry("trainers.model_card:masked_diffusion_card"),
+    ),
+    "evaluate": Method(
+        title="an evaluation",
+        index="evaluate",
+        config=Entry("schemas.evaluate:EvaluateRunConfig"),
+        library=SAMPLING_ARGUMENTS,
+        arguments_field="sampling",
+        build_arguments=None,
+        roles=("model",),
+        rows="answers",
+        plan_settings=Entry("planner.evaluate:evaluate_settings"),
+        train=Entry("evaluation.run:evaluate_models"),
+        report=Entry("runs.summary:TEACHER_REPORT"),
+        card=None,
     ),
 }
 
