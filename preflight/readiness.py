@@ -23,6 +23,7 @@ from core.hub import hub_problem, model_is_cached
 from core.units import format_gb
 from planner.plan import MemoryPlan
 from schemas.compose import CONFIG_ROOT
+from schemas.methods import as_training
 from schemas.model import EMBEDDED_MODEL
 from schemas.run import AnyRunConfig
 
@@ -208,7 +209,8 @@ def _hub_check() -> Check:
 
 def check_loggers(config: AnyRunConfig) -> Check:
     """Check wandb, which is optional; asked for without a login it records offline."""
-    report_to = config.arguments.report_to
+    training = as_training(config)
+    report_to = training.arguments.report_to if training is not None else None
     names = [report_to] if isinstance(report_to, str) else list(report_to or [])
     if "wandb" not in names and "all" not in names:
         return Check(name="wandb", status="ok", detail="not asked for (report_to=wandb turns it on)")

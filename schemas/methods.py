@@ -8,7 +8,7 @@ import pkgutil
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from schemas.any_run import AnyRunConfig
+from schemas.any_run import AnyRunConfig, TrainingRunConfig
 from schemas.library_settings import GRPO_CONFIG, SAMPLING_ARGUMENTS, TRAINING_ARGUMENTS, LibrarySettings
 
 DEFAULT_METHOD = "rlt"
@@ -43,10 +43,10 @@ class Method:
     """What becomes of the library's own settings."""
     arguments_field: str
     """Field of the configuration class that holds those settings."""
-    build_arguments: Entry
-    """(config, use_cpu=...) -> the library's arguments object."""
+    build_arguments: Entry | None
+    """(config, use_cpu=...) -> the library's arguments object; None: nothing is trained."""
     roles: tuple[str, ...]
-    """Models that it loads: the one that is trained, then frozen ones, in the order of `optimize_models`."""
+    """Models that it loads: the one that is trained or sampled, then frozen ones, in the order of `optimize_models`."""
     rows: str
     """What the rows of a step are called."""
     plan_settings: Entry
@@ -57,12 +57,16 @@ class Method:
     """(config, values, plan, device, on_results) -> the finished run."""
     report: Entry
     """Rows of the table at the end: a `Report`."""
-    card: Entry
-    """(config, trainer) -> the model card."""
+    card: Entry | None
+    """(config, trainer) -> the model card; None: no model is written."""
 
     @property
     def frozen_roles(self) -> tuple[str, ...]:
         return self.roles[1:]
+
+    def card_text(self, config: AnyRunConfig, trainer: Any) -> str:
+        assert self.card is not None, "a method whose trainer saves models has a card for them"
+        return str(self.card(config, trainer))
 
     def own_field_names(self) -> set[str]:
         """Settings that this project declares."""
@@ -118,6 +122,11 @@ METHODS: dict[str, Method] = {
 
 def method_of(config: AnyRunConfig) -> Method:
     return METHODS[config.method]
+
+
+def as_training(config: AnyRunConfig) -> TrainingRunConfig | None:
+    """The configuration where its run trains; None where it only samples and scores."""
+    return as_kind(config, TrainingRunConfig)  # type: ignore[type-abstract]
 
 
 def as_kind(config: AnyRunConfig, config_class: type[ConfigT]) -> ConfigT | None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from schemas.any_run import AnyRunConfig
+from schemas.any_run import AnyRunConfig, TrainingRunConfig
 from schemas.generation import GenerationConfig, generator_base_of
 from schemas.leaves import not_finite, switches_for_numbers
 from schemas.library_settings import GRPO_CONFIG, ONLY_WITH_VLLM_SERVER
@@ -27,7 +27,7 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(ModelConfig, GenerationConfig, RewardConfig, TeacherStepConfig, AnyRunConfig):
+class RunConfig(ModelConfig, GenerationConfig, RewardConfig, TeacherStepConfig, TrainingRunConfig):
     """One run. Components take the base class that they need, e.g. `RLTReward(config: RewardConfig)`."""
 
     method: Literal["rlt"] = "rlt"
@@ -193,7 +193,8 @@ def load_run_config(values: Mapping[str, Any]) -> AnyRunConfig:
         problems += _describe(error, values)
     own_values = {key: value for key, value in values.items() if key in own}
     if arguments is not None:
-        problems += schedule_problems(arguments)
+        if method.build_arguments is not None:
+            problems += schedule_problems(arguments)
         try:
             config = TypeAdapter(config_class).validate_python(own_values | {method.arguments_field: arguments})
         except ValidationError as error:
