@@ -24,7 +24,7 @@ from core.units import format_gb
 from planner.plan import MemoryPlan
 from schemas.compose import CONFIG_ROOT
 from schemas.methods import as_training
-from schemas.model import EMBEDDED_MODEL
+from schemas.model import is_embedded
 from schemas.run import AnyRunConfig
 
 REPOSITORY = CONFIG_ROOT.parent
@@ -186,8 +186,8 @@ def check_models(config: AnyRunConfig) -> Iterator[Check]:
     """Check that model folders exist, and that hub ids are in the cache or can be reached."""
     hub: Check | None = None
     for name in dict.fromkeys(filter(None, config.model_names)):
-        if name == EMBEDDED_MODEL:
-            yield Check(name="model", status="ok", detail="tiny: the embedded model, made locally on first use")
+        if is_embedded(name):
+            yield Check(name="model", status="ok", detail=f"{name}: an embedded model, made locally on first use")
         elif Path(name).expanduser().is_dir():
             yield Check(name="model", status="ok", detail=f"{name}: a local folder")
         elif model_is_cached(name):

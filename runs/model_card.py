@@ -9,7 +9,7 @@ from runs.summary import DIFFUSION_REPORT, TEACHER_REPORT, Report
 from runs.usage import Usage, literal, quantisation
 from schemas.data import DataConfig
 from schemas.llada import DiffusionSamplingConfig, MaskedDiffusionRunConfig
-from schemas.model import EMBEDDED_MODEL, ModelArgs
+from schemas.model import ModelArgs, is_embedded
 from schemas.reward import as_list
 from schemas.run import RunConfig
 
@@ -132,7 +132,7 @@ learning rate {args.learning_rate:g}, seed {args.seed}.
 
 def _header(base: str | None, tags: list[str], library: str) -> str:
     """The Hub takes a hub id alone as `base_model`."""
-    is_hub_id = base is not None and base != EMBEDDED_MODEL and not Path(base).exists()
+    is_hub_id = base is not None and not is_embedded(base) and not Path(base).exists()
     lines = [
         *([f"base_model: {base}"] if is_hub_id else []),
         f"library_name: {library}",
@@ -166,7 +166,7 @@ def _precision(args: ModelArgs) -> str:
 
 
 def _base_note(base: str | None) -> str:
-    return f"; `{base}` is the small model that this framework makes itself" if base == EMBEDDED_MODEL else ""
+    return f"; `{base}` is a small model that this framework makes itself" if base and is_embedded(base) else ""
 
 
 def _data(config: DataConfig) -> str:

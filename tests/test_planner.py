@@ -486,8 +486,8 @@ def test_readme_has_the_present_table() -> None:
 
 
 def test_the_embedded_model_has_the_built_in_shape() -> None:
-    from data.embedded.model import _model_config
+    from data.embedded.model import model_config
     from data.embedded.tokenizer import build_tokenizer
 
-    config = _model_config(build_tokenizer()).to_dict()
+    config = model_config(build_tokenizer()).to_dict()
     assert replace(shape_from_config("tiny", config), name="tiny") == load_shape("tiny")
