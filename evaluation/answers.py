@@ -61,7 +61,7 @@ def is_right(answer: str | None, solution: str, scoring: Scoring) -> bool:
 
 
 def stated_letter(answer: str) -> str | None:
-    """The letter of a choice in `C`, `(C)`, `\\boxed{C}`, `\\text{C}` or `the answer is C`; None where there is none."""
+    """The letter of a choice in `C`, `(C)`, `\\boxed{C}`, `\\text{C}`, `the answer is C`; None where there is none."""
     boxed = last_boxed(answer)
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", answer if boxed is None else boxed).strip()
     for form in _LETTER_FORMS:

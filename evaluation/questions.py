@@ -77,9 +77,7 @@ def encoded_prompts(
     return prompts
 
 
-def _prompt_text(
-    question: str, prompt: Prompt, config: EvaluateRunConfig, tokenizer: PreTrainedTokenizerBase
-) -> str:
+def _prompt_text(question: str, prompt: Prompt, config: EvaluateRunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     if prompt == "student":
         return PromptFormat.from_config(config).student_head_text(tokenizer, question)
     if not tokenizer.chat_template:

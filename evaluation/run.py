@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -25,7 +24,7 @@ from generation.policy import sampling_seeds
 from models.load import quiet_libraries
 from models.memory_retries import MemoryRetries
 from models.meter import PhaseMeter
-from models.trained import StoredModel, open_model
+from models.trained import open_model
 from planner.plan import MemoryPlan
 from rollout.types import Completion
 from runs.files import write_whole
@@ -72,7 +71,9 @@ def evaluate_models(
     for number, model in enumerate(models):
         left = [chunk for chunk in chunks if not store.has(model, number, chunk)]
         if len(left) < len(chunks):
-            log.info("%s: %d of %d chunks of questions are there already", model.name, len(chunks) - len(left), len(chunks))
+            log.info(
+                "%s: %d of %d chunks of questions are there already", model.name, len(chunks) - len(left), len(chunks)
+            )
         if left:
             log.info("%s answers (%d of %d)", model.name, number + 1, len(models))
             with answerer(model, config, plan=plan, meter=meter, retries=retries, scratch=folder.path) as engine:

@@ -11,7 +11,6 @@ import numpy as np
 
 NUM_RESAMPLINGS = 10_000
 COVERAGE_FRAC = 0.95
-_RESAMPLINGS_AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +48,16 @@ def which_k(num_samples: int) -> list[int]:
 def bootstrap(values_Q: Sequence[float], seed: int) -> Interval:
     """The mean, and the percentile bootstrap's interval of it (Efron and Tibshirani 1993, chapter 13).
 
-    Questions are drawn with replacement, each with all of its samples: what varies between samples of one question is
-    in its value, what varies between questions in the drawing. Two lists of one length and seed are drawn alike, so
-    the interval of differences between two models is that of `bootstrap` on the differences.
+    Questions are drawn with replacement, each with all of its samples. Two models that answered the same questions are
+    compared by the interval of their differences question by question.
     """
-    values = np.asarray(values_Q, dtype=np.float64)
-    if not values.size:
+    values, counts = np.unique(np.asarray(values_Q, dtype=np.float64), return_counts=True)
+    num_questions = int(counts.sum())
+    if not num_questions:
         raise ValueError("no questions")
-    rng = np.random.default_rng(seed)
-    evenly = np.full(values.size, 1.0 / values.size)
-    means = np.concatenate(
-        [
-            rng.multinomial(values.size, evenly, size=_RESAMPLINGS_AT_ONCE) @ values / values.size
-            for _ in range(NUM_RESAMPLINGS // _RESAMPLINGS_AT_ONCE)
-        ]
-    )
+    # How often each distinct value is drawn, which is all that the mean depends on.
+    drawn = np.random.default_rng(seed).multinomial(num_questions, counts / num_questions, size=NUM_RESAMPLINGS)
+    means = drawn @ values / num_questions
     tail = (1.0 - COVERAGE_FRAC) / 2
     low, high = np.quantile(means, [tail, 1.0 - tail])
-    return Interval(float(values.mean()), float(low), float(high))
+    return Interval(float(np.mean(values_Q)), float(low), float(high))

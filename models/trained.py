@@ -129,9 +129,9 @@ def open_model(name: str | Path, args: ModelArgs) -> StoredModel:
     if config is None:
         weights = _base_of_adapter(found)
         return StoredModel(name=str(name), weights=weights, args=replace(args, adapter_path=str(found)), adapter=found)
-    weights, base_args = config.model_names[0], replace(config.model_args, adapter_path=str(found))
-    assert weights is not None, "an adapter has a base"
-    return StoredModel(name=str(name), weights=weights, args=base_args, adapter=found, config=config)
+    base, args = config.model_names[0], replace(config.model_args, adapter_path=str(found))
+    assert base is not None, "an adapter has a base"
+    return StoredModel(name=str(name), weights=base, args=args, adapter=found, config=config)
 
 
 def _place_of_config(folder: Path) -> Path | None:

@@ -34,8 +34,8 @@ class EvaluateConfig(EngineConfig):
     """When an answer is right: the same text as the solution, the same value (`math`: math-verify), or the same choice
     (`letter`)."""
     wrong_answer_columns: list[Name] = field(default_factory=lambda: [])
-    """`letter`: columns of wrong answers. The question then ends with all answers in an order drawn by the seed, and the
-    letter of the right one is the solution; without such columns the solution is a letter already."""
+    """`letter`: columns of wrong answers. The question then ends with all answers in an order that the seed draws, and
+    the letter of the right one is the solution; without such columns the solution is a letter already."""
     num_samples: Annotated[int, Field(ge=1, le=4096)]
     """Answers that are sampled to each question; pass@k is given for k = 1, 2, 4, ... up to this many."""
     greedy: bool = True
@@ -85,7 +85,7 @@ class EvaluateRunConfig(EvaluateConfig, AnyRunConfig):
         if values.get("generator") == "transformers":
             for key in ("kv_cache_gb", "kv_cache_dtype"):
                 if values.get(key, "auto") != "auto":
-                    yield f"`{key}` is {values[key]!r} with `generator` transformers. Set {key}=auto, or generator=vllm."
+                    yield f"`{key}` is {values[key]!r} with `generator` transformers. Set {key}=auto or generator=vllm."
         if values.get("eval_dataset_id_or_path") is not None:
             yield "`eval_dataset_id_or_path` is set; an evaluation's questions are those of `dataset_id_or_path`."
         args = values.get("model_args")
@@ -110,6 +110,6 @@ def _check(config: EvaluateRunConfig) -> None:
     quantised = config.model_args.quantisation
     if quantised is not None and config.generator != "transformers":
         raise ValueError(
-            f"`model_args` asks for {quantised} bases with `generator` {config.generator}; vLLM reads models in 16 bits "
-            "here. Set generator=transformers, or model_args.load_in_8bit=false and model_args.load_in_4bit=false."
+            f"`model_args` asks for {quantised} bases with `generator` {config.generator}; vLLM reads 16-bit ones here. "
+            "Set generator=transformers, or model_args.load_in_8bit=false and model_args.load_in_4bit=false."
         )

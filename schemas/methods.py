@@ -56,7 +56,7 @@ class Method:
     train: Entry
     """(config, values, plan, device, on_results) -> the finished run."""
     report: Entry
-    """Rows of the table at the end: a `Report`."""
+    """Rows of the table at the end: a `Report`, or where nothing is trained what makes that table."""
     card: Entry | None
     """(config, trainer) -> the model card; None: no model is written."""
 
@@ -113,8 +113,9 @@ METHODS: dict[str, Method] = {
         roles=("model",),
         rows="answers",
         plan_settings=Entry("planner.evaluate:evaluate_settings"),
+        choose_fp8=Entry("optimization.fp8_optim:choose_fp8_of_evaluation"),
         train=Entry("evaluation.run:evaluate_models"),
-        report=Entry("runs.summary:TEACHER_REPORT"),
+        report=Entry("evaluation.results:results_table"),
         card=None,
     ),
 }
