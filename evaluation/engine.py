@@ -65,7 +65,7 @@ def answerer(
             tokenizer = load_tokenizer(model.tokenizer, args)
             if model.adapter is not None:
                 shutil.rmtree(merged, ignore_errors=True)  # what a killed process left
-                weights = str(write_merged(model, merged, device=meter.device))
+                weights = str(write_merged(model, merged, meter.device))
                 args = replace(args, load_in_8bit=False, load_in_4bit=False, adapter_path=None)
             path = resolve_model_path(weights)
             sampled = _sampling(config, tokenizer, path)

@@ -76,9 +76,7 @@ def choose_fp8_of_evaluation(config: EvaluateRunConfig, *, card: Card | None = N
     if isinstance(support, Obstacle):
         return support
     if config.generator == "transformers" or config.kv_cache_dtype != "auto":
-        return nothing(
-            "fp8", "it would be vLLM's KV cache, and kv_cache_dtype or generator=transformers says otherwise"
-        )
+        return nothing("fp8", "vLLM's KV cache is set otherwise (kv_cache_dtype, or generator=transformers)")
     return ChosenSettings(name="fp8", settings={"kv_cache_dtype": "fp8"}, reason="half the bytes per token")
 
 

@@ -110,6 +110,6 @@ def _check(config: EvaluateRunConfig) -> None:
     quantised = config.model_args.quantisation
     if quantised is not None and config.generator != "transformers":
         raise ValueError(
-            f"`model_args` asks for {quantised} bases with `generator` {config.generator}; vLLM reads 16-bit ones here. "
+            f"`model_args` asks for {quantised} bases with `generator` {config.generator}; vLLM reads 16 bits here. "
             "Set generator=transformers, or model_args.load_in_8bit=false and model_args.load_in_4bit=false."
         )

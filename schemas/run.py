@@ -51,6 +51,10 @@ class RunConfig(ModelConfig, GenerationConfig, RewardConfig, TeacherStepConfig, 
         return self.model_name_or_path, self.student_model
 
     @property
+    def learns_explanations(self) -> bool:
+        return True
+
+    @property
     def no_vllm(self) -> str | None:
         samples_elsewhere = self.generator == "transformers" or self.use_vllm_server
         return "vLLM is not needed in this process" if samples_elsewhere else None
