@@ -9,7 +9,6 @@ from typing import Any
 from rich.table import Table
 
 from core.errors import UserError
-from core.gpu import find_gpu
 from core.units import format_duration, format_gb, gb
 from pipelines.board import time_left
 from pipelines.jobs import Job, for_planning
@@ -26,17 +25,16 @@ class PlannedJob:
     """Checkpoints, and what else it writes of that size."""
 
 
-def plan_jobs(jobs: Mapping[str, Job]) -> list[PlannedJob]:
-    """Each job on the GPU that is here, else on the one that its configuration is for.
+def plan_jobs(jobs: Mapping[str, Job], gpu_bytes: int | None) -> list[PlannedJob]:
+    """Each job on a GPU of `gpu_bytes`; None: on the one that its configuration is for.
 
     Raises:
         UserError: a model's shape is not known here.
     """
-    gpu = find_gpu()
     planned = []
     for job in jobs.values():
         stood_in = for_planning(job, jobs)
-        card = gpu.total_bytes if gpu is not None else own_card_bytes(stood_in.values)
+        card = gpu_bytes if gpu_bytes is not None else own_card_bytes(stood_in.values)
         plan = plan_run(stood_in.config, card)
         num_checkpoints = (job.values.get("save_total_limit") or 10) + 1
         planned.append(PlannedJob(job=job, plan=plan, disk_bytes=plan.settings.written_bytes(num_checkpoints)))

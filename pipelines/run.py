@@ -1,6 +1,6 @@
 """A pipeline from composed values to its summary: validate, plan, run the jobs, sum up."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,18 @@ from core.log import console, log
 from pipelines.board import Board
 from pipelines.jobs import jobs_of
 from pipelines.plans import check_jobs, expected_seconds, plan_jobs, plan_table
-from pipelines.runner import JOBS_FILE, LOGS_FOLDER, PipelineRunner, is_done, pipeline_lock, read_known
+from pipelines.runner import JOBS_FILE, LOGS_FOLDER, TRAIN, PipelineRunner, is_done, pipeline_lock, read_known
 from pipelines.summary import summarise_pipeline
 from runs.files import write_whole
 from runs.run_folder import CONFIG_FILE
 from schemas.pipeline import load_pipeline_config
 
 
-def run_pipeline(values: Mapping[str, Any]) -> int:
-    """The exit status: 0 done, 130 interrupted, else that of the job that failed.
+def run_pipeline(values: Mapping[str, Any], command: Sequence[str] = TRAIN) -> int:
+    """Run the jobs that are not finished; `command` with the words of a job runs that job.
+
+    Returns:
+        The exit status: 0 done, 130 interrupted, else that of the job that failed.
 
     Raises:
         ConfigError, UserError: the pipeline or one of its stages cannot work; nothing was started.
@@ -31,18 +34,19 @@ def run_pipeline(values: Mapping[str, Any]) -> int:
     _check_folder(folder)
     known = read_known(folder)
     done = {name for name, job in jobs.items() if is_done(job, known)}
-    planned = plan_jobs(jobs)
+    gpu = find_gpu()
+    planned = plan_jobs(jobs, None if gpu is None else gpu.total_bytes)
     console.print(plan_table(pipeline, planned, done, known))
     if pipeline.dry_run:
         return 0
     check_jobs([one for one in planned if one.job.name not in done], folder)
-    jobs_at_once = pipeline.jobs_at_once if find_gpu() is None else 1
+    jobs_at_once = pipeline.jobs_at_once if gpu is None else 1
     folder.mkdir(parents=True, exist_ok=True)
     with pipeline_lock(folder):
         write_whole(folder / CONFIG_FILE, yaml.safe_dump(dict(values), sort_keys=False))
         console.copy_to(folder / LOGS_FOLDER / "pipeline.log")
         with Board(len(jobs), jobs_at_once, expected_seconds(pipeline)) as board:
-            status = PipelineRunner(folder, jobs, jobs_at_once, board).run()
+            status = PipelineRunner(folder, jobs, jobs_at_once, board, command).run()
         if status == 0:
             for table in summarise_pipeline(pipeline, jobs, folder):
                 console.print(table)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,8 @@ from runs.files import free_name, write_whole
 from runs.run_folder import LOCK_FILE, is_finished
 
 JOBS_FILE, LOGS_FOLDER = "jobs.json", "logs"
-_TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+TRAIN = (sys.executable, str(Path(__file__).resolve().parent.parent / "train.py"))
+"""The command of a job, without its words."""
 _INTERRUPTED = 130
 _POLL_S = 0.2
 _LAST_LINES = 20
@@ -59,7 +60,7 @@ class PipelineRunner:
     jobs: Mapping[str, Job]
     jobs_at_once: int
     board: Board
-    command: tuple[str, ...] = (sys.executable, str(_TRAIN))
+    command: Sequence[str] = TRAIN
     _running: list[Running] = field(default_factory=list)
     _num_signals: int = 0
 
