@@ -111,5 +111,6 @@ def time_left(
             unknown.add(job.stage)
         else:
             left_s += max(seconds - spent_s, 0.0)
-    text = f"about {format_duration(left_s / jobs_at_once)} left"
-    return text + (f" and {', '.join(sorted(unknown))}, whose time is not known" if unknown else "")
+    known_part = f"about {format_duration(left_s / jobs_at_once)}" if left_s or not unknown else ""
+    unknown_part = f"{', '.join(sorted(unknown))} (time not known)" if unknown else ""
+    return " and ".join(filter(None, [known_part, unknown_part])) + " left"

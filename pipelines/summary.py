@@ -102,15 +102,12 @@ def _with_interval(values_NQ: Sequence[np.ndarray]) -> dict[str, float]:
     """The mean, and the percentile bootstrap's interval of it: seeds are drawn with replacement, and in each of them
     questions, so that both kinds of chance are in it."""
     rng = np.random.default_rng(0)
-    # The mean of a seed's questions, drawn anew: [N, R].
-    means_NR = np.stack(
-        [
-            values_Q[rng.integers(len(values_Q), size=(_NUM_RESAMPLINGS, len(values_Q)))].mean(1)
-            for values_Q in values_NQ
-        ]
-    )
-    drawn_RN = rng.integers(len(values_NQ), size=(_NUM_RESAMPLINGS, len(values_NQ)))
-    means_R = means_NR[drawn_RN, np.arange(_NUM_RESAMPLINGS)[:, None]].mean(1)
+    means_R = np.zeros(_NUM_RESAMPLINGS)
+    for _ in values_NQ:
+        # The mean of questions drawn anew, in each of the seeds [N, R], of which one is drawn.
+        means_NR = np.stack([v[rng.integers(len(v), size=(_NUM_RESAMPLINGS, len(v)))].mean(1) for v in values_NQ])
+        drawn_R = rng.integers(len(values_NQ), size=_NUM_RESAMPLINGS)
+        means_R += means_NR[drawn_R, np.arange(_NUM_RESAMPLINGS)] / len(values_NQ)
     tail = (1 - _COVERAGE_FRAC) / 2
     low, high = np.quantile(means_R, [tail, 1 - tail])
     return {"mean": float(np.mean([v.mean() for v in values_NQ])), "low": float(low), "high": float(high)}
