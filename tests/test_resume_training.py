@@ -1,4 +1,4 @@
-"""Whole runs of several methods that go on from a checkpoint: elsewhere, after the last step, and with planted pickles."""
+"""Whole runs of several methods that go on from a checkpoint: elsewhere, after the last step, with planted pickles."""
 
 import json
 import pickle
