@@ -298,7 +298,7 @@ def test_values_at_the_edge_of_a_range_are_taken(words):
 
 
 def test_ranges_are_those_of_settings_that_exist():
-    assert set(RANGES) <= set(argument_fields("GRPOConfig"))
+    assert set(RANGES) <= set(argument_fields("GRPOConfig")) | set(argument_fields("SFTConfig"))
 
 
 @pytest.mark.parametrize(

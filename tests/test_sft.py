@@ -77,13 +77,13 @@ def test_a_students_answer_has_the_tokens_that_the_reward_scores(rows):
     assert row["input_ids"] == opened + tail
 
 
-def test_rows_that_are_too_long_are_left_out_and_counted_once(rows, caplog):
+def test_rows_that_are_too_long_are_left_out_and_counted_once(rows, caplog, monkeypatch):
     whole = prepared("student", rows, "max_length=4096")
     lengths = sorted({len(row["input_ids"]) for row in whole})
     limit = lengths[len(lengths) // 2]
-    caplog.set_level(logging.WARNING, logger=log.name)
-    log.propagate = True
-    kept = prepared("student", rows, f"max_length={limit}")
+    monkeypatch.setattr(log, "propagate", True)
+    with caplog.at_level(logging.WARNING, logger=log.name):
+        kept = prepared("student", rows, f"max_length={limit}")
     num_out = len(whole) - len(kept)
     assert num_out > 0 and max(len(row["input_ids"]) for row in kept) == limit
     (message,) = [record.getMessage() for record in caplog.records if "max_length" in record.getMessage()]
@@ -164,7 +164,7 @@ def test_tokens_of_the_prompt_move_no_weight_but_through_what_is_learned(model, 
     trainer = make_sft_trainer("student_sft_tiny", model, tmp_path / "run", rows, *PLAIN, *AS_ONE)
     (row,) = trainer.data_collator([trainer.train_dataset[0]])
     (start, end), *_ = row.spans
-    assert (start, end) == (row.prefix_len, len(row.token_ids))
+    assert (start, end) == (row.prefix_len + 1, len(row.token_ids))
     loss = trainer.training_step(trainer.model, [row])
     assert loss.item() == pytest.approx(plain_loss(trainer.model, [trainer.train_dataset[0]]).item(), abs=1e-5)
 

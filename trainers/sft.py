@@ -37,12 +37,16 @@ _NOT_LEARNED = -100
 
 
 def learned_rows(rows: Iterable[Mapping[str, Any]]) -> list[ScoringRow]:
-    """Rows of the dataset: everything behind the prompt is learned; rows of one prompt have it in common."""
+    """Rows of the dataset: everything behind the prompt is learned.
+
+    Rows of one prompt have it in common but for its last token: TRL labels a position with one token, and what the rows
+    learn first differs.
+    """
     return [
         ScoringRow(
             token_ids=row["input_ids"],
             spans=((row["prompt_len"], len(row["input_ids"])),),
-            prefix_len=row["prompt_len"],
+            prefix_len=row["prompt_len"] - 1,
         )
         for row in rows
     ]

@@ -14,8 +14,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.kernels import chunked_logprob
-from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from planner.sft import SupervisedSettings
 from tests.helpers.memory_simulator import (
@@ -29,6 +29,7 @@ from tests.helpers.memory_simulator import (
     _state_tensors,
 )
 from tests.helpers.step_models import build_model, int8_inputs, random_causal_lm
+from trainers.sft import _TILE_COLUMNS
 
 _TRITON = {"_use_triton": lambda device: True, "_addmm_fp32": lambda acc, a, b: None}
 
@@ -61,6 +62,8 @@ def simulate_supervised_step(settings: SupervisedSettings) -> Simulated:
             stack.enter_context(_on_meta(settings.attention, autocast))
         else:
             stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", lambda device_type=None: False))
+        stand_in = {"sdpa": _attention(settings)}
+        stack.enter_context(mock.patch.dict(ALL_ATTENTION_FUNCTIONS._global_mapping, stand_in))
         for name, value in _TRITON.items():
             stack.enter_context(mock.patch.object(chunked_logprob, name, value))
         for name in ("_forward_kernel", "_backward_kernel"):
@@ -81,6 +84,21 @@ def _whole_model(settings: SupervisedSettings) -> Any:
     if settings.checkpointing != "none":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def _attention(settings: SupervisedSettings) -> Any:
+    """Flash attention in 16 bits, to which autocast casts; in float32 sdpa's memory-efficient kernel."""
+
+    def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        if settings.autocast:
+            q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
+            out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=kwargs["scaling"])[0]
+        else:
+            efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+            out = efficient(q, k, v, None, True, is_causal=True, scale=kwargs["scaling"])[0]
+        return out.transpose(1, 2).contiguous(), None
+
+    return attention
 
 
 def _states(name: str, parameter: Tensor, settings: SupervisedSettings) -> list[Tensor]:
@@ -109,7 +127,7 @@ def _forward_backward(model: nn.Module, settings: SupervisedSettings, autocast: 
         None,
         indices_N,
         1.0,
-        _CHUNKED_LOGPROB_CHUNK_SIZE,
+        min(_TILE_COLUMNS, settings.teacher.vocab),
         None,
         1.0,
         ("log_probs", "entropy", "is_top1"),
