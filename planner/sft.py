@@ -114,8 +114,8 @@ def optimizer_state_bytes(settings: SupervisedSettings, num_trained: int) -> flo
 def train_all_activation_bytes(settings: SupervisedSettings) -> float:
     """Peak of a micro-batch's forward and backward over weights, gradients and optimizer states, all weights trained.
 
-    Letters as in planner/activations.py. Under autocast every linear keeps a 16-bit copy of its float32 weight: until the
-    forward ends where blocks are recomputed, until its backward where they are not.
+    Letters as in planner/activations.py. Under autocast every linear keeps a 16-bit copy of its float32 weight: until
+    the forward ends where blocks are recomputed, until its backward where they are not.
     """
     shape, num_tokens, width = settings.teacher, settings.micro_batch_tokens, settings.layer_input_width
     h, i, vocabulary = shape.hidden, shape.intermediate, shape.vocab * shape.hidden
