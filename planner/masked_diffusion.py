@@ -139,7 +139,7 @@ def masked_diffusion_components(settings: MaskedDiffusionSettings) -> dict[Phase
     }
 
 
-def optimizer_state_bytes(settings: MaskedDiffusionSettings, num_trained: int) -> float:
+def optimizer_state_bytes(settings: PlanSettings, num_trained: int) -> float:
     if settings.optimizer == "muon":
         return muon_state_bytes(settings.teacher)
     return num_trained * optimizer_bytes_per_param(settings.optimizer)

@@ -12,13 +12,11 @@ from planner.changes import batch_changes, precision_changes, smaller_model
 from planner.components import (
     adapter_checkpoint_bytes,
     head_tile_bytes,
-    muon_state_bytes,
     num_lora_params,
-    optimizer_bytes_per_param,
     weight_bytes,
 )
 from planner.constants import CUDA_CONTEXT_BYTES, HEAD_TILE_COLUMNS
-from planner.masked_diffusion import kept_per_token
+from planner.masked_diffusion import kept_per_token, optimizer_state_bytes
 from planner.plan import MemoryPlan, memory_plan
 from planner.settings import Change, Described, PlanSettings, common_settings
 from planner.shapes import ModelShape, load_shape
@@ -57,7 +55,10 @@ class SupervisedSettings(PlanSettings):
             yield f"model {self.teacher.name} -> {name}", {"model_name_or_path": name}
 
     def written_bytes(self, num_checkpoints: int) -> float:
-        return num_checkpoints * adapter_checkpoint_bytes(self)
+        if not self.trains_all:
+            return num_checkpoints * adapter_checkpoint_bytes(self)
+        num_params, width = _trained(self)
+        return num_checkpoints * (num_params * width + optimizer_state_bytes(self, num_params))
 
 
 def supervised_settings(config: SupervisedRunConfig, *, allow_download: bool = False) -> SupervisedSettings:
@@ -103,12 +104,6 @@ def _trained(settings: SupervisedSettings) -> tuple[int, int]:
     if settings.trains_all:
         return shape.num_params, 4 if settings.precision == "fp32" else 2
     return num_lora_params(shape, settings.lora_r, settings.lora_targets), settings.adapter_bytes_per_param
-
-
-def optimizer_state_bytes(settings: SupervisedSettings, num_trained: int) -> float:
-    if settings.optimizer == "muon":
-        return muon_state_bytes(settings.teacher)
-    return num_trained * optimizer_bytes_per_param(settings.optimizer)
 
 
 def train_all_activation_bytes(settings: SupervisedSettings) -> float:
