@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from core.errors import UserError
 from planner.constants import SCORE_BATCH_TOKENS
 from planner.shapes import ModelShape
-from schemas.any_run import AnyRunConfig
+from schemas.any_run import AnyRunConfig, TrainingRunConfig
+from schemas.methods import as_training
 
 if TYPE_CHECKING:
     from planner.plan import MemoryPlan
@@ -56,6 +57,8 @@ class PlanSettings(ABC):
     """Of its base."""
     double_quant: bool = True
     """NF4 only: the scales are quantised too."""
+    trains: bool = True
+    """False: the run samples and scores only, and has no gradients, optimizer states or TRAIN phase."""
     lora_r: int = 32
     lora_targets: tuple[str, ...] = ()
     """Names of `ModelShape.linears`; empty: all of them."""
@@ -138,17 +141,19 @@ class PlanSettings(ABC):
 
 
 def common_settings(config: AnyRunConfig, shape: ModelShape) -> dict[str, Any]:
-    """Settings that are read from a run configuration of any method; `shape` is that of the trained network."""
+    """Settings that are read from a run configuration of any method; `shape` is that of the main network.
+
+    `micro_batch` and `train_batch` are those of a training; a method that trains nothing gives its own.
+    """
     args = config.model_args
-    return {
+    training = as_training(config)
+    of_a_step = _settings_of_a_step(training) if training is not None else {"checkpointing": "none", "trains": False}
+    return of_a_step | {
         "teacher": shape,
         "precision": "int8" if args.load_in_8bit else "nf4" if args.load_in_4bit else DTYPE_PRECISION[args.torch_dtype],
         "double_quant": args.bnb_4bit_use_double_quant,
         "lora_r": args.lora_r,
         "lora_targets": adapter_targets(shape, args.lora_target_modules),
-        "micro_batch": config.arguments.per_device_train_batch_size,
-        "train_batch": config.train_batch_size,
-        "checkpointing": _checkpointing(config),
         "int8_matmul": args.int8_matmul,
         "int8_threshold": args.llm_int8_threshold,
         "expandable_segments": config.expandable_segments
@@ -157,7 +162,15 @@ def common_settings(config: AnyRunConfig, shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _checkpointing(config: AnyRunConfig) -> Checkpointing:
+def _settings_of_a_step(config: TrainingRunConfig) -> dict[str, Any]:
+    return {
+        "micro_batch": config.arguments.per_device_train_batch_size,
+        "train_batch": config.train_batch_size,
+        "checkpointing": _checkpointing(config),
+    }
+
+
+def _checkpointing(config: TrainingRunConfig) -> Checkpointing:
     if not config.arguments.gradient_checkpointing:
         return "none"
     return "layers_offloaded" if config.offload_checkpoints else "layers"

@@ -18,6 +18,7 @@ from optimization.gpu import gpu_bytes, has_gpu, memory_of, num_gpus, pick_devic
 from planner.fit import resolve_auto
 from planner.plan import MemoryPlan, plan_run
 from preflight.inputs import check_hub
+from schemas.methods import as_training
 from schemas.run import AnyRunConfig, load_run_config
 
 MAX_CPU_AUTO_BYTES = 4_000_000_000
@@ -62,7 +63,8 @@ def check_hardware_and_plan(config: AnyRunConfig) -> tuple[MemoryPlan, torch.dev
     if device.type == "cuda":
         switch_cudnn_attention_off()
     _require_attention_package(config.model_args.attn_implementation)
-    _require_what_settings_need(config.arguments, device)
+    if (training := as_training(config)) is not None:
+        _require_what_settings_need(training.arguments, device)
     if device.type == "cuda":
         check_hub(config)
     total_bytes = _gpu_bytes_to_plan_for(config, device)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from schemas.trl_fields import ArgumentsClass, argument_fields
+from schemas.trl_fields import SAMPLING_ARGUMENT_NAMES, ArgumentsClass, argument_fields
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -202,6 +202,11 @@ GRPO_CONFIG = LibrarySettings(
         "log_multimodal": "prompts and completions are texts",
     },
 )
+
+SAMPLING_ARGUMENTS = LibrarySettings(
+    arguments_class="SamplingArguments", used=SAMPLING_ARGUMENT_NAMES, derived={}, refused={}
+)
+"""Of methods that sample and train nothing: the few of TRL's settings that then have an effect; no other is one."""
 
 _OWN_LAYOUT = "rows are prepared, and laid out without padding, by this framework (`model_args.sequence_layout`)"
 _OWN_MASK = "what is learned follows from the method: the explanation (`teacher_sft`) or the answer (`student_sft`)"

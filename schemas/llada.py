@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from schemas.any_run import AnyRunConfig
+from schemas.any_run import TrainingRunConfig
 from schemas.model import ModelArgs, check_trained_weights
 from schemas.optimization import OptimizationConfig
 from schemas.values import CountingInt, Name, PositiveInt
@@ -105,7 +105,7 @@ class MaskedDiffusionConfig(DiffusionSamplingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedDiffusionRunConfig(MaskedDiffusionConfig, AnyRunConfig):
+class MaskedDiffusionRunConfig(MaskedDiffusionConfig, TrainingRunConfig):
     """One run that trains a masked-diffusion model."""
 
     args: Any

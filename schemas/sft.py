@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from schemas.any_run import AnyRunConfig
+from schemas.any_run import TrainingRunConfig
 from schemas.model import ModelArgs, check_trained_weights
 from schemas.optimization import OptimizationConfig
 from schemas.values import Name
@@ -23,7 +23,7 @@ class SupervisedConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedRunConfig(SupervisedConfig, AnyRunConfig, ABC):
+class SupervisedRunConfig(SupervisedConfig, TrainingRunConfig, ABC):
     """One run of supervised fine-tuning; the two kinds differ in what is learned of a row."""
 
     sft: Any

@@ -181,4 +181,4 @@ class SupervisedTrainer(RunTrainer, SFTTrainer):
         return {"loss": -sum(spans[0].sum().item() for spans in scored) / num_learned(rows)}
 
     def model_card(self) -> str:
-        return str(method_of(self.config).card(self.config, self))
+        return method_of(self.config).card_text(self.config, self)
