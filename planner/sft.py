@@ -90,6 +90,7 @@ def supervised_components(settings: SupervisedSettings) -> dict[Phase, dict[str,
         loaded["adapter"] = num_trained * width
     resident = loaded | {"optimizer states": optimizer_state_bytes(settings, num_trained)}
     forward = forward_bytes(settings, shape, settings.score_batch_tokens, adapter=not settings.trains_all)
+    forward *= settings.layer_input_width / 2  # counted in 16 bits
     training = train_all_activation_bytes(settings) if settings.trains_all else train_activation_bytes(settings)
     return {
         Phase.LOAD: loaded,

@@ -21,6 +21,7 @@ from schemas.run import ConfigError, load_run_config
 from tests.helpers.golden import golden_format, golden_tokenizer
 from tests.helpers.tiny_run import make_trainer, write_random_model
 from tests.helpers.tiny_sft import make_sft_trainer, sft_values, write_rows
+from tests.test_model_card import run_code_of
 
 RUNS = {"teacher": "teacher_sft_tiny", "student": "student_sft_tiny"}
 # float32 without dropout, so that layouts and micro-batches can be compared to 1e-6.
@@ -231,6 +232,15 @@ def test_the_result_of_all_weights_is_a_model_folder(finished, model):
     assert any(not torch.equal(loaded[name], before[name]) for name in before)
     text = (folder / "README.md").read_text()
     assert "3 of 3 steps" in text and "Muon" in text and "held-out" in text and "None" not in text
+
+
+@pytest.mark.parametrize("role", RUNS)
+def test_the_code_of_the_card_runs_in_the_folder_of_the_result(role, finished, monkeypatch):
+    trainer = finished[role]
+    names = run_code_of(Path(trainer.args.output_dir), monkeypatch)
+    row = trainer.train_dataset[0]
+    assert names["prompt"] == trainer.processing_class.decode(row["input_ids"][: row["prompt_len"]])
+    assert names["output"].shape[1] > row["prompt_len"]
 
 
 @pytest.mark.parametrize("role", RUNS)
