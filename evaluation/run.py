@@ -17,7 +17,7 @@ from data.formats import PromptFormat
 from evaluation.answers import final_answer, is_right, stated_solution
 from evaluation.engine import Answerer, answerer
 from evaluation.questions import Question, encoded_prompts, load_questions
-from evaluation.results import GREEDY, SAMPLED, results_of, results_table
+from evaluation.results import EVALUATION_REPORT, GREEDY, SAMPLED, results_of
 from evaluation.store import EVALUATION_FILE, SampleStore
 from generation.choose import choose_engine
 from generation.policy import sampling_seeds
@@ -29,7 +29,7 @@ from planner.plan import MemoryPlan
 from rollout.types import Completion
 from runs.files import write_whole
 from runs.run_folder import open_run_folder, write_summary
-from runs.summary import FinishedRun, memory_by_phase, memory_table
+from runs.summary import FinishedRun, memory_by_phase
 from schemas.evaluate import EvaluateRunConfig, Prompt
 
 _STREAM = 2
@@ -41,7 +41,7 @@ class FinishedEvaluation(FinishedRun):
     """An evaluation that is whole; `summary["evaluation"]` is what evaluation.json holds."""
 
     def tables(self) -> list[RenderableType]:
-        return [results_table(self.summary["evaluation"]), memory_table(self.summary)]
+        return EVALUATION_REPORT.tables(self.summary)
 
 
 def evaluate_models(

@@ -56,7 +56,7 @@ class Method:
     train: Entry
     """(config, values, plan, device, on_results) -> the finished run."""
     report: Entry
-    """Rows of the table at the end: a `Report`, or where nothing is trained what makes that table."""
+    """Rows of the table at the end: a `Report`."""
     card: Entry | None
     """(config, trainer) -> the model card; None: no model is written."""
 
@@ -115,7 +115,7 @@ METHODS: dict[str, Method] = {
         plan_settings=Entry("planner.evaluate:evaluate_settings"),
         choose_fp8=Entry("optimization.fp8_optim:choose_fp8_of_evaluation"),
         train=Entry("evaluation.run:evaluate_models"),
-        report=Entry("evaluation.results:results_table"),
+        report=Entry("evaluation.results:EVALUATION_REPORT"),
         card=None,
     ),
 }
