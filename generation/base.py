@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from core.types import Phase, UnmappedMemory
 from models.memory_retries import MemoryRetries
 from rollout.types import Completion
-from schemas.run import RunConfig
+from schemas.sampled_run import SampledRunConfig
 
 ProgressCallback = Callable[[int, int], None]
 """Called with (finished rows, all rows) while a batch is sampled."""
@@ -32,16 +32,16 @@ class SamplingSettings:
     repetition_penalty: float = 1.0
 
     @classmethod
-    def of_run(cls, config: RunConfig, tokenizer: Any, model: Any) -> "SamplingSettings":
+    def of_run(cls, config: SampledRunConfig, tokenizer: Any, model: Any) -> "SamplingSettings":
         """Settings of a run; a row ends with any end token of the tokenizer or of the model."""
         return cls(
-            temperature=config.grpo.temperature,
-            max_new_tokens=config.grpo.max_completion_length,
+            temperature=config.arguments.temperature,
+            max_new_tokens=config.arguments.max_completion_length,
             stop_token_ids=stop_token_ids(tokenizer, model.generation_config),
-            top_p=config.grpo.top_p,
-            top_k=config.grpo.top_k,
-            min_p=config.grpo.min_p or 0.0,
-            repetition_penalty=config.grpo.repetition_penalty,
+            top_p=config.arguments.top_p,
+            top_k=config.arguments.top_k,
+            min_p=config.arguments.min_p or 0.0,
+            repetition_penalty=config.arguments.repetition_penalty,
         )
 
 

@@ -57,6 +57,8 @@ class PlanSettings(ABC):
     """Of its base."""
     double_quant: bool = True
     """NF4 only: the scales are quantised too."""
+    trains: bool = True
+    """False: the run samples and scores only, and has no gradients, optimizer states or TRAIN phase."""
     lora_r: int = 32
     lora_targets: tuple[str, ...] = ()
     """Names of `ModelShape.linears`; empty: all of them."""
@@ -143,7 +145,8 @@ def common_settings(config: AnyRunConfig, shape: ModelShape) -> dict[str, Any]:
     """
     args = config.model_args
     training = as_training(config)
-    return (_training_settings(training) if training is not None else {"checkpointing": "none"}) | {
+    of_a_step = _settings_of_a_step(training) if training is not None else {"checkpointing": "none", "trains": False}
+    return of_a_step | {
         "teacher": shape,
         "precision": "int8" if args.load_in_8bit else "nf4" if args.load_in_4bit else DTYPE_PRECISION[args.torch_dtype],
         "double_quant": args.bnb_4bit_use_double_quant,
@@ -157,7 +160,7 @@ def common_settings(config: AnyRunConfig, shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _training_settings(config: TrainingRunConfig) -> dict[str, Any]:
+def _settings_of_a_step(config: TrainingRunConfig) -> dict[str, Any]:
     return {
         "micro_batch": config.arguments.per_device_train_batch_size,
         "train_batch": config.train_batch_size,

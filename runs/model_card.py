@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from runs.summary import DIFFUSION_REPORT, TEACHER_REPORT, Report
+from runs.summary import DIFFUSION_REPORT, SFT_REPORT, TEACHER_REPORT, Report
 from runs.usage import Usage, literal, quantisation
 from schemas.any_run import AnyRunConfig
 from schemas.data import DataConfig
@@ -13,6 +13,7 @@ from schemas.llada import DiffusionSamplingConfig, MaskedDiffusionRunConfig
 from schemas.model import ModelArgs, is_embedded
 from schemas.reward import as_list
 from schemas.run import RunConfig
+from schemas.sft import SupervisedRunConfig
 
 _MAX_EXAMPLE_CHARS = 600
 _LIBRARIES = ("transformers", "trl", "peft", "torch", "datasets", "bitsandbytes")
@@ -129,6 +130,55 @@ With the root of the framework that trained it on `PYTHONPATH`. The prompt is on
 {"Muon and AdamW" if config.use_muon else self.optimizer}, \
 learning rate {args.learning_rate:g}, seed {args.seed}.
 {_figures(self.history, DIFFUSION_REPORT)}{_versions()}"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedCard(TrainedSoFar):
+    """The card of a teacher's warm-up or of a student, an adapter or a whole model."""
+
+    config: SupervisedRunConfig
+    base_path: str
+    """Hub id, or absolute path of a folder, of the base that was trained on."""
+    prompt: str
+    """The example of the card."""
+    num_rows: int
+    optimizer: str
+    """transformers' name of the optimizer."""
+
+    def markdown(self) -> str:
+        config, base, sft = self.config, self.config.model_name_or_path, self.config.sft
+        is_adapter = config.trainable_weights == "adapter"
+        kind, learned = "student", "the whole answer (thought and solution)"
+        if config.learns_explanations:
+            kind, learned = "teacher", "the explanation of a given solution"
+        what = f"A LoRA adapter on `{base}`" if is_adapter else f"A language model, trained from `{base}`,"
+        return f"""{_header(base, ["rlt", "sft", "trl", *(["lora"] if is_adapter else [])], _library_of(is_adapter))}
+# {Path(sft.output_dir).name}
+
+{what} in {_precision(config.model_args)}: a {kind} of the RLT recipe (arXiv 2506.08388), fine-tuned on {learned}.
+
+## Use
+
+The prompt is that of a row of the training data{_base_note(base)}. The code is to run in the folder of this file.
+
+```python
+{_loading(self.base_path if is_adapter else None, config.model_args)}
+prompt = {literal(self.prompt)}
+inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+output = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=256)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
+```
+
+## Training
+
+{_data(config)}, {self.num_rows} rows of at most {sft.max_length} tokens, of which {learned} and the end of the turn are
+learned. {self.step} of {self.max_steps} steps of {config.train_batch_size} rows, \
+{"Muon and AdamW" if config.use_muon else self.optimizer}, learning rate {sft.learning_rate:g}, seed {sft.seed}.
+{_figures(self.history, SFT_REPORT)}{_versions()}"""
+
+
+def _library_of(is_adapter: bool) -> str:
+    return "peft" if is_adapter else "transformers"
 
 
 def _header(base: str | None, tags: list[str], library: str) -> str:

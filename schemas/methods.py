@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from schemas.any_run import AnyRunConfig, TrainingRunConfig
-from schemas.library_settings import GRPO_CONFIG, SAMPLING_ARGUMENTS, TRAINING_ARGUMENTS, LibrarySettings
+from schemas.library_settings import GRPO_CONFIG, SAMPLING_ARGUMENTS, SFT_CONFIG, TRAINING_ARGUMENTS, LibrarySettings
 
 DEFAULT_METHOD = "rlt"
 ConfigT = TypeVar("ConfigT", bound=AnyRunConfig)
@@ -73,6 +73,24 @@ class Method:
         return {field.name for field in fields(self.config.object)} - {self.arguments_field}
 
 
+def _supervised(title: str, config: str) -> Method:
+    """Supervised fine-tuning; what is learned of a row is all that differs (data/supervised.py)."""
+    return Method(
+        title=title,
+        index="train_sft",
+        config=Entry(f"schemas.sft:{config}"),
+        library=SFT_CONFIG,
+        arguments_field="sft",
+        build_arguments=Entry("trainers.sft_run:build_sft_args"),
+        roles=("model",),
+        rows="rows",
+        plan_settings=Entry("planner.sft:supervised_settings"),
+        train=Entry("trainers.sft_run:train_supervised"),
+        report=Entry("runs.summary:SFT_REPORT"),
+        card=Entry("trainers.model_card:supervised_card"),
+    )
+
+
 METHODS: dict[str, Method] = {
     "rlt": Method(
         title="a teacher's run",
@@ -116,6 +134,23 @@ METHODS: dict[str, Method] = {
         choose_fp8=Entry("optimization.fp8_optim:choose_fp8_of_evaluation"),
         train=Entry("evaluation.run:evaluate_models"),
         report=Entry("evaluation.results:EVALUATION_REPORT"),
+        card=None,
+    ),
+    "teacher_sft": _supervised("a teacher's warm-up", "TeacherSFTRunConfig"),
+    "student_sft": _supervised("a student's distillation", "StudentSFTRunConfig"),
+    "collect_traces": Method(
+        title="a collection of traces",
+        index="collect_traces",
+        config=Entry("schemas.traces:TracesRunConfig"),
+        library=SAMPLING_ARGUMENTS,
+        arguments_field="sampling",
+        build_arguments=None,
+        roles=("teacher", "student"),
+        rows="explanations",
+        plan_settings=Entry("planner.traces:traces_settings"),
+        choose_fp8=Entry("optimization.fp8_optim:choose_fp8_of_teacher"),
+        train=Entry("traces.run:collect_traces"),
+        report=Entry("traces.summary:TRACES_REPORT"),
         card=None,
     ),
 }

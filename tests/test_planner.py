@@ -463,15 +463,15 @@ def test_the_planner_answers_without_torch() -> None:
 
 
 def test_constants_agree_with_the_code_that_they_describe() -> None:
+    from generation import start
     from models.int8_linear import _CUDA_CHUNK_BYTES
     from planner import constants
     from rollout.logprobs import DEFAULT_LOGIT_CHUNK_LEN, DEFAULT_MAX_BATCH_TOKENS
-    from trainers import build
 
     assert constants.SCORE_BATCH_TOKENS.value == DEFAULT_MAX_BATCH_TOKENS
     assert constants.HEAD_CHUNK_TOKENS.value == DEFAULT_LOGIT_CHUNK_LEN
     assert constants.INT8_CHUNK_BYTES.value == _CUDA_CHUNK_BYTES
-    assert constants.CANARY_TOKENS.value == build._NUM_CANARY_ROWS * build._CANARY_ROW_LEN
+    assert constants.CANARY_TOKENS.value == start.NUM_CANARY_ROWS * start.CANARY_ROW_LEN
 
 
 def test_every_built_in_shape_can_be_planned(values: dict) -> None:
