@@ -82,9 +82,8 @@ EVALUATION_REPORT = EvaluationReport()
 def results_table(results: Mapping[str, Any]) -> Table:
     """One row for each model, and below each but the first how far it is from that."""
     models: Mapping[str, Mapping[str, Any]] = results["models"]
-    figures = [
-        key for key in dict.fromkeys(("pass@1", f"pass@{results['num_samples']}", GREEDY)) if key in _any(models)
-    ]
+    shown = dict.fromkeys(("pass@1", f"pass@{results['num_samples']}", GREEDY))
+    figures = [key for key in shown if key in next(iter(models.values()))]
     table = Table(
         title=f"{results['dataset']}: {results['num_questions']} questions, {results['num_samples']} samples each at "
         f"temperature {results['temperature']:g}",
@@ -95,15 +94,10 @@ def results_table(results: Mapping[str, Any]) -> Table:
     for column in ("model", *(f"{key} sampled" if key != GREEDY else key for key in figures), "tokens"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column != "model")
     for name, found in models.items():
-        shown = [str(Interval(**found[key])) for key in figures]
-        table.add_row(name, *shown, f"{found['tokens_per_answer']:.0f}")
+        table.add_row(name, *(str(Interval(**found[key])) for key in figures), f"{found['tokens_per_answer']:.0f}")
         if "minus_first" in found:
             table.add_row("  minus the first", *(_signed(found["minus_first"][key]) for key in figures), "")
     return table
-
-
-def _any(models: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    return next(iter(models.values()))
 
 
 def _signed(interval: Mapping[str, float]) -> str:
