@@ -56,7 +56,7 @@ class Method:
     train: Entry
     """(config, values, plan, device, on_results) -> the finished run."""
     report: Entry
-    """Rows of the table at the end: a `Report`."""
+    """Rows of the table at the end: a `Report`, or where nothing is trained what makes that table."""
     card: Entry | None
     """(config, trainer) -> the model card; None: no model is written."""
 
@@ -121,21 +121,6 @@ METHODS: dict[str, Method] = {
         report=Entry("runs.summary:DIFFUSION_REPORT"),
         card=Entry("trainers.model_card:masked_diffusion_card"),
     ),
-    "evaluate": Method(
-        title="an evaluation",
-        index="evaluate",
-        config=Entry("schemas.evaluate:EvaluateRunConfig"),
-        library=SAMPLING_ARGUMENTS,
-        arguments_field="sampling",
-        build_arguments=None,
-        roles=("model",),
-        rows="answers",
-        plan_settings=Entry("planner.evaluate:evaluate_settings"),
-        choose_fp8=Entry("optimization.fp8_optim:choose_fp8_of_evaluation"),
-        train=Entry("evaluation.run:evaluate_models"),
-        report=Entry("evaluation.results:EVALUATION_REPORT"),
-        card=None,
-    ),
     "teacher_sft": _supervised("a teacher's warm-up", "TeacherSFTRunConfig"),
     "student_sft": _supervised("a student's distillation", "StudentSFTRunConfig"),
     "collect_traces": Method(
@@ -151,6 +136,21 @@ METHODS: dict[str, Method] = {
         choose_fp8=Entry("optimization.fp8_optim:choose_fp8_of_teacher"),
         train=Entry("traces.run:collect_traces"),
         report=Entry("traces.summary:TRACES_REPORT"),
+        card=None,
+    ),
+    "evaluate": Method(
+        title="an evaluation",
+        index="evaluate",
+        config=Entry("schemas.evaluate:EvaluateRunConfig"),
+        library=SAMPLING_ARGUMENTS,
+        arguments_field="sampling",
+        build_arguments=None,
+        roles=("model",),
+        rows="answers",
+        plan_settings=Entry("planner.evaluate:evaluate_settings"),
+        choose_fp8=Entry("optimization.fp8_optim:choose_fp8_of_evaluation"),
+        train=Entry("evaluation.run:evaluate_models"),
+        report=Entry("evaluation.results:results_table"),
         card=None,
     ),
 }
