@@ -4,6 +4,10 @@ import itertools
 import json
 import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -31,6 +35,7 @@ from planner.shapes import load_shape
 from schemas.compose import compose_run_config
 from schemas.model import ModelArgs
 from schemas.run import ConfigError, load_run_config
+from tests.helpers.command import ROOT
 from tests.helpers.tiny_run import make_trainer, write_random_model
 from trainers.start import train_runs
 
@@ -372,3 +377,42 @@ def test_a_model_that_is_not_there_is_named_before_anything_is_written(model, tm
     with pytest.raises(UserError, match=model):
         evaluated([Path(model)], tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_vllm_serves_base_and_merged_adapter_and_answers_as_transformers_does(models, whole, tmp_path):
+    folder = evaluated(models[:2], tmp_path / "run", "generator=vllm")
+    found, expected = (pd.read_parquet(run / "samples.parquet") for run in (folder, whole))
+    for model in map(str, models[:2]):
+        texts = [
+            table["text"][(table["model"] == model) & (table["decoding"] == "greedy")].tolist()
+            for table in (found, expected)
+        ]
+        assert mean(a == b for a, b in zip(*texts, strict=True)) >= 0.9
+        sampled = found[(found["model"] == model) & (found["decoding"] == "sampled")]
+        assert len(sampled) == 72 and sampled["text"].nunique() > 36
+    assert not (folder / MERGED_FOLDER).exists()
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_killed_five_times_ends_as_one_that_was_not(tmp_path):
+    """kill -9 of the command itself, at random moments of its sampling."""
+    words = ["--config-name=evaluate_tiny", "models=[tiny_student]", "num_samples=8", "generation_aggregation_steps=8"]
+    command = [sys.executable, str(ROOT / "train.py"), *words, f"output_dir={tmp_path / 'run'}"]
+    rng, chunks = random.Random(0), tmp_path / "run" / "samples"
+    for _ in range(5):
+        there = len(list(chunks.rglob("q*.parquet")))
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until = there + rng.randrange(1, 8)
+        while process.poll() is None and len(list(chunks.rglob("q*.parquet"))) < until:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.2))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    (whole,) = train_runs([compose_run_config("evaluate_tiny", [*words[1:], f"output_dir={tmp_path / 'whole'}"])])
+    files = [(folder / "evaluation.json").read_text() for folder in (tmp_path / "run", whole.folder)]
+    assert files[0] == files[1]
+    tables = [pd.read_parquet(folder / "samples.parquet") for folder in (tmp_path / "run", whole.folder)]
+    pd.testing.assert_frame_equal(*tables)
