@@ -31,7 +31,7 @@ from core.errors import NonFiniteError, StoppedError, UserError
 from core.faults import disk_fault
 from core.log import configure_logging, console, log
 from core.one_gpu import show_one_gpu
-from core.process import check_one_process, prepare_process
+from core.process import check_one_process, end_with_parent, prepare_process
 from preflight.inputs import check_inputs
 from schemas.compose import (
     JOB_OF_A_SWEEP,
@@ -42,6 +42,7 @@ from schemas.compose import (
     with_sweep_folders,
 )
 from schemas.methods import DEFAULT_METHOD, METHODS
+from schemas.pipeline import PIPELINE
 from schemas.run import ConfigError
 from schemas.secrets import masked
 
@@ -57,6 +58,10 @@ _composed: list[dict[str, Any]] = []
 
 def _train_all(composed: list[dict[str, Any]]) -> int:
     """Train every run; the exit status."""
+    if any(values.get("method") == PIPELINE for values in composed):
+        from pipelines.run import run_pipeline
+
+        return max(run_pipeline(values) for values in with_sweep_folders(composed))
     jobs = with_sweep_folders(composed)
     for values in jobs:
         check_inputs(values)
@@ -74,6 +79,7 @@ def _train_all(composed: list[dict[str, Any]]) -> int:
 
 
 def main() -> int:
+    end_with_parent()
     prepare_process()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of exiting, so that there is one place for messages
     configure_logging()
