@@ -29,10 +29,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import NonFiniteError, StoppedError, UserError
 from core.faults import disk_fault
+from core.imports import importing
 from core.log import configure_logging, console, log
 from core.one_gpu import show_one_gpu
 from core.process import check_one_process, end_with_parent, prepare_process
 from preflight.inputs import check_inputs
+from preflight.unneeded import unneeded_packages
 from schemas.compose import (
     JOB_OF_A_SWEEP,
     command_line,
@@ -66,14 +68,15 @@ def _train_all(composed: list[dict[str, Any]]) -> int:
     for values in jobs:
         check_inputs(values)
     show_one_gpu(jobs)
-    # These load torch, which takes seconds: not before the configuration is composed.
-    from optimization.gpu import has_gpu
-    from trainers.start import train_runs
-    from trainers.sweep import run_jobs
+    without = unneeded_packages(jobs)
+    with importing(without):  # these load torch, which takes seconds: not before the configuration is composed
+        from optimization.gpu import has_gpu
+        from trainers.start import train_runs
+        from trainers.sweep import run_jobs
 
     if len(jobs) > 1 and has_gpu():
         return run_jobs([sys.executable, os.path.abspath(__file__), JOB_OF_A_SWEEP], jobs)
-    for run in train_runs(jobs, on_results=lambda finished: console.print(*finished.tables())):
+    for run in train_runs(jobs, lambda finished: console.print(*finished.tables()), without):
         log.info("the results are in %s", run.folder)
     return 0
 

@@ -2,13 +2,11 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
-from rich.console import RenderableType
 from rich.progress import Progress
 
 from core.log import can_animate, console, log
@@ -17,7 +15,7 @@ from data.formats import PromptFormat
 from evaluation.answers import final_answer, is_right, stated_solution
 from evaluation.engine import Answerer, answerer
 from evaluation.questions import Question, encoded_prompts, load_questions
-from evaluation.results import GREEDY, SAMPLED, results_of, results_table
+from evaluation.results import GREEDY, SAMPLED, results_of
 from evaluation.store import EVALUATION_FILE, SampleStore
 from generation.choose import choose_engine
 from generation.policy import sampling_seeds
@@ -29,19 +27,12 @@ from planner.plan import MemoryPlan
 from rollout.types import Completion
 from runs.files import write_whole
 from runs.run_folder import open_run_folder, write_summary
-from runs.summary import FinishedRun, memory_by_phase, memory_table
+from runs.summary import FinishedRun, memory_by_phase
 from schemas.evaluate import EvaluateRunConfig, Prompt
+from schemas.methods import method_of
 
 _STREAM = 2
 """Of seeds; those below are a teacher's run's (generation/policy.py)."""
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class FinishedEvaluation(FinishedRun):
-    """An evaluation that is whole; `summary["evaluation"]` is what evaluation.json holds."""
-
-    def tables(self) -> list[RenderableType]:
-        return [results_table(self.summary["evaluation"]), memory_table(self.summary)]
 
 
 def evaluate_models(
@@ -87,7 +78,7 @@ def evaluate_models(
     summary = {"evaluation": results, "memory": memory_by_phase(plan, meter)}
     write_summary(folder.path, summary)
     store.remove_chunks()
-    finished = FinishedEvaluation(folder=folder.path, summary=summary)
+    finished = FinishedRun(folder=folder.path, summary=summary, report=method_of(config).report.object)
     on_results(finished)
     return finished
 
