@@ -59,8 +59,8 @@ class FinishedRun(Shown):
     report: Report = TEACHER_REPORT
 
     def tables(self) -> list[RenderableType]:
-        shown = [summary_table(self.summary, self.report), memory_table(self.summary)]
-        return [*shown, time_table(self.summary["time"])] if "time" in self.summary else shown
+        times = [time_table(self.summary["time"])] if "time" in self.summary else []
+        return [summary_table(self.summary, self.report), memory_table(self.summary), *times]
 
 
 class PhasePeak(Protocol):
