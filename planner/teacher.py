@@ -257,7 +257,7 @@ def _plan_parked(settings: TeacherSettings, gpu_bytes: int | None, parking: Stud
     resident = loaded | {"optimizer states": adapter["optimizer states"]} | asleep
     awake = _vllm_awake(settings)
     canary = _canary_bytes(settings) if awake else 0.0
-    kv = _kv_cache_bytes(
+    kv = cache_bytes(
         settings,
         gpu_bytes,
         others=sum((resident | awake).values()) + max(canary + student[Phase.SYNC], student[Phase.GENERATE]),
@@ -306,7 +306,7 @@ def _student_bytes(settings: TeacherSettings, parking: StudentParking) -> dict[P
     return dict.fromkeys(Phase, 0.0) | {Phase.SCORE: scoring} | early
 
 
-def _kv_cache_bytes(settings: TeacherSettings, gpu_bytes: int | None, *, others: float, own: float) -> int:
+def cache_bytes(settings: TeacherSettings, gpu_bytes: int | None, *, others: float, own: float) -> int:
     """What is set, else what the batch needs, within what the GPU leaves beside `others` and vLLM's share of it.
 
     That share holds the `own` bytes of an awake vLLM as well.

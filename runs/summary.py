@@ -59,6 +59,11 @@ DIFFUSION_REPORT = Report(
         "eval_exact_match": "held-out exact match",
     },
 )
+SFT_REPORT = Report(
+    "loss",
+    "training loss (first and last steps)",
+    {"eval_loss": "held-out negative log-likelihood a learned token (nats)"},
+)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

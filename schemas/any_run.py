@@ -36,6 +36,11 @@ class AnyRunConfig(DataConfig, MachineConfig, OptimizationConfig, ABC):
         return self.arguments.run_name
 
     @property
+    def learns_explanations(self) -> bool:
+        """Whether it makes a teacher, which explains a given solution, and not a student, which answers."""
+        return False
+
+    @property
     def no_vllm(self) -> str | None:
         """Why no vLLM is needed in this process; None where one is wanted."""
         return "this run samples nothing"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from schemas.any_run import AnyRunConfig, TrainingRunConfig
-from schemas.library_settings import GRPO_CONFIG, SAMPLING_ARGUMENTS, TRAINING_ARGUMENTS, LibrarySettings
+from schemas.library_settings import GRPO_CONFIG, SAMPLING_ARGUMENTS, SFT_CONFIG, TRAINING_ARGUMENTS, LibrarySettings
 
 DEFAULT_METHOD = "rlt"
 ConfigT = TypeVar("ConfigT", bound=AnyRunConfig)
@@ -56,7 +56,7 @@ class Method:
     train: Entry
     """(config, values, plan, device, on_results) -> the finished run."""
     report: Entry
-    """Rows of the table at the end: a `Report`."""
+    """Rows of the table at the end: a `Report`, or where nothing is trained what makes that table."""
     card: Entry | None
     """(config, trainer) -> the model card; None: no model is written."""
 
@@ -71,6 +71,24 @@ class Method:
     def own_field_names(self) -> set[str]:
         """Settings that this project declares."""
         return {field.name for field in fields(self.config.object)} - {self.arguments_field}
+
+
+def _supervised(title: str, config: str) -> Method:
+    """Supervised fine-tuning; what is learned of a row is all that differs (data/supervised.py)."""
+    return Method(
+        title=title,
+        index="train_sft",
+        config=Entry(f"schemas.sft:{config}"),
+        library=SFT_CONFIG,
+        arguments_field="sft",
+        build_arguments=Entry("trainers.sft_run:build_sft_args"),
+        roles=("model",),
+        rows="rows",
+        plan_settings=Entry("planner.sft:supervised_settings"),
+        train=Entry("trainers.sft_run:train_supervised"),
+        report=Entry("runs.summary:SFT_REPORT"),
+        card=Entry("trainers.model_card:supervised_card"),
+    )
 
 
 METHODS: dict[str, Method] = {
@@ -103,6 +121,8 @@ METHODS: dict[str, Method] = {
         report=Entry("runs.summary:DIFFUSION_REPORT"),
         card=Entry("trainers.model_card:masked_diffusion_card"),
     ),
+    "teacher_sft": _supervised("a teacher's warm-up", "TeacherSFTRunConfig"),
+    "student_sft": _supervised("a student's distillation", "StudentSFTRunConfig"),
     "collect_traces": Method(
         title="a collection of traces",
         index="collect_traces",
@@ -116,6 +136,21 @@ METHODS: dict[str, Method] = {
         choose_fp8=Entry("optimization.fp8_optim:choose_fp8_of_teacher"),
         train=Entry("traces.run:collect_traces"),
         report=Entry("traces.summary:TRACES_REPORT"),
+        card=None,
+    ),
+    "evaluate": Method(
+        title="an evaluation",
+        index="evaluate",
+        config=Entry("schemas.evaluate:EvaluateRunConfig"),
+        library=SAMPLING_ARGUMENTS,
+        arguments_field="sampling",
+        build_arguments=None,
+        roles=("model",),
+        rows="answers",
+        plan_settings=Entry("planner.evaluate:evaluate_settings"),
+        choose_fp8=Entry("optimization.fp8_optim:choose_fp8_of_evaluation"),
+        train=Entry("evaluation.run:evaluate_models"),
+        report=Entry("evaluation.results:results_table"),
         card=None,
     ),
 }

@@ -81,6 +81,25 @@ class ModelArgs:
             )
 
 
+def check_trained_weights(trainable_weights: Literal["adapter", "all"], args: ModelArgs, *, use_muon: bool) -> None:
+    """
+    Raises:
+        ValueError: these weights cannot be trained on such a base, or not with this optimizer.
+    """
+    if use_muon and trainable_weights == "adapter":
+        raise ValueError("`use_muon` is for whole matrices, and `trainable_weights` is adapter. Set use_muon=false.")
+    if args.quantisation is not None and trainable_weights == "all":
+        raise ValueError(
+            "`trainable_weights` is all with a quantised base, whose weights take no gradient. Set "
+            "trainable_weights=adapter, or model_args.load_in_8bit=false and model_args.load_in_4bit=false."
+        )
+    if args.adapter_path is not None and trainable_weights == "all":
+        raise ValueError(
+            "`model_args.adapter_path` is set, and `trainable_weights` is all, without an adapter. Set "
+            "trainable_weights=adapter, or leave adapter_path out."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The models by name."""

@@ -42,6 +42,10 @@ class RunConfig(TeacherStepConfig, SampledRunConfig, TrainingRunConfig):
         return self.grpo
 
     @property
+    def learns_explanations(self) -> bool:
+        return True
+
+    @property
     def num_prompts_per_step(self) -> int:
         return self.train_batch_size // self.grpo.num_generations
 

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, create_model
 from schemas.ranges import RANGES
 from schemas.values import AnyFloat, AnyInt
 
-ArgumentsClass = Literal["TrainingArguments", "GRPOConfig", "SamplingArguments"]
+ArgumentsClass = Literal["TrainingArguments", "GRPOConfig", "SFTConfig", "SamplingArguments"]
 SAMPLING_ARGUMENT_NAMES = frozenset(
     ("output_dir", "run_name", "seed", "chat_template_kwargs", "vllm_gpu_memory_utilization")
     + ("max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -34,6 +34,11 @@ _SOURCES: dict[str, tuple[tuple[str, str, str], ...]] = {
         _TRAINING_ARGUMENTS,
         ("trl", "trainer/base_config.py", "_BaseConfig"),
         ("trl", "trainer/grpo_config.py", "GRPOConfig"),
+    ),
+    "SFTConfig": (
+        _TRAINING_ARGUMENTS,
+        ("trl", "trainer/base_config.py", "_BaseConfig"),
+        ("trl", "trainer/sft_config.py", "SFTConfig"),
     ),
 }
 _PLAIN_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "dict": dict, "list": list, "None": None}

@@ -434,7 +434,7 @@ def test_each_way_to_call_train_composes_from_another_folder(words, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--config-name=nope"], "shipped: llada_pretrain, "),
+        (["--config-name=nope"], "llada_pretrain, "),
         (["max_stepz=3"], "Did you mean"),
         (["--config-name=teacher_rlt_tiny", "loss_type=ppo"], "`loss_type` is 'ppo'"),
         (["--config-name=teacher_rlt_tiny", "report_to=all"], "`report_to` names 'all'"),
