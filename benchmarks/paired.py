@@ -6,7 +6,11 @@ from typing import Any
 
 
 def paired_seconds(
-    sides: Mapping[str, Callable[[], Any]], repeats: int, *, clock: Callable[[], float] = time.process_time
+    sides: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    *,
+    warm_up: bool = True,
+    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, float]:
     """Least seconds of each side over `repeats` rounds, in which each runs once; a first round warms up.
 
@@ -14,9 +18,9 @@ def paired_seconds(
     `time.perf_counter` where a GPU computes.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats + 1):
+    for _ in range(repeats + warm_up):
         for name, side in sides.items():
             start_s = clock()
             side()
             seconds[name].append(clock() - start_s)
-    return {name: min(values[1:]) for name, values in seconds.items()}
+    return {name: min(values[warm_up:]) for name, values in seconds.items()}

@@ -27,15 +27,16 @@ class PhaseMeter:
     """Seconds and peak memory by phase; one for a run. Phases nest: both go to the innermost one that is open.
 
     `unmapped_memory` says what torch's counters hold of an engine that is not on the GPU; an engine's owner sets it.
+    `clock` may be this process's CPU time, which other work on the machine hardly changes.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.device, self.clock = device, clock
         self.unmapped_memory: Callable[[], UnmappedMemory] = UnmappedMemory
         self.use: dict[Phase, PhaseUse] = {phase: PhaseUse() for phase in Phase}
         self.open_phases: list[Phase] = []
         self._recent_peak = PhaseUse()
-        self._last_mark_s = time.perf_counter()
+        self._last_mark_s = clock()
         self._unmapped_at_mark = UnmappedMemory()
 
     @contextmanager
@@ -59,7 +60,7 @@ class PhaseMeter:
         """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        now_s = time.perf_counter()
+        now_s = self.clock()
         if self.open_phases:
             use, peak = self.use[self.open_phases[-1]], self._interval_peak()
             use.seconds += now_s - self._last_mark_s

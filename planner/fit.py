@@ -60,14 +60,19 @@ def largest_micro_batch(settings: PlanSettings, gpu_bytes: int) -> int | None:
 
 def largest_context(settings: PlanSettings, gpu_bytes: int) -> int | None:
     """Largest prompt + completion length, in the configuration's proportion, up to what the model was trained for."""
-    prompt_frac = settings.max_prompt_len / settings.row_len
-
-    def with_row_len(row_len: int) -> PlanSettings:
-        prompt_len = round(row_len * prompt_frac)
-        return replace(settings, max_prompt_len=prompt_len, max_completion_len=row_len - prompt_len)
-
     candidates = range(_CONTEXT_STEP, settings.teacher.max_positions + 1, _CONTEXT_STEP)
-    return _last_that_fits(candidates, with_row_len, gpu_bytes)
+    return _last_that_fits(candidates, lambda row_len: with_row_len(settings, row_len), gpu_bytes)
+
+
+def with_row_len(settings: PlanSettings, row_len: int, *, micro_batch: int | None = None) -> PlanSettings:
+    """The run with rows of another length, prompt and completion in the configuration's proportion."""
+    prompt_len = round(row_len * settings.max_prompt_len / settings.row_len)
+    return replace(
+        settings,
+        max_prompt_len=prompt_len,
+        max_completion_len=row_len - prompt_len,
+        micro_batch=settings.micro_batch if micro_batch is None else micro_batch,
+    )
 
 
 def largest_model(settings: PlanSettings, gpu_bytes: int) -> str | None:

@@ -11,7 +11,9 @@ from core.shown import Shown
 from core.units import format_gb
 from planner.fit import own_card_bytes, resolve_auto, why_not
 from planner.plan import MemoryPlan, plan_run
+from planner.rates import Rates, rates_for_memory, rates_of_gpu
 from planner.report import plan_table, summary_lines
+from planner.time import Lengths, TimePlan, plan_time, time_table
 from schemas.compose import compose_run_config
 from schemas.run import AnyRunConfig, load_run_config
 
@@ -42,7 +44,22 @@ class Planned(Shown):
             f"{described.models}; {described.rows}; context {plan.settings.row_len}",
             plan_table(plan, title=title),
             *(f"  {line}" for line in summary_lines(plan)),
+            *self.time_shown(),
         ]
+
+    def time_plans(self, rates: Rates) -> list[TimePlan]:
+        """For the lengths that are expected, and for rows as long as allowed; empty: the method has no such plan."""
+        settings = self.plan.settings
+        limits = settings.max_prompt_len, settings.max_completion_len
+        plans = (plan_time(settings, rates, lengths(*limits)) for lengths in (Lengths.expected, Lengths.full))
+        return [plan for plan in plans if plan is not None]
+
+    def time_shown(self) -> list[RenderableType]:
+        plans = self.time_plans(rates_for_plan(self.plan.gpu_bytes or 0))
+        if not plans:
+            return []
+        title = f"time on {plans[0].rates.words}; predicted, not measured"
+        return [time_table(plans, title=title), f"  {plans[0].lengths.source}; or every row as long as allowed"]
 
     def verdict(self) -> str:
         card = format_gb(self.plan.gpu_bytes or 0)
@@ -74,6 +91,13 @@ def plan_on_own_card(name: str) -> Planned:
     """
     values = compose_run_config(name)
     return _plan(name, values, own_card_bytes(values))
+
+
+def rates_for_plan(gpu_bytes: int) -> Rates:
+    """Of the GPU that is here where the plan is for it and the table knows it, else of one with as much memory."""
+    gpu = find_gpu()
+    here = rates_of_gpu(gpu.name) if gpu is not None and gpu.total_bytes == gpu_bytes else None
+    return here or rates_for_memory(gpu_bytes)
 
 
 def _plan(name: str, values: dict[str, Any], gpu_bytes: int) -> Planned:

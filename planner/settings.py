@@ -2,11 +2,12 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from core.errors import UserError
+from core.types import Phase
 from planner.constants import SCORE_BATCH_TOKENS
 from planner.shapes import ModelShape
 from schemas.any_run import AnyRunConfig, TrainingRunConfig
@@ -14,6 +15,9 @@ from schemas.methods import as_training
 
 if TYPE_CHECKING:
     from planner.plan import MemoryPlan
+    from planner.rates import Rates
+    from planner.time import Lengths
+    from planner.work import Work
 
 Precision = Literal["fp32", "bf16", "fp8", "int8", "int8_groups", "nf4"]
 Checkpointing = Literal["none", "layers", "layers_offloaded"]
@@ -87,6 +91,10 @@ class PlanSettings(ABC):
     """`flash`: no mask is needed, since rows are padded at their ends (sdpa's flash kernel, or Flash Attention);
     `masked_sdpa`: sdpa with a [rows, length, length] mask and keys repeated per query head (packed samples)."""
     expandable_segments: bool = False
+    sequence_layout: Literal["shared_prefix", "packed", "padded"] = "shared_prefix"
+    """How rows are laid out in a forward (rollout/batches.py); time alone depends on it."""
+    num_steps: int | None = None
+    """Optimizer steps of the run; None: as many as the dataset makes."""
     mlp_tile_tokens: int | None = None
     """MLPs run on this many tokens at a time (optimization/memory_optim.py); None: on all of them."""
 
@@ -112,6 +120,10 @@ class PlanSettings(ABC):
     @abstractmethod
     def plan(self, gpu_bytes: int | None) -> "MemoryPlan":
         """Bytes per phase and component; pure arithmetic."""
+
+    def step_work(self, lengths: "Lengths", rates: "Rates") -> "Mapping[Phase, Sequence[Work]]":
+        """What an optimizer step computes in each phase; empty: this method has no plan of time."""
+        return {}
 
     @abstractmethod
     def described(self) -> Described:
@@ -159,7 +171,16 @@ def common_settings(config: AnyRunConfig, shape: ModelShape) -> dict[str, Any]:
         "expandable_segments": config.expandable_segments
         or "expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", ""),
         "mlp_tile_tokens": config.mlp_tile_tokens,
+        "sequence_layout": _sequence_layout(config),
     }
+
+
+def _sequence_layout(config: AnyRunConfig) -> Literal["shared_prefix", "packed", "padded"]:
+    """`auto` is `shared_prefix` where attention is transformers' sdpa (models/load.py)."""
+    asked = config.model_args.sequence_layout
+    if asked != "auto":
+        return asked
+    return "shared_prefix" if config.model_args.attn_implementation == "sdpa" else "padded"
 
 
 def _settings_of_a_step(config: TrainingRunConfig) -> dict[str, Any]:
@@ -167,6 +188,7 @@ def _settings_of_a_step(config: TrainingRunConfig) -> dict[str, Any]:
         "micro_batch": config.arguments.per_device_train_batch_size,
         "train_batch": config.train_batch_size,
         "checkpointing": _checkpointing(config),
+        "num_steps": config.arguments.max_steps if config.arguments.max_steps > 0 else None,
     }
 
 

@@ -1,6 +1,6 @@
 """The plan of a teacher's run: teacher, student, reference, and the generator that samples for the teacher."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -27,8 +27,12 @@ from planner.constants import (
 )
 from planner.host_memory import parked_bytes, sleeping_vllm_bytes
 from planner.plan import MemoryPlan, memory_plan
+from planner.rates import Rates
 from planner.settings import Change, Described, PlanSettings, Precision, common_settings
 from planner.shapes import ModelShape, load_shape
+from planner.teacher_time import teacher_work
+from planner.time import Lengths
+from planner.work import Work
 from schemas.generation import generator_base_of
 from schemas.run import RunConfig
 from schemas.sampled_run import SampledRunConfig
@@ -65,6 +69,10 @@ class TeacherSettings(PlanSettings):
     """Prompt groups that are generated at once."""
     kv_bytes_per_value: int = 2
     """Of vLLM's cache: 16 bits, or 1 for fp8."""
+    steps_per_rollout: int = 1
+    """Optimizer steps that one rollout serves."""
+    scores_policy: bool = False
+    """The trained model scores its own completions in a forward of its own."""
 
     @property
     def scored_in(self) -> Precision:
@@ -85,6 +93,9 @@ class TeacherSettings(PlanSettings):
 
     def plan(self, gpu_bytes: int | None) -> MemoryPlan:
         return plan_teacher(self, gpu_bytes)
+
+    def step_work(self, lengths: Lengths, rates: Rates) -> Mapping[Phase, Sequence[Work]]:
+        return teacher_work(self, lengths, rates)
 
     def described(self) -> Described:
         student = self.student.name if self.student else "the teacher's base"
@@ -166,6 +177,8 @@ def teacher_settings(config: RunConfig, *, allow_download: bool = False) -> Teac
         optimizer=str(grpo.optim),
         train_tokens=None if config.micro_batch_tokens == "auto" else config.micro_batch_tokens,
         num_generations=grpo.num_generations,
+        steps_per_rollout=grpo.num_iterations,
+        scores_policy=grpo.num_iterations > 1 or config.teacher_logprobs == "forward",
     )
 
 

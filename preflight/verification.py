@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -29,7 +30,7 @@ from planner.fit import (
     override_word,
     why_not,
 )
-from planner.planned import Planned, plan_config, plan_on_own_card
+from planner.planned import Planned, plan_config, plan_on_own_card, rates_for_plan
 from planner.report import lever_lines
 from preflight.readiness import (
     Check,
@@ -98,6 +99,11 @@ def show_plan(planned: Planned, found: list[Lever]) -> None:
     console.print("  single levers:", highlight=False)
     for line in lever_lines(found):
         console.print(f"    {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def times_of(planned: Planned) -> list[dict[str, Any]]:
+    """Plans of time for json: expected lengths, then full ones."""
+    return [plan.to_dict() for plan in planned.time_plans(rates_for_plan(planned.plan.gpu_bytes or 0))]
 
 
 def fit_line(planned: Planned) -> str:
@@ -171,7 +177,7 @@ def main(words: list[str] | None = None, description: str | None = None) -> int:
         result = {
             "ready": ready,
             "checks": [check.to_dict() for check in checks],
-            "plans": {planned.name: planned.plan.to_dict() for planned in plans},
+            "plans": {planned.name: planned.plan.to_dict() | {"time": times_of(planned)} for planned in plans},
         }
         arguments.json.write_text(json.dumps(result, indent=2))
     return 0 if ready else 1

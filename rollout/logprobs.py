@@ -20,6 +20,8 @@ from rollout.types import ScoringRow
 
 DEFAULT_MAX_BATCH_TOKENS = 16384
 DEFAULT_LOGIT_CHUNK_LEN = 256
+PADDED_BATCH_TOKENS_ON_CPU = 1024
+"""Larger padded batches only pad more there: rows one after another are as fast (docs/measurements.md)."""
 
 
 @torch.no_grad()
@@ -44,6 +46,8 @@ def score_spans(
     """
     results: list[tuple[Tensor, ...]] = [tuple(torch.empty(0) for _ in row.spans) for row in rows]
     layout = layout or layout_of(model)
+    if layout == "padded" and model.device.type == "cpu":
+        max_batch_tokens = min(max_batch_tokens, PADDED_BATCH_TOKENS_ON_CPU)
     for batch in row_batches(rows, max_batch_tokens, layout):
         batch_rows = [rows[i] for i in batch]
         logprobs_N, _ = span_logprobs(

@@ -29,7 +29,8 @@ class Report:
     has_page: ClassVar[bool] = True
 
     def tables(self, summary: dict[str, Any]) -> list[RenderableType]:
-        return [summary_table(summary, self), memory_table(summary)]
+        times = [time_table(summary["time"])] if "time" in summary else []
+        return [summary_table(summary, self), memory_table(summary), *times]
 
 
 class ShownResult(Protocol):
@@ -115,11 +116,13 @@ def memory_by_phase(plan: MemoryPlan, meter: Meter) -> dict[str, Any]:
     }
 
 
-def summarise(run_dir: Path, memory: dict[str, Any], report: Report = TEACHER_REPORT) -> dict[str, Any]:
+def summarise(
+    run_dir: Path, memory: dict[str, Any], report: Report = TEACHER_REPORT, seconds: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Read `metrics.jsonl`, write `summary.json`, return it.
 
     Training figures are means of the first and the last five logged steps (fewer in a short run); held-out ones are
-    those of the first and the last evaluation.
+    those of the first and the last evaluation. `seconds`: of a step by phase, planned and measured.
     """
     lines = read_metrics(run_dir / METRICS_FILE)
     logged = _values(lines, report.train_key)
@@ -137,6 +140,8 @@ def summarise(run_dir: Path, memory: dict[str, Any], report: Report = TEACHER_RE
         for key in [*keys, *sorted(kinds)]:
             summary[key] = {"before": evaluations[0].get(key, 0.0), "after": evaluations[-1].get(key, 0.0)}
     summary["memory"] = {**memory, "phases": _peaks(memory, lines)}
+    if seconds:
+        summary["time"] = seconds
     write_summary(run_dir, summary)
     return summary
 
@@ -187,4 +192,18 @@ def memory_table(summary: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if column == "phase" else "right")
     for phase, peak in memory["phases"].items():
         table.add_row(phase, *(f"{peak[key]:.2f}" for key in shown))
+    return table
+
+
+def time_table(seconds: dict[str, Any]) -> Table:
+    """Seconds of a step: as planned for the lengths that came, and measured."""
+    table = Table(title="seconds a step", title_justify="left", caption_justify="left")
+    table.caption = f"{seconds['lengths']}; {seconds['tokens_per_s']:.0f} completion tokens/s; {seconds['rates']}"
+    for column in ("phase", "planned", "share", "measured", "share"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    phases = seconds["phases"]
+    totals = {key: sum(phase[key] for phase in phases.values()) for key in ("planned_s", "measured_s")}
+    for name, phase in [*phases.items(), ("step", totals)]:
+        cells = [text for key in totals for text in (f"{phase[key]:.3g}", f"{phase[key] / totals[key]:.0%}")]
+        table.add_row(name, *cells)
     return table

@@ -12,6 +12,7 @@ from runs.summary import FinishedRun, memory_by_phase, summarise
 from schemas.methods import method_of
 from schemas.run import RunConfig
 from trainers.build import build_trainer, check_before_loading
+from trainers.time_plan import tell_time_plan, time_beside_plan
 
 
 def train_teacher(
@@ -29,10 +30,12 @@ def train_teacher(
     prepared = check_before_loading(config, values, plan, device)
     try:
         with closing(build_trainer(prepared)) as trainer:
+            tell_time_plan(trainer)
             trainer.train(resume_from_checkpoint=prepared.resume_from)
             trainer.finish()
             report = method_of(config).report.object
-            summary = summarise(prepared.folder.path, memory_by_phase(plan, trainer.meter), report)
+            memory, seconds = memory_by_phase(plan, trainer.meter), time_beside_plan(trainer)
+            summary = summarise(prepared.folder.path, memory, report, seconds)
             finished = FinishedRun(folder=prepared.folder.path, summary=summary, report=report)
             on_results(finished)
             return finished

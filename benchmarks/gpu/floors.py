@@ -9,18 +9,9 @@ rows. Prompts are read once for each group in prefill (prefix cache), and with e
 from dataclasses import dataclass
 
 from planner.components import kv_bytes_per_token, weight_bytes
+from planner.rates import Rates
 from planner.settings import Precision
 from planner.shapes import ModelShape
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """Measured rates of a GPU."""
-
-    copy_bytes_per_s: float
-    """Bytes read and written a second."""
-    matmul_flop_per_s: float
-    """Dense bf16 products."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ def results_in(folder: Path) -> list[Result]:
 def _published(result: Result) -> dict[str, Any]:
     entry = asdict(result)
     figures = entry.pop("figures")
-    kept = {key: figures[key] for key in ("tables", "config", "card_gb", "peaks_gb") if key in figures}
+    kept = {key: figures[key] for key in ("tables", "config", "card_gb", "peaks_gb", "rates") if key in figures}
     return {key: entry[key] for key in ("part", "cell", "shape", "date", "command", "machine")} | kept
 
 

@@ -14,7 +14,6 @@ solution, and filler or a leaked solution are text that it would not have though
 Letters: B rows, T tokens.
 """
 
-import os
 import random
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ import torch
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
+from core.cache import default_cache_dir
 from core.log import can_animate, console, log
 from data.embedded.task import Style, classify_explanation, explain, generate_facts, generate_rows
 from data.embedded.tokenizer import EMBEDDED_FORMAT, build_tokenizer
@@ -79,13 +79,6 @@ def ensure_folder(name: str, build: Callable[[Path], None], cache_dir: Path | No
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
-
-
-def default_cache_dir() -> Path:
-    """Cache folder of everything that is made once and used by all runs."""
-    if "RLT_CACHE" in os.environ:
-        return Path(os.environ["RLT_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "rlt"
 
 
 def build_tiny_model(folder: Path) -> None:

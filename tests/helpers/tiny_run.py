@@ -47,7 +47,12 @@ def write_random_model(
 
 def make_trainer(model: Path, output_dir: Path, *overrides: str) -> TeacherGRPOTrainer:
     """A trainer as `train.py` builds it."""
-    words = [f"model_name_or_path={model}", f"student_model={model}", f"output_dir={output_dir}", *SMALL, *overrides]
+    return make_planned_trainer(model, output_dir, *SMALL, *overrides)
+
+
+def make_planned_trainer(model: Path, output_dir: Path, *overrides: str) -> TeacherGRPOTrainer:
+    """As `make_trainer`, of the embedded configuration's own size and generator."""
+    words = [f"model_name_or_path={model}", f"student_model={model}", f"output_dir={output_dir}", *overrides]
     values = compose_run_config("teacher_rlt_tiny", words)
     config = load_for_this_machine(values)
     return build_trainer(check_before_loading(config, values, *check_hardware_and_plan(config)))
