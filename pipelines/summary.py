@@ -47,10 +47,15 @@ def summarise_pipeline(pipeline: PipelineConfig, jobs: Mapping[str, Job], folder
 
 
 def evaluation_summary(evaluations: Sequence[Job], jobs: Mapping[str, Job]) -> dict[str, Any]:
-    """Model -> figures over all seeds with intervals, and of each seed; models at checkpoints as curves."""
+    """Model -> figures over all seeds with intervals, and of each seed; models at checkpoints as curves.
+
+    `minus`: sampled pass@1 minus that of the first arm, question by question.
+    """
     answers = {job.seed: _answers(job, jobs) for job in evaluations}
     models = list(dict.fromkeys(model for found in answers.values() for model in found))
     finals = [model for model in models if model[1] is None]
+    trained = {job.arm or job.stage for job in jobs.values()}
+    first = next((model for model in finals if model[0] in trained), None)
     figures: dict[str, Any] = {}
     for model in finals:
         per_seed = {seed: found[model] for seed, found in answers.items() if model in found}
@@ -59,6 +64,10 @@ def evaluation_summary(evaluations: Sequence[Job], jobs: Mapping[str, Job]) -> d
             for figure in _FIGURES
             if (values := [found[figure] for found in per_seed.values() if figure in found])
         } | {"seeds": {str(seed): {f: float(v.mean()) for f, v in found.items()} for seed, found in per_seed.items()}}
+        if first is not None and model != first:
+            pairs = [(found[model], found[first]) for found in answers.values() if {model, first} <= found.keys()]
+            differences = [own["pass@1"] - others["pass@1"] for own, others in pairs]
+            figures[model[0]]["minus"] = {first[0]: _with_interval(differences)} if differences else {}
     return {"models": figures, "curves": _curves(models, answers)}
 
 
@@ -158,14 +167,22 @@ def _tables(summary: Mapping[str, Any]) -> Iterator[Table]:
 
 def _models_table(stage: str, models: Mapping[str, Any], log_probs: Mapping[str, Any]) -> Table:
     """One row for each arm."""
-    table = _table(f"{stage}: share of right answers", ["model", "sampled pass@1", "greedy", "of each seed, sampled"])
-    table.add_column("held-out log-prob per token", justify="right")
+    table = _table(f"{stage}: share of right answers", ["model", "sampled pass@1", "greedy", "sampled, by seed"])
+    first = next((name for found in models.values() for name in found.get("minus", {})), "")
+    for column in (*([f"minus {first}"] if first else []), "held-out log-prob"):
+        table.add_column(column, justify="right")
     for name, found in models.items():
         each = " ".join(f"{figures['pass@1']:.2f}" for figures in found["seeds"].values() if "pass@1" in figures)
         log_prob = log_probs.get(name, {}).get("log_prob")
         intervals = [_interval(found[figure]) if figure in found else "" for figure in _FIGURES]
-        table.add_row(name, *intervals, each, "" if log_prob is None else f"{log_prob:.3f}")
-    table.caption = f"intervals: {_COVERAGE_FRAC:.0%}, bootstrap over seeds and questions"
+        minus = found.get("minus", {}).get(first)
+        difference = [f"{minus['mean']:+.2f} [{minus['low']:+.2f}, {minus['high']:+.2f}]" if minus else ""]
+        table.add_row(
+            name, *intervals, each, *(difference if first else []), "" if log_prob is None else f"{log_prob:.3f}"
+        )
+    table.caption = (
+        f"intervals: {_COVERAGE_FRAC:.0%}, bootstrap over seeds and questions; log-prob: of right answers, per token"
+    )
     return table
 
 
