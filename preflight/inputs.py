@@ -28,7 +28,22 @@ def check_inputs(values: Mapping[str, Any]) -> None:
             check_model_path(name)  # what trains nothing also takes runs, such as have only a checkpoint so far
     for name in _datasets(config):
         check_dataset_path(name)
+    for name in config.run_folders:
+        check_run_folder(name)
     check_output_dir(config.arguments.output_dir, config.resume)
+
+
+def check_run_folder(name: str) -> None:
+    """
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not Path(name).expanduser().is_dir():
+        raise UserError(
+            f"the run folder {name!r} is not there",
+            expected=f"the folder of an earlier run (the current folder is {Path.cwd()})",
+            remedy="check the path, or train that run first",
+        )
 
 
 def check_hub(config: AnyRunConfig) -> None:
