@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _READ_EVERY_S = 2.0
 
+Known = Mapping[str, Mapping[str, Any]]
+"""What `jobs.json` holds: job -> its fingerprint, and the seconds that it took."""
+
 
 class Board:
     """Lines that move on a terminal; elsewhere one line when a job starts and one when it is finished.
@@ -57,9 +60,7 @@ class Board:
     def finished(self, job: Job, seconds: float) -> None:
         log.info("%s: finished in %s%s", job.title, format_duration(seconds), self._left and f"; {self._left}")
 
-    def update(
-        self, running: "Sequence[Running]", to_do: Sequence[Job], known: Mapping[str, Mapping[str, Any]]
-    ) -> None:
+    def update(self, running: "Sequence[Running]", to_do: Sequence[Job], known: Known) -> None:
         """Show where the jobs are."""
         self._left = time_left(
             [(one.job, one.seconds) for one in running], to_do, known, self._jobs_at_once, self._expected_s
@@ -91,7 +92,7 @@ def steps_of(job: Job) -> tuple[int, int | None]:
 def time_left(
     running: Sequence[tuple[Job, float]],
     to_do: Sequence[Job],
-    known: Mapping[str, Mapping[str, Any]],
+    known: Known,
     jobs_at_once: int,
     expected_s: Mapping[str, float | None],
 ) -> str:

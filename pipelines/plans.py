@@ -4,16 +4,17 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from core.errors import UserError
 from core.units import format_duration, format_gb, gb
-from pipelines.board import time_left
+from pipelines.board import Known, time_left
 from pipelines.jobs import Job, for_planning
 from planner.fit import own_card_bytes, why_not
 from planner.plan import MemoryPlan, plan_run
+from planner.planned import rates_for_plan
+from planner.time import Lengths, plan_time
 from schemas.pipeline import PipelineConfig
 
 
@@ -23,6 +24,8 @@ class PlannedJob:
     plan: MemoryPlan
     disk_bytes: float
     """Checkpoints, and what else it writes of that size."""
+    run_s: float | None
+    """Of its steps, by the plan of time with the lengths that are expected; None: its method has none."""
 
 
 def plan_jobs(jobs: Mapping[str, Job], gpu_bytes: int | None) -> list[PlannedJob]:
@@ -37,8 +40,16 @@ def plan_jobs(jobs: Mapping[str, Job], gpu_bytes: int | None) -> list[PlannedJob
         card = gpu_bytes if gpu_bytes is not None else own_card_bytes(stood_in.values)
         plan = plan_run(stood_in.config, card)
         num_checkpoints = (job.values.get("save_total_limit") or 10) + 1
-        planned.append(PlannedJob(job=job, plan=plan, disk_bytes=plan.settings.written_bytes(num_checkpoints)))
+        disk_bytes = plan.settings.written_bytes(num_checkpoints)
+        planned.append(PlannedJob(job=job, plan=plan, disk_bytes=disk_bytes, run_s=_run_seconds(plan, card)))
     return planned
+
+
+def _run_seconds(plan: MemoryPlan, gpu_bytes: int) -> float | None:
+    settings = plan.settings
+    lengths = Lengths.expected(settings.max_prompt_len, settings.max_completion_len)
+    time_plan = plan_time(settings, rates_for_plan(gpu_bytes), lengths)
+    return None if time_plan is None else time_plan.run_s
 
 
 def check_jobs(planned: Sequence[PlannedJob], folder: Path) -> None:
@@ -74,12 +85,11 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
-def plan_table(
-    pipeline: PipelineConfig, planned: Sequence[PlannedJob], done: set[str], known: Mapping[str, Mapping[str, Any]]
-) -> Table:
+def plan_table(pipeline: PipelineConfig, planned: Sequence[PlannedJob], done: set[str], known: Known) -> Table:
     """One row for each stage and arm: what its jobs need. Everything is predicted."""
     to_do = [one.job for one in planned if one.job.name not in done]
-    left = time_left([], to_do, known, pipeline.jobs_at_once, expected_seconds(pipeline))
+    expected_s = expected_seconds(pipeline, planned)
+    left = time_left([], to_do, known, pipeline.jobs_at_once, expected_s)
     disk = sum(one.disk_bytes for one in planned if one.job.name not in done)
     table = Table(
         title=f"{pipeline.run_name}: {len(planned)} jobs, {len(done)} of them finished",
@@ -106,23 +116,23 @@ def plan_table(
             f"{gb(plan.max_bytes):.1f}",
             str(plan.binding_phase),
             f"{gb(max(one.disk_bytes for one in group)):.2f}",
-            _time_each(pipeline, group, known),
+            _time_each(group, known, expected_s[stage]),
         )
     return table
 
 
-def expected_seconds(pipeline: PipelineConfig) -> dict[str, float | None]:
-    """Stage -> seconds of one of its jobs, as its configuration says."""
+def expected_seconds(pipeline: PipelineConfig, planned: Sequence[PlannedJob]) -> dict[str, float | None]:
+    """Stage -> seconds of one of its jobs: as its configuration says, else by the plan of time; None: not known."""
+    by_plan = {one.job.stage: one.run_s for one in planned}
     return {
-        name: None if stage.expected_minutes is None else stage.expected_minutes * 60
+        name: by_plan.get(name) if stage.expected_minutes is None else stage.expected_minutes * 60
         for name, stage in pipeline.stages.items()
     }
 
 
-def _time_each(pipeline: PipelineConfig, group: Sequence[PlannedJob], known: Mapping[str, Mapping[str, Any]]) -> str:
+def _time_each(group: Sequence[PlannedJob], known: Known, expected_s: float | None) -> str:
     """Mean of those that have finished, else what is expected."""
     times = [seconds for one in group if (seconds := known.get(one.job.name, {}).get("seconds")) is not None]
     if times:
         return format_duration(sum(times) / len(times))
-    expected = expected_seconds(pipeline)[group[0].job.stage]
-    return f"expected {format_duration(expected)}" if expected else "not known"
+    return "not known" if expected_s is None else f"expected {format_duration(expected_s)}"

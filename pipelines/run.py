@@ -45,7 +45,7 @@ def run_pipeline(values: Mapping[str, Any], command: Sequence[str] = TRAIN) -> i
     with pipeline_lock(folder):
         write_whole(folder / CONFIG_FILE, yaml.safe_dump(dict(values), sort_keys=False))
         console.copy_to(folder / LOGS_FOLDER / "pipeline.log")
-        with Board(len(jobs), jobs_at_once, expected_seconds(pipeline)) as board:
+        with Board(len(jobs), jobs_at_once, expected_seconds(pipeline, planned)) as board:
             status = PipelineRunner(folder, jobs, jobs_at_once, board, command).run()
         if status == 0:
             for table in summarise_pipeline(pipeline, jobs, folder):

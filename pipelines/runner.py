@@ -21,7 +21,7 @@ from core.errors import UserError
 from core.locks import is_held, try_lock
 from core.log import console, log
 from core.process import WATCHED_PARENT
-from pipelines.board import Board
+from pipelines.board import Board, Known
 from pipelines.jobs import Job
 from runs.files import free_name, write_whole
 from runs.run_folder import LOCK_FILE, is_finished
@@ -179,7 +179,7 @@ class PipelineRunner:
                 running.process.send_signal(number)
 
 
-def is_done(job: Job, known: Mapping[str, Mapping[str, Any]]) -> bool:
+def is_done(job: Job, known: Known) -> bool:
     """Whether a job is finished, with this configuration and these inputs."""
     is_this = known.get(job.name, {}).get("fingerprint") == job.fingerprint
     return is_this and job.folder.is_dir() and is_finished(job.folder)

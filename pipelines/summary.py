@@ -55,8 +55,9 @@ def evaluation_summary(evaluations: Sequence[Job], jobs: Mapping[str, Job]) -> d
     for model in finals:
         per_seed = {seed: found[model] for seed, found in answers.items() if model in found}
         figures[model[0]] = {
-            figure: _with_interval([found[figure] for found in per_seed.values() if figure in found])
+            figure: _with_interval(values)
             for figure in _FIGURES
+            if (values := [found[figure] for found in per_seed.values() if figure in found])
         } | {"seeds": {str(seed): {f: float(v.mean()) for f, v in found.items()} for seed, found in per_seed.items()}}
     return {"models": figures, "curves": _curves(models, answers)}
 
@@ -162,10 +163,14 @@ def _models_table(stage: str, models: Mapping[str, Any], log_probs: Mapping[str,
     for name, found in models.items():
         each = " ".join(f"{figures['pass@1']:.2f}" for figures in found["seeds"].values() if "pass@1" in figures)
         log_prob = log_probs.get(name, {}).get("log_prob")
-        intervals = [f"{f['mean']:.3f} [{f['low']:.3f}, {f['high']:.3f}]" for f in (found["pass@1"], found["greedy"])]
+        intervals = [_interval(found[figure]) if figure in found else "" for figure in _FIGURES]
         table.add_row(name, *intervals, each, "" if log_prob is None else f"{log_prob:.3f}")
     table.caption = f"intervals: {_COVERAGE_FRAC:.0%}, bootstrap over seeds and questions"
     return table
+
+
+def _interval(figures: Mapping[str, float]) -> str:
+    return f"{figures['mean']:.3f} [{figures['low']:.3f}, {figures['high']:.3f}]"
 
 
 def _curves_table(curves: Mapping[str, Mapping[str, float]]) -> Table:

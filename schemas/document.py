@@ -9,7 +9,10 @@ from schemas.library_settings import GRPO_CONFIG, SFT_CONFIG, TRAINING_ARGUMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
-_MODULES = ("model", "data", "generation", "reward", "trainer", "optimization", "llada", "sft", "traces", "evaluate")
+_MODULES = (
+    *("model", "data", "generation", "reward", "trainer", "optimization"),
+    *("llada", "sft", "traces", "evaluate", "pipeline"),
+)
 _HEAD = """# Settings
 
 Written by `python -m schemas.document` from `schemas/`; the field is the one place where a setting is declared. All
