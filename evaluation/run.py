@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from core.errors import UserError
 from core.log import can_animate, console, log
@@ -129,7 +129,7 @@ def _answer(
                         [prompts[i] for i in chunk],
                         num_samples,
                         _seeds(config, chunk, num_samples),
-                        on_progress=lambda done, _, before=before: progress.update(task, completed=before + done),
+                        on_progress=partial(_advance, progress, task, before),
                     )
                 rows += [
                     {
@@ -141,6 +141,10 @@ def _answer(
                     for row, completion in enumerate(completions)
                 ]
             save(chunk, {name: [row[name] for row in rows] for name in rows[0]})
+
+
+def _advance(progress: Progress, task: TaskID, before: float, num_done: int, num_rows: int) -> None:
+    progress.update(task, completed=before + num_done)
 
 
 def _seeds(config: EvaluateRunConfig, chunk: range, num_samples: int) -> list[int]:
