@@ -112,6 +112,8 @@ def test_an_interval_holds_the_truth_as_often_as_it_says():
         ("6", "no idea", False),
         ("6", "", False),
         ("6", None, False),
+        ("6", "(" * 3000 + "6" + ")" * 3000, False),
+        ("6", r"\boxed{9^9^9^9}", False),
     ],
 )
 def test_math_is_right_by_its_value(solution, answer, right):
