@@ -26,6 +26,12 @@ _COVERAGE_FRAC = 0.95
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _FIGURES = {"pass@1": "sampled", "greedy": "greedy"}
 """Figure -> value of the column `decoding` that it is the mean of."""
+_BEST_OF_N = {
+    "reward": "reward",
+    "unprocessed_answer_log_prob_mean": "student's solution log-prob",
+    "honest": "honest",
+}
+"""Figures of a collection of traces -> how they are called."""
 
 
 def summarise_pipeline(pipeline: PipelineConfig, jobs: Mapping[str, Job], folder: Path) -> list[Table]:
@@ -144,11 +150,11 @@ def _held_out_log_prob(job: Job) -> Mapping[str, float]:
 
 def _traces_of(job: Job) -> Mapping[str, float]:
     summary = json.loads((job.folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-    figures = {"traces": float(summary["chosen"])}
+    figures = {"traces": float(summary["chosen"]), "of each question": float(summary["samples_per_question"])}
     if "honest" in summary.get("kinds_of_chosen", {}):
         figures["honest"] = summary["kinds_of_chosen"]["honest"]
     for name, found in summary.get("best_of_n", {}).items():
-        figures |= {f"{name}, best": found["best"], f"{name}, random": found["random"]}
+        figures |= {f"best {name}": found["best"], f"random {name}": found["random"]}
     return figures
 
 
@@ -163,6 +169,8 @@ def _tables(summary: Mapping[str, Any]) -> Iterator[Table]:
             yield _curves_table(found["curves"])
     if summary["traces"]:
         yield _traces_table(summary["traces"])
+        if (table := _best_table(summary["traces"])) is not None:
+            yield table
 
 
 def _models_table(stage: str, models: Mapping[str, Any], log_probs: Mapping[str, Any]) -> Table:
@@ -199,10 +207,23 @@ def _curves_table(curves: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _traces_table(traces: Mapping[str, Mapping[str, float]]) -> Table:
-    keys = list(dict.fromkeys(key for figures in traces.values() for key in figures))
-    table = _table("traces: chosen ones, and the best of each question against a random one", ["arm", *keys])
+    table = _table("traces that were chosen", ["arm", "traces", "honest"])
     for arm, figures in traces.items():
-        table.add_row(arm, *(f"{figures[key]:.3f}".removesuffix(".000") if key in figures else "" for key in keys))
+        table.add_row(arm, f"{figures['traces']:.0f}", f"{figures['honest']:.3f}" if "honest" in figures else "")
+    return table
+
+
+def _best_table(traces: Mapping[str, Mapping[str, float]]) -> Table | None:
+    """What ranking by the reward gains, of the arms that have several traces of a question."""
+    several = {arm: figures for arm, figures in traces.items() if figures["of each question"] > 1}
+    shown = {key: name for key, name in _BEST_OF_N.items() if any(f"best {key}" in f for f in several.values())}
+    if not shown:
+        return None
+    columns = [f"{name}, {which}" for name in shown.values() for which in ("best", "random")]
+    table = _table("best of n by reward, against a random one of them", ["arm", "n", *columns])
+    for arm, figures in several.items():
+        cells = [f"{figures[f'{which} {key}']:.3f}" for key in shown for which in ("best", "random")]
+        table.add_row(arm, f"{figures['of each question']:.0f}", *cells)
     return table
 
 
