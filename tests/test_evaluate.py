@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 import evaluation.run
 from core.errors import UserError
+from data.embedded.task import STUDENT_SYSTEM_SHORT
 from data.formats import PromptFormat
 from data.layouts import BadRowError
 from evaluation.answers import final_answer, is_right, last_boxed, stated_letter
@@ -418,3 +421,31 @@ def test_an_evaluation_that_is_killed_five_times_ends_as_one_that_was_not(tmp_pa
     assert files[0] == files[1]
     tables = [pd.read_parquet(folder / "samples.parquet") for folder in (tmp_path / "run", whole.folder)]
     pd.testing.assert_frame_equal(*tables)
+
+
+# What the documents say
+
+
+def test_the_calls_in_the_documents_are_valid():
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    calls = re.findall(r"^python train.py --config-name=(\w+) (.*?)(?: {2,}#.*)?$", text, re.MULTILINE)
+    assert len(calls) == 2
+    for name, words in calls:
+        assert load(*words.split(), name=name).models[1].startswith("results/student_sft")
+    groups = re.findall(r"^\| `(\w+)` \| (?:`([\w/.-]+)`|held-out)", text, re.MULTILINE)
+    shipped = {name: load(f"data_cfg={name}").dataset_id_or_path for name, _ in groups}
+    assert [shipped[name] for name, _ in groups] == ["arithmetic", *(dataset for _, dataset in groups[1:])]
+    assert len(groups) == 4
+
+
+def test_the_task_for_another_harness_asks_as_a_student_is_asked():
+    task = yaml.safe_load((ROOT / "examples" / "lm_eval" / "embedded.yaml").read_text())
+    tokenizer, question = load_tokenizer("tiny", ModelArgs()), "1+0+5+5+2"
+    messages = [{"role": "system", "content": STUDENT_SYSTEM_SHORT}, {"role": "user", "content": question}]
+    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert chat + task["gen_prefix"] == FORMAT.student_head_text(tokenizer, question)
+    answer = "1+0=1;" + FORMAT.student_tail(tokenizer, question, "=3").text
+    (until,) = task["generation_kwargs"]["until"]
+    (pattern,) = (f["regex_pattern"] for f in task["filter_list"][0]["filter"] if f["function"] == "regex")
+    assert re.findall(pattern, answer.partition(until)[0]) == ["=3"]
+    assert STUDENT_SYSTEM_SHORT in (ROOT / "docs" / "evaluation.md").read_text()
