@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from core.errors import UserError
 from core.log import can_animate, console, log
@@ -122,14 +122,13 @@ def _answer(
         for chunk in chunks:
             rows: list[dict[str, Any]] = []
             for decoding, settings, num_samples in passes:
-                before = progress.tasks[task].completed
                 with meter.phase(Phase.GENERATE):
                     engine.generator.sampling = settings
                     completions = engine.generator.generate(
                         [prompts[i] for i in chunk],
                         num_samples,
                         _seeds(config, chunk, num_samples),
-                        on_progress=lambda done, _, before=before: progress.update(task, completed=before + done),
+                        on_progress=partial(_show, progress, task, progress.tasks[task].completed),
                     )
                 rows += [
                     {
@@ -141,6 +140,10 @@ def _answer(
                     for row, completion in enumerate(completions)
                 ]
             save(chunk, {name: [row[name] for row in rows] for name in rows[0]})
+
+
+def _show(progress: Progress, task: TaskID, num_before: float, num_done: int, num_rows: int) -> None:
+    progress.update(task, completed=num_before + num_done)
 
 
 def _seeds(config: EvaluateRunConfig, chunk: range, num_samples: int) -> list[int]:

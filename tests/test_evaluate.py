@@ -33,8 +33,11 @@ from evaluation.statistics import bootstrap, pass_at_k, which_k
 from generation.base import SamplingSettings
 from generation.transformers_engine import TransformersGenerator
 from models.load import load_tokenizer
+from models.trained import open_model
+from planner.evaluate import base_of
 from planner.planned import plan_config
 from planner.shapes import load_shape
+from preflight.inputs import check_inputs
 from schemas.compose import compose_run_config
 from schemas.model import ModelArgs
 from schemas.run import ConfigError, load_run_config
@@ -251,10 +254,16 @@ def test_the_plan_is_that_of_the_largest_model_and_its_cache():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> list[Path]:
-    """A base, a run with an adapter on it, and a run of all weights that has only a checkpoint so far."""
+    """A base, a run with an adapter on it, and a run of all weights."""
     folder = tmp_path_factory.mktemp("models")
     base = write_random_model(folder / "base")
-    settings = ("max_steps=1", "eval_strategy=no", "learning_rate=0.05", "model_args.torch_dtype=float32")
+    settings = (
+        "max_steps=1",
+        "save_steps=1",
+        "eval_strategy=no",
+        "learning_rate=0.05",
+        "model_args.torch_dtype=float32",
+    )
     trainer = make_trainer(base, folder / "rlt", *settings, "model_args.load_in_8bit=false")
     trainer.train()
     trainer.finish()
@@ -324,6 +333,17 @@ def test_the_likeliest_token_does_not_depend_on_the_seed(models):
     assert len({tuple(c.token_ids) for c in first + second}) == 1
     generator.sampling = SamplingSettings(temperature=1.0, max_new_tokens=5, stop_token_ids=())
     assert len({tuple(c.token_ids) for c in generator.generate([[5, 6, 7]], 4, [1, 2, 3, 4])}) > 1
+
+
+def test_a_run_that_has_only_a_checkpoint_so_far_may_be_evaluated_and_not_trained_from(models, tmp_path):
+    (tmp_path / "config.yaml").write_text((models[1] / "config.yaml").read_text())
+    (tmp_path / "checkpoint-1").symlink_to(models[1] / "checkpoint-1")
+    check_inputs(compose_run_config("evaluate_tiny", [f"models=[{tmp_path}]"]))
+    found = open_model(tmp_path, ModelArgs())
+    assert found.adapter == tmp_path / "checkpoint-1" and found.weights == str(models[0])
+    assert base_of(str(tmp_path)) == base_of(str(models[1])) == str(models[0])
+    with pytest.raises(UserError, match="holds no model"):
+        check_inputs(compose_run_config("teacher_rlt_tiny", [f"model_name_or_path={tmp_path}"]))
 
 
 class Killed(BaseException):
