@@ -78,6 +78,12 @@ def test_a_students_answer_has_the_tokens_that_the_reward_scores(rows):
     assert row["input_ids"] == opened + tail
 
 
+def test_of_several_rows_the_first_ones_are_learned(rows):
+    every, first = prepared("student", rows), prepared("student", rows, "num_train_rows=3")
+    assert first["input_ids"] == every["input_ids"][:3] and len(every) > 3
+    assert len(prepared("student", rows, "num_train_rows=10000")) == len(every)
+
+
 def test_rows_that_are_too_long_are_left_out_and_counted(rows, caplog, monkeypatch):
     whole = prepared("student", rows, "max_length=4096")
     lengths = sorted({len(row["input_ids"]) for row in whole})
