@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=4, help="questions, with 16 completions each")
     parser.add_argument("--max-tokens", type=int, default=4096, help="tokens of one forward of ours")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--published", action="store_true", help="also with the published code's gc.collect() (slow)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[name for name in WAYS if not WAYS[name].collect])
     words = parser.parse_args()
     configure_logging("WARNING")
@@ -171,7 +172,8 @@ def compare(models: dict[Role, PreTrainedModel], words: argparse.Namespace) -> N
         )
         return lambda: rewards(rollout).breakdown.reward
 
-    sides = {name: side(way) for name, way in WAYS.items() if name in {"plain", *words.ways}}
+    wanted = {"plain", *words.ways, *(name for name in WAYS if words.published and WAYS[name].collect)}
+    sides = {name: side(way) for name, way in WAYS.items() if name in wanted}
     rewards: dict[str, Tensor] = {}
 
     def keeping(name: str) -> Callable[[], None]:

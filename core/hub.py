@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 from core.errors import UserError
 
@@ -59,6 +60,54 @@ def hub_problem(timeout_s: float = _TIMEOUT_S) -> str | None:
     except httpx.HTTPError as error:
         return f"the hub ({constants.ENDPOINT}) cannot be reached ({type(error).__name__})"
     return None
+
+
+def check_push(repository: str) -> None:
+    """
+    Raises:
+        UserError: nothing can be uploaded under that name: no such name can be, the hub is off, or nobody is logged in.
+    """
+    from huggingface_hub import constants, get_token
+
+    if not can_be_on_hub(repository):
+        raise UserError(
+            f"{repository!r} cannot be the name of a repository",
+            expected="OWNER/NAME of letters, digits, `-`, `_` and `.`",
+            remedy="give another name",
+        )
+    if constants.HF_HUB_OFFLINE or get_token() is None:
+        raise UserError(
+            f"{repository}: " + ("HF_HUB_OFFLINE is on" if constants.HF_HUB_OFFLINE else "there is no access token"),
+            expected="a connection to the hub and a token that may write",
+            remedy="`hf auth login` or HF_TOKEN in the environment; or upload the folder afterwards",
+        )
+
+
+def push_folder(folder: Path, repository: str, *, private: bool, kind: Literal["model", "dataset"] = "model") -> str:
+    """Upload a folder to a repository of the hub, made where it is not there; its address.
+
+    The token is the one of this machine (`check_push`); it is not shown.
+
+    Raises:
+        UserError: the hub refuses, or cannot be reached.
+    """
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api = HfApi()
+        url = api.create_repo(repository, repo_type=kind, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, repo_type=kind, commit_message=f"Upload {folder.name}"
+        )
+    except (HfHubHTTPError, httpx.HTTPError) as error:
+        raise UserError(
+            f"{repository} was not uploaded: {str(error).strip().splitlines()[0]}",
+            expected="a repository that this token may write to",
+            remedy=f"the folder {folder} is whole: hf upload {repository} {folder}",
+        ) from error
+    return str(url)
 
 
 def model_is_cached(hub_id: str) -> bool:

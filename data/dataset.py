@@ -11,7 +11,7 @@ from core.log import log
 from data.embedded.task import generate_rows
 from data.formats import PromptFormat, encode, encode_student_tail
 from data.layouts import QUESTION_COLUMNS, SOLUTION_COLUMNS, BadRowError, Row, RowParser, check_fields
-from data.sources import read_rows
+from data.sources import RawRow, read_rows
 from data.tags import TagStyle
 from schemas.data import ARITHMETIC, DataConfig
 
@@ -50,7 +50,7 @@ def split_rows(
     eval_rows: list[Row] = []
     if config.num_eval_prompts and config.eval_dataset_id_or_path is not None:
         eval_rows = load_rows(config, config.eval_dataset_id_or_path, tags, seed, is_eval=True)
-        eval_rows = _draw(fit(eval_rows, config.eval_dataset_id_or_path), config.num_eval_prompts, seed)
+        eval_rows = draw_questions(fit(eval_rows, config.eval_dataset_id_or_path), config.num_eval_prompts, seed)
     elif config.num_eval_prompts:
         eval_rows = _hold_out(rows, config.num_eval_prompts, seed)
     held_out = {row["question"] for row in eval_rows}
@@ -72,9 +72,17 @@ def _as_dataset(rows: list[Row]) -> Dataset:
 
 
 def load_rows(
-    config: DataConfig, dataset_id_or_path: str, tags: TagStyle, seed: int, *, is_eval: bool = False
+    config: DataConfig,
+    dataset_id_or_path: str,
+    tags: TagStyle,
+    seed: int,
+    *,
+    is_eval: bool = False,
+    read: Callable[[RowParser, RawRow], Row] = RowParser.parse,
 ) -> list[Row]:
     """The usable rows of a dataset; the others are logged with their place and the reason.
+
+    `read` makes a row of what lies there, or raises `BadRowError`.
 
     Raises:
         UserError: the dataset cannot be read, has no column of a name in `column_names`, or more than
@@ -90,7 +98,7 @@ def load_rows(
     parser = RowParser(config.column_names, tags)
     for raw in read_rows(dataset_id_or_path, config.dataset_config_name, config.dataset_split):
         try:
-            good.append(parser.parse(raw))
+            good.append(read(parser, raw))
         except BadRowError as error:
             problems.append(f"{raw.place}: {error}")
     parser.check_columns(dataset_id_or_path)
@@ -170,7 +178,7 @@ def _hold_out(rows: list[Row], num_wanted: int, seed: int) -> list[Row]:
             "%d of %d questions are held out instead of num_eval_prompts=%d: at most a fifth is taken off training",
             *(num_held_out, num_questions, num_wanted),
         )
-    return _draw(rows, num_held_out, seed)
+    return draw_questions(rows, num_held_out, seed)
 
 
 def warn_that_nothing_is_evaluated(num_found: int, noun: str) -> None:
@@ -181,7 +189,7 @@ def warn_that_nothing_is_evaluated(num_found: int, noun: str) -> None:
     )
 
 
-def _draw(rows: list[Row], num_questions: int, seed: int) -> list[Row]:
+def draw_questions(rows: list[Row], num_questions: int, seed: int) -> list[Row]:
     """The first row of each of `num_questions` distinct questions, drawn by the seed."""
     first_row = {row["question"]: row for row in reversed(rows)}
     questions = sorted(first_row)

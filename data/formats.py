@@ -95,6 +95,15 @@ class PromptFormat:
         text = before + solution + self.tags.solution.closing + end_of_turn
         return StudentTail(text=text, solution_start=len(before), solution_end=len(before) + len(solution))
 
+    def student_messages(self, question: str, solution: str, explanation: str) -> list[dict[str, str]]:
+        """The student's chat with an explanation as its thought: the texts that `student_tail` puts together."""
+        thought = self.tags.thought.wrap(self.opening_padding + explanation)
+        return [
+            {"role": "system", "content": self.student_system_prompt},
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": thought + self.section_delimiter + self.tags.solution.wrap(solution)},
+        ]
+
     def _render(self, tokenizer: PreTrainedTokenizerBase, system: str, question: str) -> tuple[str, str]:
         return render_chat(tokenizer, system, question, self.chat_template_kwargs)
 

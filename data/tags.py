@@ -82,3 +82,5 @@ PROMPT_STYLES: dict[str, PromptStyle] = {
 
 TEACHER_PROMPT_FILE = "teacher_prompt.txt"
 """File beside an adapter, or a merged model, with the teacher's prompt as `PromptFormat.teacher_prompt_template`."""
+STUDENT_PROMPT_FILE = "student_prompt.txt"
+"""File beside a merged student with its prompt, `{question}` in its place."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from core.types import Phase, UnmappedMemory
 from models.memory_retries import MemoryRetries
 from rollout.types import Completion
-from schemas.run import RunConfig
+from schemas.sampled_run import SampledRunConfig
 
 ProgressCallback = Callable[[int, int], None]
 """Called with (finished rows, all rows) while a batch is sampled."""
@@ -21,6 +21,7 @@ class SamplingSettings:
     """Settings of sampling, e.g. `SamplingSettings(temperature=0.7, max_new_tokens=6144, stop_token_ids=(151645,))`."""
 
     temperature: float
+    """0 takes the likeliest token."""
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
     """A row ends with the first of these; it is kept in the completion. The model's own end tokens are not implied."""
@@ -31,19 +32,24 @@ class SamplingSettings:
     repetition_penalty: float = 1.0
 
     @classmethod
-    def of_run(cls, config: RunConfig, tokenizer: Any, model: Any) -> "SamplingSettings":
+    def of_run(cls, config: SampledRunConfig, tokenizer: Any, model: Any) -> "SamplingSettings":
         """Settings of a run; a row ends with any end token of the tokenizer or of the model."""
-        end_ids = model.generation_config.eos_token_id
-        end_ids = end_ids if isinstance(end_ids, list) else [end_ids] if end_ids is not None else []
         return cls(
-            temperature=config.grpo.temperature,
-            max_new_tokens=config.grpo.max_completion_length,
-            stop_token_ids=tuple(sorted({tokenizer.eos_token_id, *end_ids})),
-            top_p=config.grpo.top_p,
-            top_k=config.grpo.top_k,
-            min_p=config.grpo.min_p or 0.0,
-            repetition_penalty=config.grpo.repetition_penalty,
+            temperature=config.arguments.temperature,
+            max_new_tokens=config.arguments.max_completion_length,
+            stop_token_ids=stop_token_ids(tokenizer, model.generation_config),
+            top_p=config.arguments.top_p,
+            top_k=config.arguments.top_k,
+            min_p=config.arguments.min_p or 0.0,
+            repetition_penalty=config.arguments.repetition_penalty,
         )
+
+
+def stop_token_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
+    """Any end token of the tokenizer or of the model."""
+    end_ids = generation_config.eos_token_id
+    end_ids = end_ids if isinstance(end_ids, list) else [end_ids] if end_ids is not None else []
+    return tuple(sorted({tokenizer.eos_token_id, *end_ids}))
 
 
 class Generator(Protocol):
@@ -54,6 +60,8 @@ class Generator(Protocol):
     """Whose values the base has, in words for the log."""
     shares_trainer_weights: bool
     """Whether the base's values are the trainer's; if not, importance sampling should correct for the difference."""
+    sampling: SamplingSettings
+    """May be replaced between two calls."""
 
     def generate(
         self,

@@ -31,7 +31,7 @@ def check_generator(config: GenerationConfig, device: torch.device, trainer: Pre
     Raises:
         UserError: vLLM was asked for and is not installed, or cannot serve these weights or this adapter here.
     """
-    if _choose_engine(config.generator, device)[0] == "transformers":
+    if choose_engine(config.generator, device)[0] == "transformers":
         return
     if config.kv_cache_dtype == "fp8":
         _require_fp8("kv_cache_dtype", on_gpu=device.type == "cuda")
@@ -68,7 +68,7 @@ def make_generator(
     peft_config = model.peft_config[model.active_adapter]
     rank = max([peft_config.r, *peft_config.rank_pattern.values()])
     check_generator(config, model.device, trainer_precision(model), rank)
-    engine, reason = _choose_engine(config.generator, model.device)
+    engine, reason = choose_engine(config.generator, model.device)
     if engine == "transformers":
         log.info("generator: transformers, the trainer's own weights (%s)", reason)
         return TransformersGenerator(model, sampling, rows_per_call, retries)
@@ -188,7 +188,7 @@ def trainer_precision(model: Any) -> Precision:
     return "bf16"
 
 
-def _choose_engine(generator: str, device: torch.device) -> tuple[Literal["vllm", "transformers"], str]:
+def choose_engine(generator: str, device: torch.device) -> tuple[Literal["vllm", "transformers"], str]:
     """The engine and why."""
     if generator == "transformers":
         return "transformers", "asked for"

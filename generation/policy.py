@@ -14,7 +14,7 @@ from generation.canary import Canary
 from models.host import ModelHost
 from rollout.types import Completion, Group, Rollout
 
-TRAIN_STREAM, EVAL_STREAM = 0, 1
+TRAIN_STREAM, EVAL_STREAM, TRACE_STREAM = 0, 1, 2
 """Streams of seeds."""
 _PREFETCH_FRAC = 0.9
 """Share of the rows that are finished when a parked student begins to come back."""
@@ -63,14 +63,23 @@ class PolicySampler:
     def __call__(
         self, groups: Sequence[Group], num_generations: int, *, stream: int, step: int, version: int
     ) -> Rollout:
-        """`num_generations` completions for each group, drawn from seeds of (stream, step).
+        """`num_generations` completions for each group, drawn from seeds of (stream, step); `version` as in `sample`.
+
+        Raises:
+            CanaryError: the generator does not hold the policy.
+        """
+        num_rows = len(groups) * num_generations
+        seeds = sampling_seeds(self._seed, stream=stream, step=step, num_rows=num_rows)
+        return self.sample(groups, num_generations, seeds, version=version)
+
+    def sample(self, groups: Sequence[Group], num_generations: int, seeds: Sequence[int], *, version: int) -> Rollout:
+        """`num_generations` completions for each group, row by row from `seeds`.
 
         `version` names the adapter as it is now, e.g. by the optimizer steps that made it.
 
         Raises:
             CanaryError: the generator does not hold the policy.
         """
-        num_rows = len(groups) * num_generations
         with self.host.phase(Phase.GENERATE):
             with self.host.phase(Phase.SYNC):
                 if self.synced_version != version:
@@ -81,7 +90,7 @@ class PolicySampler:
             completions = self.generator.generate(
                 [group.prompt_ids for group in groups],
                 num_generations,
-                sampling_seeds(self._seed, stream=stream, step=step, num_rows=num_rows),
+                seeds,
                 on_progress=self._generated,
             )
         return with_completions(groups, completions)

@@ -43,9 +43,8 @@ class TransformersGenerator:
         self, model: Any, sampling: SamplingSettings, rows_per_call: int, retries: MemoryRetries | None = None
     ) -> None:
         self._model = model
-        self._sampling = sampling
+        self.sampling = sampling
         self._rows_per_call, self._retries = rows_per_call, retries
-        self._processors = _logits_processors(sampling)
 
     @torch.no_grad()
     def generate(
@@ -109,9 +108,10 @@ class TransformersGenerator:
         """See `Generator.close`: nothing is owned."""
 
     def _sample(self, prompts: Sequence[Sequence[int]], num_generations: int, seeds: Sequence[int]) -> list[Completion]:
-        device, max_new_tokens = self._model.device, self._sampling.max_new_tokens
+        device, max_new_tokens = self._model.device, self.sampling.max_new_tokens
+        processors, is_greedy = _logits_processors(self.sampling), self.sampling.temperature == 0
         uniforms_TB = _uniforms(seeds, max_new_tokens).to(device)
-        stop_ids = torch.tensor(self._sampling.stop_token_ids, device=device)
+        stop_ids = torch.tensor(self.sampling.stop_token_ids, device=device)
         token_ids_BT, mask_BT, position_ids_BT = _left_padded(prompts, device)
         cache = DynamicCache(config=self._model.config)
         logits_BV = self._last_logits(token_ids_BT, mask_BT, position_ids_BT, cache)
@@ -125,8 +125,9 @@ class TransformersGenerator:
         stopped_B = torch.zeros(len(seeds), dtype=torch.bool, device=device)
         logprobs = []
         for step, uniform_B in enumerate(uniforms_TB):
-            logprobs_BV = self._processors(token_ids_BT, logits_BV.float()).log_softmax(-1)
-            sampled_B1 = _inverse_cdf(logprobs_BV.exp(), uniform_B)[:, None]
+            logprobs_BV = processors(token_ids_BT, logits_BV.float()).log_softmax(-1)
+            sampled_B = logprobs_BV.argmax(-1) if is_greedy else _inverse_cdf(logprobs_BV.exp(), uniform_B)
+            sampled_B1 = sampled_B[:, None]
             logprobs.append(logprobs_BV.gather(-1, sampled_B1))
             token_ids_BT = torch.cat([token_ids_BT, sampled_B1], dim=-1)
             stops_now_B = torch.isin(sampled_B1[:, 0], stop_ids) & ~stopped_B
@@ -159,7 +160,7 @@ def _logits_processors(sampling: SamplingSettings) -> LogitsProcessorList:
     processors = LogitsProcessorList()
     if sampling.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if sampling.temperature != 1.0:
+    if sampling.temperature not in (0.0, 1.0):
         processors.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k > 0:
         processors.append(TopKLogitsWarper(sampling.top_k))

@@ -58,7 +58,8 @@ class VLLMEngineConfig:
     """Prompt and completion together, in tokens."""
     rows_per_call: int
     """Rows handed to the engine at once, and decoded at the same time where the KV cache holds them."""
-    max_lora_rank: int
+    max_lora_rank: int | None
+    """Slot of the adapter; None: the base alone is served, and never sleeps."""
     kv_cache_bytes: int
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     gpu_memory_utilization: float
@@ -78,7 +79,7 @@ class VLLMGenerator:
         self, config: VLLMEngineConfig, sampling: SamplingSettings, retries: MemoryRetries | None = None
     ) -> None:
         self.weights, self.shares_trainer_weights = config.base.weights, config.base.shares_trainer_weights
-        self._sampling = sampling
+        self.sampling = sampling
         self._rows_per_call, self._retries = config.rows_per_call, retries
         self._on_gpu = config.on_gpu
         self._adapter_folder = AdapterFolder()
@@ -220,7 +221,7 @@ class VLLMGenerator:
     def _sampling_params(self, seed: int) -> Any:
         from vllm import SamplingParams
 
-        settings = self._sampling
+        settings = self.sampling
         return SamplingParams(
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -329,6 +330,10 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS_ON_CPU, config.max_model_len),
         }
+    adapters: dict[str, Any] = {}
+    if config.max_lora_rank is not None:
+        adapters = {"enable_lora": True, "max_loras": 1, "max_lora_rank": config.max_lora_rank}
+        adapters["enable_sleep_mode"] = config.on_gpu
     with _weights(config) as weights:
         return LLM(
             model=config.base.checkpoint,
@@ -338,18 +343,15 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
             generation_config="vllm",
             max_model_len=config.max_model_len,
             max_num_seqs=config.rows_per_call,
-            enable_lora=True,
-            max_loras=1,
-            max_lora_rank=config.max_lora_rank,
             kv_cache_memory_bytes=config.kv_cache_bytes,
             kv_cache_dtype=config.kv_cache_dtype,
             gpu_memory_utilization=gpu_memory_utilization,
             enforce_eager=config.enforce_eager or not config.on_gpu,
-            enable_sleep_mode=config.on_gpu,
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            **adapters,
             **batching,
             **weights,
         )

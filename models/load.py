@@ -18,30 +18,33 @@ from core.errors import UserError
 from core.hub import check_model_path, is_hub_id
 from core.log import log
 from data.embedded.model import ensure_tiny_model
+from data.embedded.student import ensure_weak_student
 from data.embedded.tokenizer import build_tokenizer
 from optimization.bitsandbytes_patches import fix_cpu_dequantization, release_int8_activations
 from optimization.fp8_optim import check_fp8_support, quantise_to_fp8
 from optimization.int8_matmul import multiply_in_16_bits
 from optimization.record import announce
 from rollout.packed_attention import obstacle_to_packing, pack_sequences
-from schemas.model import EMBEDDED_MODEL, ModelArgs, ModelConfig
+from schemas.model import EMBEDDED_MODEL, ModelArgs, ModelConfig, embedded_student_seed, is_embedded
 
 
 def resolve_model_path(name_or_path: str) -> str:
-    """A hub id or an existing folder; `tiny` is the embedded model, which is made now if it is not there yet.
+    """A hub id or an existing folder; the embedded models (`tiny`, `tiny_student_SEED`) are made now where missing.
 
     Raises:
         UserError: the name looks like a local folder and there is none.
     """
     if name_or_path == EMBEDDED_MODEL:
         return str(ensure_tiny_model())
+    if (seed := embedded_student_seed(name_or_path)) is not None:
+        return str(ensure_weak_student(seed))
     check_model_path(name_or_path)
     return name_or_path if is_hub_id(name_or_path) else str(Path(name_or_path).expanduser())
 
 
 def load_tokenizer(name_or_path: str, args: ModelArgs) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the left, with a pad token that is not the end-of-turn token."""
-    if name_or_path == EMBEDDED_MODEL:  # without making the model, so that mistakes in the data are found before
+    if is_embedded(name_or_path):  # without making the model, so that mistakes in the data are found before
         return build_tokenizer()
     path = resolve_model_path(name_or_path)
     try:

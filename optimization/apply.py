@@ -26,11 +26,12 @@ from optimization.training_optim import (
     compile_obstacle,
     planned_card,
     recover_from_nan,
+    training_of,
 )
 from planner.constants import CUDA_CONTEXT_BYTES
 from planner.plan import MemoryPlan, plan_run
 from schemas.compose import compose_run_config
-from schemas.methods import method_of
+from schemas.methods import as_training, method_of
 from schemas.run import AnyRunConfig, load_run_config
 
 
@@ -108,8 +109,7 @@ def optimize_models(
     records: list[Record] = []
     if config.mlp_tile_tokens is not None:
         records += [_named(tile_mlps(m, config.mlp_tile_tokens), role) for role, m in own.items() if m is not None]
-    if config.offload_checkpoints:
-        records.append(offload_checkpoints(gradient_checkpointing=config.arguments.gradient_checkpointing))
+    records += _offloading(config)
     if config.compile_models and not method.frozen_roles:
         records.append(nothing("torch.compile", _no_frozen_model(config)))
     elif config.compile_models:
@@ -130,8 +130,7 @@ def announce_models(config: AnyRunConfig) -> list[Record]:
     records: list[Record] = []
     if config.mlp_tile_tokens is not None:
         records.append(_once_loaded("tiled MLP", mlp_tile_tokens=config.mlp_tile_tokens))
-    if config.offload_checkpoints:
-        records.append(offload_checkpoints(gradient_checkpointing=config.arguments.gradient_checkpointing))
+    records += _offloading(config)
     if config.compile_models:
         obstacle: str | None = _no_frozen_model(config)
         if method_of(config).frozen_roles:
@@ -144,9 +143,17 @@ def announce_models(config: AnyRunConfig) -> list[Record]:
         records.append(compiled if obstacle is None else nothing("torch.compile", obstacle))
     if config.preallocate_memory and find_card() is None:
         records.append(preallocate_cuda_memory(0))
-    if config.recover_from_nan:
-        records.append(recover_from_nan(max_recoveries=config.max_recoveries, lr_backoff=config.lr_backoff))
+    training = as_training(config)
+    if training is not None and training.recover_from_nan:
+        records.append(recover_from_nan(max_recoveries=training.max_recoveries, lr_backoff=training.lr_backoff))
     return records
+
+
+def _offloading(config: AnyRunConfig) -> list[Record]:
+    training = as_training(config)
+    if training is None or not training.offload_checkpoints:
+        return []
+    return [offload_checkpoints(gradient_checkpointing=training.arguments.gradient_checkpointing)]
 
 
 def _once_loaded(name: str, **settings: Any) -> ChosenSettings:
@@ -190,7 +197,8 @@ def configure_all_optimizations(
     applied: list[Record] = [autoconfigure_environment(card=card)]
     config, records = apply_optimizations(config, card=card)
     applied += records
-    micro_batch, accumulation = config.arguments.per_device_train_batch_size, config.gradient_accumulation_steps
+    training = training_of(config)
+    micro_batch, accumulation = training.arguments.per_device_train_batch_size, training.gradient_accumulation_steps
     if optimize_batch:
         choice = choose_batch_size(config, *planned_card(config, card))
         micro_batch, accumulation = choice.batch_size, choice.gradient_accumulation_steps

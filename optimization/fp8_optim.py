@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from optimization.gpu import ADA, NO_CARD, Card, find_card
 from optimization.record import AppliedOptimization, Change, ChosenSettings, Obstacle, nothing
+from schemas.evaluate import EvaluateRunConfig
 from schemas.methods import method_of
 from schemas.run import AnyRunConfig, RunConfig
 
@@ -67,6 +68,16 @@ def choose_fp8_of_teacher(config: RunConfig, *, card: Card | None = None) -> Cho
         reason="KV cache: half the bytes per token; scoring of frozen models: not measured",
         skipped="; ".join(reasons) or None,
     )
+
+
+def choose_fp8_of_evaluation(config: EvaluateRunConfig, *, card: Card | None = None) -> ChosenSettings | Obstacle:
+    """fp8 for vLLM's KV cache; the weights that are evaluated stay what they are."""
+    support = check_fp8_support(card=card)
+    if isinstance(support, Obstacle):
+        return support
+    if config.generator == "transformers" or config.kv_cache_dtype != "auto":
+        return nothing("fp8", "vLLM's KV cache is set otherwise (kv_cache_dtype, or generator=transformers)")
+    return ChosenSettings(name="fp8", settings={"kv_cache_dtype": "fp8"}, reason="half the bytes per token")
 
 
 class Fp8Linear(nn.Module):

@@ -18,8 +18,9 @@ from optimization.gpu import NO_CARD, Card, find_card
 from optimization.record import AppliedOptimization, Change, ChosenSettings, Obstacle, announce, nothing
 from planner.fit import largest_micro_batch
 from planner.plan import plan_run
+from schemas.any_run import TrainingRunConfig
 from schemas.compose import compose_run_config
-from schemas.methods import method_of
+from schemas.methods import as_training, method_of
 from schemas.run import AnyRunConfig, load_run_config
 
 DEFAULT_RUN = TEACHER_RUN
@@ -62,8 +63,9 @@ def choose_batch_size(config: AnyRunConfig, card_bytes: int, where: str) -> Batc
     """The largest micro-batch of `config` that the planner fits into a GPU; prompt groups and the step stay whole.
 
     Raises:
-        UserError: not even one row at a time fits.
+        UserError: not even one row at a time fits, or nothing is trained.
     """
+    training = training_of(config)
     plan = plan_run(config, card_bytes)
     micro_batch = largest_micro_batch(plan.settings, card_bytes)
     if micro_batch is None:
@@ -72,17 +74,32 @@ def choose_batch_size(config: AnyRunConfig, card_bytes: int, where: str) -> Batc
             expected="a run of which at least one row at a time fits",
             remedy="python test_config_85gb.py shows which settings would make it fit; or choose a smaller size",
         )
-    fitted = plan_run(_with_micro_batch(config, micro_batch), card_bytes)
+    rows = f"{training.train_batch_size} {method_of(config).rows}"
+    fitted = plan_run(_with_micro_batch(training, micro_batch), card_bytes)
     return BatchChoice(
         batch_size=micro_batch,
-        gradient_accumulation_steps=config.train_batch_size // micro_batch,
+        gradient_accumulation_steps=training.train_batch_size // micro_batch,
         peak_bytes=fitted.max_bytes,
         card_bytes=card_bytes,
-        reason=f"{plan.settings.teacher.name}, {config.train_batch_size} {method_of(config).rows} per step, on {where}",
+        reason=f"{plan.settings.teacher.name}, {rows} per step, on {where}",
     )
 
 
-def _with_micro_batch(config: AnyRunConfig, micro_batch: int) -> AnyRunConfig:
+def training_of(config: AnyRunConfig) -> TrainingRunConfig:
+    """
+    Raises:
+        UserError: it is a configuration that trains nothing, so that there is no micro-batch to choose.
+    """
+    if (training := as_training(config)) is None:
+        raise UserError(
+            f"{config.run_name} is {method_of(config).title}, which trains nothing",
+            expected="a run configuration with a micro-batch",
+            remedy="leave --auto-batch and --all out; the plan says what is sampled and scored at once",
+        )
+    return training
+
+
+def _with_micro_batch(config: TrainingRunConfig, micro_batch: int) -> TrainingRunConfig:
     arguments = config.arguments.model_copy(update={"per_device_train_batch_size": micro_batch})
     return replace(config, **{method_of(config).arguments_field: arguments})
 
@@ -182,7 +199,9 @@ def check_optimizer(config: AnyRunConfig) -> None:
     Raises:
         UserError: its library is not installed, or it cannot accumulate gradients and the step is split.
     """
-    optimizer = str(config.arguments.optim)
+    if (training := as_training(config)) is None:
+        return
+    optimizer = str(training.arguments.optim)
     for prefix, package in _LIBRARY_OF_OPTIMIZER.items():
         if optimizer.startswith(prefix) and not is_installed(package):
             raise UserError(
@@ -190,11 +209,11 @@ def check_optimizer(config: AnyRunConfig) -> None:
                 expected="the optimizer's library in this environment",
                 remedy=f"pip install {package.replace('_', '-')}, or optim=paged_adamw_8bit",
             )
-    if optimizer in ("lomo", "adalomo") and config.gradient_accumulation_steps > 1:
+    if optimizer in ("lomo", "adalomo") and training.gradient_accumulation_steps > 1:
         raise UserError(
-            f"optim={optimizer} with {config.gradient_accumulation_steps} micro-batches per step",
+            f"optim={optimizer} with {training.gradient_accumulation_steps} micro-batches per step",
             expected="one micro-batch a step: it updates inside backward and keeps no gradient to add up",
-            remedy=f"per_device_train_batch_size={config.train_batch_size}, or optim=paged_adamw_8bit",
+            remedy=f"per_device_train_batch_size={training.train_batch_size}, or optim=paged_adamw_8bit",
         )
 
 

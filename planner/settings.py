@@ -10,7 +10,8 @@ from core.errors import UserError
 from core.types import Phase
 from planner.constants import SCORE_BATCH_TOKENS
 from planner.shapes import ModelShape
-from schemas.any_run import AnyRunConfig
+from schemas.any_run import AnyRunConfig, TrainingRunConfig
+from schemas.methods import as_training
 
 if TYPE_CHECKING:
     from planner.plan import MemoryPlan
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "bf16", "fp8", "int8", "int8_groups", "nf4"]
 Checkpointing = Literal["none", "layers", "layers_offloaded"]
+SequenceLayout = Literal["shared_prefix", "packed", "padded"]
 Attention = Literal["flash", "masked_sdpa", "eager"]
 
 ATTENTION: dict[str, Attention] = {
@@ -60,6 +62,8 @@ class PlanSettings(ABC):
     """Of its base."""
     double_quant: bool = True
     """NF4 only: the scales are quantised too."""
+    trains: bool = True
+    """False: the run samples and scores only, and has no gradients, optimizer states or TRAIN phase."""
     lora_r: int = 32
     lora_targets: tuple[str, ...] = ()
     """Names of `ModelShape.linears`; empty: all of them."""
@@ -86,7 +90,7 @@ class PlanSettings(ABC):
     """`flash`: no mask is needed, since rows are padded at their ends (sdpa's flash kernel, or Flash Attention);
     `masked_sdpa`: sdpa with a [rows, length, length] mask and keys repeated per query head (packed samples)."""
     expandable_segments: bool = False
-    sequence_layout: Literal["shared_prefix", "packed", "padded"] = "shared_prefix"
+    sequence_layout: SequenceLayout = "shared_prefix"
     """How rows are laid out in a forward (rollout/batches.py); time alone depends on it."""
     num_steps: int | None = None
     """Optimizer steps of the run; None: as many as the dataset makes."""
@@ -148,28 +152,29 @@ class PlanSettings(ABC):
 
 
 def common_settings(config: AnyRunConfig, shape: ModelShape) -> dict[str, Any]:
-    """Settings that are read from a run configuration of any method; `shape` is that of the trained network."""
+    """Settings that are read from a run configuration of any method; `shape` is that of the main network.
+
+    `micro_batch` and `train_batch` are those of a training; a method that trains nothing gives its own.
+    """
     args = config.model_args
-    return {
+    training = as_training(config)
+    of_a_step = _settings_of_a_step(training) if training is not None else {"checkpointing": "none", "trains": False}
+    return of_a_step | {
         "teacher": shape,
         "precision": "int8" if args.load_in_8bit else "nf4" if args.load_in_4bit else DTYPE_PRECISION[args.torch_dtype],
         "double_quant": args.bnb_4bit_use_double_quant,
         "lora_r": args.lora_r,
         "lora_targets": adapter_targets(shape, args.lora_target_modules),
-        "micro_batch": config.arguments.per_device_train_batch_size,
-        "train_batch": config.train_batch_size,
-        "checkpointing": _checkpointing(config),
         "int8_matmul": args.int8_matmul,
         "int8_threshold": args.llm_int8_threshold,
         "expandable_segments": config.expandable_segments
         or "expandable_segments:True" in os.environ.get("PYTORCH_ALLOC_CONF", ""),
         "mlp_tile_tokens": config.mlp_tile_tokens,
         "sequence_layout": _sequence_layout(config),
-        "num_steps": config.arguments.max_steps if config.arguments.max_steps > 0 else None,
     }
 
 
-def _sequence_layout(config: AnyRunConfig) -> Literal["shared_prefix", "packed", "padded"]:
+def _sequence_layout(config: AnyRunConfig) -> SequenceLayout:
     """`auto` is `shared_prefix` where attention is transformers' sdpa (models/load.py)."""
     asked = config.model_args.sequence_layout
     if asked != "auto":
@@ -177,7 +182,16 @@ def _sequence_layout(config: AnyRunConfig) -> Literal["shared_prefix", "packed",
     return "shared_prefix" if config.model_args.attn_implementation == "sdpa" else "padded"
 
 
-def _checkpointing(config: AnyRunConfig) -> Checkpointing:
+def _settings_of_a_step(config: TrainingRunConfig) -> dict[str, Any]:
+    return {
+        "micro_batch": config.arguments.per_device_train_batch_size,
+        "train_batch": config.train_batch_size,
+        "checkpointing": _checkpointing(config),
+        "num_steps": config.arguments.max_steps if config.arguments.max_steps > 0 else None,
+    }
+
+
+def _checkpointing(config: TrainingRunConfig) -> Checkpointing:
     if not config.arguments.gradient_checkpointing:
         return "none"
     return "layers_offloaded" if config.offload_checkpoints else "layers"

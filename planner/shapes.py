@@ -4,14 +4,14 @@ import functools
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
 from core.hub import is_hub_id
 from schemas.llada import PUBLISHED_SETTINGS
-from schemas.model import EMBEDDED_MODEL
+from schemas.model import EMBEDDED_MODEL, is_embedded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,9 @@ def load_shape(name_or_path: str, *, allow_download: bool = False) -> ModelShape
         UserError: nothing of that name is at hand, or it is not a dense decoder.
     """
     folder = Path(name_or_path).expanduser()
-    if folder.is_dir() and name_or_path != EMBEDDED_MODEL:
+    if is_embedded(name_or_path):
+        return replace(known_shapes()[EMBEDDED_MODEL], name=name_or_path)
+    if folder.is_dir():
         return _shape_from_folder(name_or_path, folder)
     if (known := known_shapes().get(name_or_path.lower())) is not None:
         return known

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from core.types import Phase
 from planner.activations import dynamic_components, score_activation_bytes, train_activation_bytes
@@ -35,6 +35,7 @@ from planner.time import Lengths
 from planner.work import Work
 from schemas.generation import generator_base_of
 from schemas.run import RunConfig
+from schemas.sampled_run import SampledRunConfig
 
 _LEAST_ROW_LEN = 4096
 """Contexts are halved down to this before the student or the model changes, and further after that."""
@@ -108,7 +109,8 @@ class TeacherSettings(PlanSettings):
         )
 
     def changes(self) -> Iterator[Change]:
-        yield from batch_changes(self)
+        if self.trains:
+            yield from batch_changes(self)
         if self.reference == "separate":
             yield "reference on the teacher's own base", {"reference_model": "shared"}
         if self.student is not None and self.student_parking == "none":
@@ -162,7 +164,31 @@ def teacher_settings(config: RunConfig, *, allow_download: bool = False) -> Teac
     Raises:
         UserError: a model's shape is not known (`planner.shapes.load_shape`).
     """
-    args, grpo = config.model_args, config.grpo
+    grpo, uses_reference = config.grpo, config.grpo.beta != 0
+    frozen_adapter = (
+        uses_reference
+        and config.reference_model == "shared"
+        and bool(grpo.sync_ref_model or config.model_args.adapter_path)
+    )
+    return TeacherSettings(
+        **sampled_settings(config, allow_download=allow_download),
+        reference=config.reference_model if uses_reference else "none",
+        num_adapters=2 if frozen_adapter else 1,
+        optimizer=str(grpo.optim),
+        train_tokens=None if config.micro_batch_tokens == "auto" else config.micro_batch_tokens,
+        num_generations=grpo.num_generations,
+        steps_per_rollout=grpo.num_iterations,
+        scores_policy=grpo.num_iterations > 1 or config.teacher_logprobs == "forward",
+    )
+
+
+def sampled_settings(config: SampledRunConfig, *, allow_download: bool = False) -> dict[str, Any]:
+    """Settings of teacher, student and generator, of a run that has them whether it trains or not.
+
+    Raises:
+        UserError: a model's shape is not known (`planner.shapes.load_shape`).
+    """
+    args = config.model_args
     teacher = load_shape(config.model_name_or_path, allow_download=allow_download)
     student = load_shape(config.student_model, allow_download=allow_download) if config.student_model else None
     common = common_settings(config, teacher)
@@ -174,38 +200,28 @@ def teacher_settings(config: RunConfig, *, allow_download: bool = False) -> Teac
         # models/export.py writes NF4 values as int8 in groups of 64 or 32, and in 16 bits where these do not divide.
         uneven = any(n_in % 32 for n_in, _ in teacher.linears.values())
         generator_precision = "bf16" if uneven else "int8_groups"
-    uses_reference = grpo.beta != 0
-    frozen_adapter = (
-        uses_reference and config.reference_model == "shared" and bool(grpo.sync_ref_model or args.adapter_path)
-    )
-    return TeacherSettings(
-        **common,
-        student=student,
-        reference=config.reference_model if uses_reference else "none",
-        scoring_precision="fp8" if config.scoring_weights == "fp8" else None,
-        num_adapters=2 if frozen_adapter else 1,
-        optimizer=str(grpo.optim),
-        generator=_generator(config),
-        generator_precision=generator_precision,
-        generator_base=generator_base,
+    return common | {
+        "student": student,
+        "scoring_precision": "fp8" if config.scoring_weights == "fp8" else None,
+        "generator": _generator(config),
+        "generator_precision": generator_precision,
+        "generator_base": generator_base,
         # On a CPU there is nothing to leave.
-        student_parking="none" if (device_kind, config.student_parking) == ("cpu", "auto") else config.student_parking,
-        enforce_eager=config.vllm_enforce_eager,
-        vllm_utilization_frac=grpo.vllm_gpu_memory_utilization,
-        kv_cache_bytes=None if config.kv_cache_gb == "auto" else round(config.kv_cache_gb * 1e9),
-        train_tokens=None if config.micro_batch_tokens == "auto" else config.micro_batch_tokens,
-        num_generations=grpo.num_generations,
-        aggregation_steps=config.generation_aggregation_steps,
-        max_prompt_len=config.max_prompt_length,
-        max_completion_len=grpo.max_completion_length,
-        attention="eager" if args.attn_implementation == "eager" else "flash",
-        kv_bytes_per_value=1 if config.kv_cache_dtype == "fp8" else 2,
-        steps_per_rollout=grpo.num_iterations,
-        scores_policy=grpo.num_iterations > 1 or config.teacher_logprobs == "forward",
-    )
+        "student_parking": "none"
+        if (device_kind, config.student_parking) == ("cpu", "auto")
+        else config.student_parking,
+        "enforce_eager": config.vllm_enforce_eager,
+        "vllm_utilization_frac": config.arguments.vllm_gpu_memory_utilization,
+        "kv_cache_bytes": None if config.kv_cache_gb == "auto" else round(config.kv_cache_gb * 1e9),
+        "aggregation_steps": config.generation_aggregation_steps,
+        "max_prompt_len": config.max_prompt_length,
+        "max_completion_len": config.arguments.max_completion_length,
+        "attention": "eager" if args.attn_implementation == "eager" else "flash",
+        "kv_bytes_per_value": 1 if config.kv_cache_dtype == "fp8" else 2,
+    }
 
 
-def _generator(config: RunConfig) -> Literal["vllm", "transformers", "server"]:
+def _generator(config: SampledRunConfig) -> Literal["vllm", "transformers", "server"]:
     """`auto` plans for vLLM: it is the larger of the two, and what a GPU machine gets."""
     if config.use_vllm_server:
         return "server"
@@ -254,7 +270,7 @@ def _plan_parked(settings: TeacherSettings, gpu_bytes: int | None, parking: Stud
     resident = loaded | {"optimizer states": adapter["optimizer states"]} | asleep
     awake = _vllm_awake(settings)
     canary = _canary_bytes(settings) if awake else 0.0
-    kv = _kv_cache_bytes(
+    kv = cache_bytes(
         settings,
         gpu_bytes,
         others=sum((resident | awake).values()) + max(canary + student[Phase.SYNC], student[Phase.GENERATE]),
@@ -266,10 +282,10 @@ def _plan_parked(settings: TeacherSettings, gpu_bytes: int | None, parking: Stud
         Phase.SYNC: resident | generating | {"canary": canary},
         Phase.GENERATE: resident | generating,
         Phase.SCORE: resident | dynamic_components(settings, score_activation_bytes(settings)),
-        Phase.TRAIN: resident
-        | {"gradients": adapter["gradients"]}
-        | dynamic_components(settings, train_activation_bytes(settings)),
     }
+    if settings.trains:
+        training = dynamic_components(settings, train_activation_bytes(settings))
+        phases[Phase.TRAIN] = resident | {"gradients": adapter["gradients"]} | training
     host = {"sleeping vLLM weights": sleeping_vllm_bytes(settings)} if settings.has_vllm else {}
     if parking != "none":
         host[f"parked student ({parking})"] = parked_bytes(_whole_student_bytes(settings))
@@ -303,7 +319,7 @@ def _student_bytes(settings: TeacherSettings, parking: StudentParking) -> dict[P
     return dict.fromkeys(Phase, 0.0) | {Phase.SCORE: scoring} | early
 
 
-def _kv_cache_bytes(settings: TeacherSettings, gpu_bytes: int | None, *, others: float, own: float) -> int:
+def cache_bytes(settings: TeacherSettings, gpu_bytes: int | None, *, others: float, own: float) -> int:
     """What is set, else what the batch needs, within what the GPU leaves beside `others` and vLLM's share of it.
 
     That share holds the `own` bytes of an awake vLLM as well.
@@ -337,6 +353,8 @@ def _base_components(settings: TeacherSettings) -> dict[str, float]:
 def _adapter_components(settings: TeacherSettings) -> dict[str, float]:
     num_params = num_lora_params(settings.teacher, settings.lora_r, settings.lora_targets)
     width = settings.adapter_bytes_per_param
+    if not settings.trains:
+        return {"adapter": num_params * width, "gradients": 0, "optimizer states": 0}
     return {
         "adapter": settings.num_adapters * num_params * width,
         "gradients": num_params * width,

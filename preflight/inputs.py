@@ -10,7 +10,7 @@ from data.sources import check_dataset_path
 from planner.fit import resolve_auto
 from runs.run_folder import check_output_dir
 from schemas.data import ARITHMETIC
-from schemas.model import EMBEDDED_MODEL
+from schemas.model import is_embedded
 from schemas.run import AnyRunConfig, load_run_config
 
 
@@ -52,7 +52,7 @@ def check_hub(config: AnyRunConfig) -> None:
 
 
 def _models(config: AnyRunConfig) -> Iterator[str]:
-    return (name for name in dict.fromkeys(filter(None, config.model_names)) if name != EMBEDDED_MODEL)
+    return (name for name in dict.fromkeys(filter(None, config.model_names)) if not is_embedded(name))
 
 
 def _datasets(config: AnyRunConfig) -> Iterator[str]:

@@ -23,7 +23,8 @@ from core.hub import hub_problem, model_is_cached
 from core.units import format_gb
 from planner.plan import MemoryPlan
 from schemas.compose import CONFIG_ROOT
-from schemas.model import EMBEDDED_MODEL
+from schemas.methods import as_training
+from schemas.model import is_embedded
 from schemas.run import AnyRunConfig
 
 REPOSITORY = CONFIG_ROOT.parent
@@ -185,8 +186,8 @@ def check_models(config: AnyRunConfig) -> Iterator[Check]:
     """Check that model folders exist, and that hub ids are in the cache or can be reached."""
     hub: Check | None = None
     for name in dict.fromkeys(filter(None, config.model_names)):
-        if name == EMBEDDED_MODEL:
-            yield Check(name="model", status="ok", detail="tiny: the embedded model, made locally on first use")
+        if is_embedded(name):
+            yield Check(name="model", status="ok", detail=f"{name}: an embedded model, made locally on first use")
         elif Path(name).expanduser().is_dir():
             yield Check(name="model", status="ok", detail=f"{name}: a local folder")
         elif model_is_cached(name):
@@ -208,7 +209,8 @@ def _hub_check() -> Check:
 
 def check_loggers(config: AnyRunConfig) -> Check:
     """Check wandb, which is optional; asked for without a login it records offline."""
-    report_to = config.arguments.report_to
+    training = as_training(config)
+    report_to = training.arguments.report_to if training is not None else None
     names = [report_to] if isinstance(report_to, str) else list(report_to or [])
     if "wandb" not in names and "all" not in names:
         return Check(name="wandb", status="ok", detail="not asked for (report_to=wandb turns it on)")

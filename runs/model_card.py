@@ -5,13 +5,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from runs.summary import DIFFUSION_REPORT, TEACHER_REPORT, Report
+from runs.summary import DIFFUSION_REPORT, SFT_REPORT, TEACHER_REPORT, Report
 from runs.usage import Usage, literal, quantisation
+from schemas.any_run import AnyRunConfig
 from schemas.data import DataConfig
 from schemas.llada import DiffusionSamplingConfig, MaskedDiffusionRunConfig
-from schemas.model import EMBEDDED_MODEL, ModelArgs
+from schemas.model import ModelArgs, is_embedded
 from schemas.reward import as_list
 from schemas.run import RunConfig
+from schemas.sft import SupervisedRunConfig
 
 _MAX_EXAMPLE_CHARS = 600
 _LIBRARIES = ("transformers", "trl", "peft", "torch", "datasets", "bitsandbytes")
@@ -130,9 +132,58 @@ learning rate {args.learning_rate:g}, seed {args.seed}.
 {_figures(self.history, DIFFUSION_REPORT)}{_versions()}"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SupervisedCard(TrainedSoFar):
+    """The card of a teacher's warm-up or of a student, an adapter or a whole model."""
+
+    config: SupervisedRunConfig
+    base_path: str
+    """Hub id, or absolute path of a folder, of the base that was trained on."""
+    prompt: str
+    """The example of the card."""
+    num_rows: int
+    optimizer: str
+    """transformers' name of the optimizer."""
+
+    def markdown(self) -> str:
+        config, base, sft = self.config, self.config.model_name_or_path, self.config.sft
+        is_adapter = config.trainable_weights == "adapter"
+        kind, learned = "student", "the whole answer (thought and solution)"
+        if config.learns_explanations:
+            kind, learned = "teacher", "the explanation of a given solution"
+        what = f"A LoRA adapter on `{base}`" if is_adapter else f"A language model, trained from `{base}`,"
+        return f"""{_header(base, ["rlt", "sft", "trl", *(["lora"] if is_adapter else [])], _library_of(is_adapter))}
+# {Path(sft.output_dir).name}
+
+{what} in {_precision(config.model_args)}: a {kind} of the RLT recipe (arXiv 2506.08388), fine-tuned on {learned}.
+
+## Use
+
+The prompt is that of a row of the training data{_base_note(base)}. The code is to run in the folder of this file.
+
+```python
+{_loading(self.base_path if is_adapter else None, config.model_args)}
+prompt = {literal(self.prompt)}
+inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+output = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=256)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
+```
+
+## Training
+
+{_data(config)}, {self.num_rows} rows of at most {sft.max_length} tokens, of which {learned} and the end of the turn are
+learned. {self.step} of {self.max_steps} steps of {config.train_batch_size} rows, \
+{"Muon and AdamW" if config.use_muon else self.optimizer}, learning rate {sft.learning_rate:g}, seed {sft.seed}.
+{_figures(self.history, SFT_REPORT)}{_versions()}"""
+
+
+def _library_of(is_adapter: bool) -> str:
+    return "peft" if is_adapter else "transformers"
+
+
 def _header(base: str | None, tags: list[str], library: str) -> str:
     """The Hub takes a hub id alone as `base_model`."""
-    is_hub_id = base is not None and base != EMBEDDED_MODEL and not Path(base).exists()
+    is_hub_id = base is not None and not is_embedded(base) and not Path(base).exists()
     lines = [
         *([f"base_model: {base}"] if is_hub_id else []),
         f"library_name: {library}",
@@ -166,7 +217,7 @@ def _precision(args: ModelArgs) -> str:
 
 
 def _base_note(base: str | None) -> str:
-    return f"; `{base}` is the small model that this framework makes itself" if base == EMBEDDED_MODEL else ""
+    return f"; `{base}` is a small model that this framework makes itself" if base and is_embedded(base) else ""
 
 
 def _data(config: DataConfig) -> str:
@@ -195,3 +246,62 @@ def _figures(history: list[dict[str, Any]], report: Report) -> str:
 
 def _versions() -> str:
     return "\n## Versions\n\n" + ", ".join(f"{name} {version(name)}" for name in _LIBRARIES) + "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedCard:
+    """The card of a checkpoint that was exported from a run (models/merge.py)."""
+
+    config: AnyRunConfig | None
+    """Of the run; None for an adapter that was trained elsewhere."""
+    source: str
+    """Name of the run's folder."""
+    base: str
+    """The model that was trained, or that the adapter is of."""
+    prompt_file: str | None
+    dtype: str
+    """Of the weights."""
+    is_merged: bool
+    """An adapter is in them; else all weights were trained."""
+    check: str
+    """How far its log-probs are from those of the model that was trained."""
+
+    def markdown(self) -> str:
+        kind = "language model"
+        if self.config is not None:
+            kind = "teacher, which explains a given solution," if self.config.learns_explanations else "student"
+        how = (
+            f"The adapter of `{self.source}` and its base `{self.base}`, added up in float32 and rounded once"
+            if self.is_merged
+            else f"The weights of `{self.source}`, all of which were trained, rounded once"
+        )
+        return f"""{_header(self.base, ["rlt"], "transformers")}
+# {Path(self.source).name}, exported
+
+A {kind} of the RLT recipe (arXiv 2506.08388), in {self.dtype}. {how}. Held against the model that was \
+trained: {self.check}.
+
+## Use
+
+Tokenizer and chat template are those of the training{self._prompt_note()}.
+
+```python
+{_loading(None, ModelArgs())}
+prompt = {self._prompt()}
+inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+output = model.generate(**inputs, max_new_tokens=256)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
+```
+
+vLLM serves the folder as any other: `vllm serve FOLDER --dtype {self.dtype}`.
+{_versions()}"""
+
+    def _prompt_note(self) -> str:
+        return f"; `{self.prompt_file}` is the prompt that it was trained behind" if self.prompt_file else ""
+
+    def _prompt(self) -> str:
+        if self.prompt_file is None:
+            return 'tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)'
+        filled = f'open(f"{{folder}}/{self.prompt_file}", encoding="utf-8").read()'
+        solution = '.replace("{solution}", "4")' if self.config and self.config.learns_explanations else ""
+        return f'{filled}.replace("{{question}}", "What is 2 + 2?"){solution}'

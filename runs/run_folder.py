@@ -71,7 +71,7 @@ class RunFolder:
 
 
 def open_run_folder(values: Mapping[str, Any], output_dir: str, resume: str) -> RunFolder:
-    """Create or re-open the folder of a run (`resume` as in `schemas.TrainerConfig`).
+    """Create or re-open the folder of a run (`resume` as in `schemas.trainer.MachineConfig`).
 
     `auto` continues an unfinished run of the same configuration in place, from its newest whole checkpoint. A run that
     begins at a named checkpoint gets a copy of it, and the history up to it where it is one of this folder. The same

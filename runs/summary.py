@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -26,6 +26,20 @@ class Report:
     train_key: str
     train_name: str
     eval_rows: Mapping[str, str]
+    has_page: ClassVar[bool] = True
+
+    def tables(self, summary: dict[str, Any]) -> list[RenderableType]:
+        times = [time_table(summary["time"])] if "time" in summary else []
+        return [summary_table(summary, self), memory_table(summary), *times]
+
+
+class ShownResult(Protocol):
+    """How a run's summary is shown at its end: a `Report`, or that of a method without training."""
+
+    has_page: ClassVar[bool]
+    """Whether the run has a history of steps, of which `runs.report` makes a page."""
+
+    def tables(self, summary: dict[str, Any]) -> list[RenderableType]: ...
 
 
 TEACHER_REPORT = Report(
@@ -46,21 +60,25 @@ DIFFUSION_REPORT = Report(
         "eval_exact_match": "held-out exact match",
     },
 )
+SFT_REPORT = Report(
+    "loss",
+    "training loss (first and last steps)",
+    {"eval_loss": "held-out negative log-likelihood a learned token (nats)"},
+)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class FinishedRun(Shown):
-    """A run that trained to its end."""
+    """A run that came to its end."""
 
     folder: Path
-    """Where it lies: adapter or model, `config.yaml`, `metrics.jsonl`, completions, checkpoints."""
+    """Where it lies: what the run made, `config.yaml`, logs."""
     summary: dict[str, Any]
     """What `summary.json` holds: `steps`, before and after of each figure, memory."""
-    report: Report = TEACHER_REPORT
+    report: ShownResult = TEACHER_REPORT
 
     def tables(self) -> list[RenderableType]:
-        times = [time_table(self.summary["time"])] if "time" in self.summary else []
-        return [summary_table(self.summary, self.report), memory_table(self.summary), *times]
+        return self.report.tables(self.summary)
 
 
 class PhasePeak(Protocol):

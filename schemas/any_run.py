@@ -1,4 +1,4 @@
-"""AnyRunConfig: the base class of the run configurations; each method has one class of its own."""
+"""AnyRunConfig: the base class of the run configurations, and TrainingRunConfig: of those that train."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -7,12 +7,12 @@ from typing import Any
 
 from schemas.data import DataConfig
 from schemas.model import ModelArgs
-from schemas.optimization import OptimizationConfig
-from schemas.trainer import TrainerConfig
+from schemas.optimization import OptimizationConfig, TrainingOptimizationConfig
+from schemas.trainer import MachineConfig, TrainerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnyRunConfig(DataConfig, TrainerConfig, OptimizationConfig, ABC):
+class AnyRunConfig(DataConfig, MachineConfig, OptimizationConfig, ABC):
     """One run. What differs between methods and is asked by shared code is a property here, or stands in the table."""
 
     __pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
@@ -36,8 +36,9 @@ class AnyRunConfig(DataConfig, TrainerConfig, OptimizationConfig, ABC):
         return self.arguments.run_name
 
     @property
-    def gradient_accumulation_steps(self) -> int:
-        return self.train_batch_size // self.arguments.per_device_train_batch_size
+    def learns_explanations(self) -> bool:
+        """Whether it makes a teacher, which explains a given solution, and not a student, which answers."""
+        return False
 
     @property
     def no_vllm(self) -> str | None:
@@ -80,3 +81,12 @@ class AnyRunConfig(DataConfig, TrainerConfig, OptimizationConfig, ABC):
                 f"`model_args.llm_int8_threshold` is {args['llm_int8_threshold']} with `model_args.int8_matmul` "
                 "dequantize, which looks for no outliers. Set model_args.int8_matmul=llm_int8, or leave it at 6.0."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRunConfig(TrainerConfig, TrainingOptimizationConfig, AnyRunConfig, ABC):
+    """One run that trains weights; its `arguments` are those of a trainer."""
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        return self.train_batch_size // self.arguments.per_device_train_batch_size

@@ -9,7 +9,7 @@ from schemas.library_settings import GRPO_CONFIG, TRAINING_ARGUMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
-_MODULES = ("model", "data", "generation", "reward", "trainer", "optimization", "llada")
+_MODULES = ("model", "data", "generation", "reward", "trainer", "optimization", "llada", "sft")
 _HEAD = """# Settings
 
 Written by `python -m schemas.document` from `schemas/`; the field is the one place where a setting is declared. All

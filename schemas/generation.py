@@ -7,23 +7,31 @@ from schemas.values import Gigabytes, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
+class EngineConfig:
+    """The engine that samples, of any method that samples."""
+
     generator: Literal["auto", "vllm", "transformers"] = "auto"
     """`auto`: vLLM in this process where it is installed and runs on this machine, else transformers."""
-    generator_weights: Literal["auto", "int8", "bf16", "fp8", "nf4"] = "auto"
-    """Base weights of vLLM: `auto` are the trainer's own values; others differ from the policy that is trained."""
-    generator_base: Literal["auto", "shared", "export"] = "auto"
-    """`shared`: vLLM reads the weights where the trainer has them; `export`: a copy; `auto`: shared on a GPU."""
     generation_aggregation_steps: PositiveInt = 4
     """Prompt groups handed to the generator at once; the last call of a step may be smaller."""
     kv_cache_gb: Gigabytes | Literal["auto"] = "auto"
     """vLLM's KV cache in decimal GB; `auto`: what the batch needs, capped by `vllm_gpu_memory_utilization`."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """Keys and values of vLLM's cache: the activations' dtype, or fp8 (half the bytes; Ada, Hopper and later)."""
-    importance_sampling_correction: bool | Literal["auto"] = "auto"
-    """Weight tokens by p_trainer / p_generator; `auto`: only where the generator's weights differ."""
     vllm_enforce_eager: bool = False
     """Run vLLM without CUDA graphs (about 1 GB less, slower decoding). Always so on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig(EngineConfig):
+    """A teacher's generator beside its trainer."""
+
+    generator_weights: Literal["auto", "int8", "bf16", "fp8", "nf4"] = "auto"
+    """Base weights of vLLM: `auto` are the trainer's own values; others differ from the policy that is trained."""
+    generator_base: Literal["auto", "shared", "export"] = "auto"
+    """`shared`: vLLM reads the weights where the trainer has them; `export`: a copy; `auto`: shared on a GPU."""
+    importance_sampling_correction: bool | Literal["auto"] = "auto"
+    """Weight tokens by p_trainer / p_generator; `auto`: only where the generator's weights differ."""
     canary_tolerance: PositiveFloat = 0.15
     """Largest mean |log p(generator) - log p(trainer)| over the canary's tokens before the run stops."""
     use_vllm_server: bool = False

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from schemas.trl_fields import ArgumentsClass, argument_fields
+from schemas.trl_fields import SAMPLING_ARGUMENT_NAMES, ArgumentsClass, argument_fields
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -200,5 +200,42 @@ GRPO_CONFIG = LibrarySettings(
         "use_transformers_paged": _NO_BATCHING,
         "max_tool_calling_iterations": "a teacher calls no tools",
         "log_multimodal": "prompts and completions are texts",
+    },
+)
+
+SAMPLING_ARGUMENTS = LibrarySettings(
+    arguments_class="SamplingArguments", used=SAMPLING_ARGUMENT_NAMES, derived={}, refused={}
+)
+"""Of methods that sample and train nothing: the few of TRL's settings that then have an effect; no other is one."""
+
+_OWN_LAYOUT = "rows are prepared, and laid out without padding, by this framework (`model_args.sequence_layout`)"
+_OWN_MASK = "what is learned follows from the method: the explanation (`teacher_sft`) or the answer (`student_sft`)"
+
+SFT_CONFIG = LibrarySettings(
+    arguments_class="SFTConfig",
+    used=_USED_BY_ALL
+    | {"data_seed", "dataloader_drop_last", "train_sampling_strategy", "max_length", "use_liger_kernel"},
+    derived=_DERIVED_BY_ALL
+    | {
+        "model_init_kwargs": "model_args.*",
+        "trust_remote_code": "model_args.trust_remote_code",
+        "packing": "model_args.sequence_layout (rows of a forward follow one another, kept apart, unless it is padded)",
+        "padding_free": "model_args.sequence_layout",
+        "shuffle_dataset": "train_sampling_strategy=random|sequential",
+        "activation_offloading": "offload_checkpoints=true|false",
+        "dataset_text_field": "column_names.*",
+    },
+    refused=_REFUSED_BY_ALL
+    | {
+        **dict.fromkeys(_names("packing_strategy eval_packing pad_to_multiple_of dataset_kwargs"), _OWN_LAYOUT),
+        **dict.fromkeys(_names("completion_only_loss assistant_only_loss"), _OWN_MASK),
+        **dict.fromkeys(
+            _names("chat_template_path eos_token pad_token"), "tokenizer and chat template are the model's own"
+        ),
+        "dataset_num_proc": "tokenising is spread over all cores by the tokenizer",
+        "truncation_mode": "a row that is too long is left out and counted, never cut (`max_length`)",
+        "loss_type": "the loss is the mean negative log-likelihood of what is learned",
+        "router_aux_loss_coef": "it weighs the experts of a mixture, and only dense models are trained",
+        "liger_kernel_config": "`use_liger_kernel` takes every layer kernel that Liger has for the model",
     },
 )

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from schemas.any_run import AnyRunConfig
-from schemas.model import ModelArgs
+from schemas.any_run import TrainingRunConfig
+from schemas.model import ModelArgs, check_trained_weights
 from schemas.optimization import OptimizationConfig
 from schemas.values import CountingInt, Name, PositiveInt
 
@@ -105,7 +105,7 @@ class MaskedDiffusionConfig(DiffusionSamplingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedDiffusionRunConfig(MaskedDiffusionConfig, AnyRunConfig):
+class MaskedDiffusionRunConfig(MaskedDiffusionConfig, TrainingRunConfig):
     """One run that trains a masked-diffusion model."""
 
     args: Any
@@ -163,14 +163,7 @@ def _check_model(config: MaskedDiffusionRunConfig) -> None:
             raise ValueError(
                 "`trainable_weights` is adapter with a new model, whose weights are random. Set it to all."
             )
-    if config.use_muon and config.trainable_weights == "adapter":
-        raise ValueError("`use_muon` is for whole matrices, and `trainable_weights` is adapter. Set use_muon=false.")
-    quantised = config.model_args.load_in_8bit or config.model_args.load_in_4bit
-    if quantised and config.trainable_weights == "all":
-        raise ValueError(
-            "`trainable_weights` is all with a quantised base, whose weights take no gradient. Set "
-            "trainable_weights=adapter, or model_args.load_in_8bit=false and model_args.load_in_4bit=false."
-        )
+    check_trained_weights(config.trainable_weights, config.model_args, use_muon=config.use_muon)
     if config.model_args.sequence_layout != "auto":
         raise ValueError(
             f"`model_args.sequence_layout` is {config.model_args.sequence_layout}, and `packing` lays out the rows of "

@@ -8,8 +8,8 @@ import pkgutil
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from schemas.any_run import AnyRunConfig
-from schemas.library_settings import GRPO_CONFIG, TRAINING_ARGUMENTS, LibrarySettings
+from schemas.any_run import AnyRunConfig, TrainingRunConfig
+from schemas.library_settings import GRPO_CONFIG, SAMPLING_ARGUMENTS, SFT_CONFIG, TRAINING_ARGUMENTS, LibrarySettings
 
 DEFAULT_METHOD = "rlt"
 ConfigT = TypeVar("ConfigT", bound=AnyRunConfig)
@@ -43,10 +43,10 @@ class Method:
     """What becomes of the library's own settings."""
     arguments_field: str
     """Field of the configuration class that holds those settings."""
-    build_arguments: Entry
-    """(config, use_cpu=...) -> the library's arguments object."""
+    build_arguments: Entry | None
+    """(config, use_cpu=...) -> the library's arguments object; None: nothing is trained."""
     roles: tuple[str, ...]
-    """Models that it loads: the one that is trained, then frozen ones, in the order of `optimize_models`."""
+    """Models that it loads: the one that is trained or sampled, then frozen ones, in the order of `optimize_models`."""
     rows: str
     """What the rows of a step are called."""
     plan_settings: Entry
@@ -56,17 +56,39 @@ class Method:
     train: Entry
     """(config, values, plan, device, on_results) -> the finished run."""
     report: Entry
-    """Rows of the table at the end: a `Report`."""
-    card: Entry
-    """(config, trainer) -> the model card."""
+    """Rows of the table at the end: a `Report`, or where nothing is trained what makes that table."""
+    card: Entry | None
+    """(config, trainer) -> the model card; None: no model is written."""
 
     @property
     def frozen_roles(self) -> tuple[str, ...]:
         return self.roles[1:]
 
+    def card_text(self, config: AnyRunConfig, trainer: Any) -> str:
+        assert self.card is not None, "a method whose trainer saves models has a card for them"
+        return str(self.card(config, trainer))
+
     def own_field_names(self) -> set[str]:
         """Settings that this project declares."""
         return {field.name for field in fields(self.config.object)} - {self.arguments_field}
+
+
+def _supervised(title: str, config: str) -> Method:
+    """Supervised fine-tuning; what is learned of a row is all that differs (data/supervised.py)."""
+    return Method(
+        title=title,
+        index="train_sft",
+        config=Entry(f"schemas.sft:{config}"),
+        library=SFT_CONFIG,
+        arguments_field="sft",
+        build_arguments=Entry("trainers.sft_run:build_sft_args"),
+        roles=("model",),
+        rows="rows",
+        plan_settings=Entry("planner.sft:supervised_settings"),
+        train=Entry("trainers.sft_run:train_supervised"),
+        report=Entry("runs.summary:SFT_REPORT"),
+        card=Entry("trainers.model_card:supervised_card"),
+    )
 
 
 METHODS: dict[str, Method] = {
@@ -99,11 +121,48 @@ METHODS: dict[str, Method] = {
         report=Entry("runs.summary:DIFFUSION_REPORT"),
         card=Entry("trainers.model_card:masked_diffusion_card"),
     ),
+    "teacher_sft": _supervised("a teacher's warm-up", "TeacherSFTRunConfig"),
+    "student_sft": _supervised("a student's distillation", "StudentSFTRunConfig"),
+    "collect_traces": Method(
+        title="a collection of traces",
+        index="collect_traces",
+        config=Entry("schemas.traces:TracesRunConfig"),
+        library=SAMPLING_ARGUMENTS,
+        arguments_field="sampling",
+        build_arguments=None,
+        roles=("teacher", "student"),
+        rows="explanations",
+        plan_settings=Entry("planner.traces:traces_settings"),
+        choose_fp8=Entry("optimization.fp8_optim:choose_fp8_of_teacher"),
+        train=Entry("traces.run:collect_traces"),
+        report=Entry("traces.summary:TRACES_REPORT"),
+        card=None,
+    ),
+    "evaluate": Method(
+        title="an evaluation",
+        index="evaluate",
+        config=Entry("schemas.evaluate:EvaluateRunConfig"),
+        library=SAMPLING_ARGUMENTS,
+        arguments_field="sampling",
+        build_arguments=None,
+        roles=("model",),
+        rows="answers",
+        plan_settings=Entry("planner.evaluate:evaluate_settings"),
+        choose_fp8=Entry("optimization.fp8_optim:choose_fp8_of_evaluation"),
+        train=Entry("evaluation.run:evaluate_models"),
+        report=Entry("evaluation.results:results_table"),
+        card=None,
+    ),
 }
 
 
 def method_of(config: AnyRunConfig) -> Method:
     return METHODS[config.method]
+
+
+def as_training(config: AnyRunConfig) -> TrainingRunConfig | None:
+    """The configuration where its run trains; None where it only samples and scores."""
+    return as_kind(config, TrainingRunConfig)  # type: ignore[type-abstract]
 
 
 def as_kind(config: AnyRunConfig, config_class: type[ConfigT]) -> ConfigT | None:

@@ -10,6 +10,18 @@ from schemas.values import Name, NotEmpty, NotNegativeFloat
 
 EMBEDDED_MODEL = "tiny"
 """The model name that stands for the embedded model, made locally on first use."""
+_EMBEDDED_STUDENT = re.compile(r"tiny_student(?:_(\d{1,9}))?")
+
+
+def embedded_student_seed(name: str) -> int | None:
+    """The seed of an embedded weak student, `tiny_student_SEED`; `tiny_student` has seed 0. None: another model."""
+    found = _EMBEDDED_STUDENT.fullmatch(name)
+    return int(found[1] or 0) if found is not None else None
+
+
+def is_embedded(name: str) -> bool:
+    """Whether a model name stands for one that is made locally on first use."""
+    return name == EMBEDDED_MODEL or embedded_student_seed(name) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +81,32 @@ class ModelArgs:
             )
 
 
+def check_trained_weights(trainable_weights: Literal["adapter", "all"], args: ModelArgs, *, use_muon: bool) -> None:
+    """
+    Raises:
+        ValueError: these weights cannot be trained on such a base, or not with this optimizer.
+    """
+    if use_muon and trainable_weights == "adapter":
+        raise ValueError("`use_muon` is for whole matrices, and `trainable_weights` is adapter. Set use_muon=false.")
+    if args.quantisation is not None and trainable_weights == "all":
+        raise ValueError(
+            "`trainable_weights` is all with a quantised base, whose weights take no gradient. Set "
+            "trainable_weights=adapter, or model_args.load_in_8bit=false and model_args.load_in_4bit=false."
+        )
+    if args.adapter_path is not None and trainable_weights == "all":
+        raise ValueError(
+            "`model_args.adapter_path` is set, and `trainable_weights` is all, without an adapter. Set "
+            "trainable_weights=adapter, or leave adapter_path out."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The models by name."""
 
     model_name_or_path: Name
-    """Teacher: hub id or local folder. `tiny` is the embedded model, made locally on first use."""
+    """Teacher: hub id or local folder. `tiny` is the embedded model and `tiny_student_SEED` a weak student for it,
+    both made locally on first use."""
     student_model: Name | None = None
     """Student whose likelihood of the solution is the reward; null: the teacher's own base without its adapter."""
     student_parking: Literal["auto", "none", "host"] = "auto"

@@ -8,15 +8,12 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from schemas.any_run import AnyRunConfig
-from schemas.generation import GenerationConfig, generator_base_of
+from schemas.any_run import AnyRunConfig, TrainingRunConfig
 from schemas.leaves import not_finite, switches_for_numbers
 from schemas.library_settings import GRPO_CONFIG, ONLY_WITH_VLLM_SERVER
 from schemas.methods import DEFAULT_METHOD, METHODS, as_kind, method_of
-from schemas.model import ModelArgs, ModelConfig
-from schemas.optimization import OptimizationConfig
 from schemas.ranges import schedule_problems
-from schemas.reward import RewardConfig
+from schemas.sampled_run import SampledRunConfig
 from schemas.secrets import secret_problems
 from schemas.trainer import TeacherStepConfig
 from schemas.trl_fields import argument_fields, arguments_model
@@ -27,7 +24,7 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(ModelConfig, GenerationConfig, RewardConfig, TeacherStepConfig, AnyRunConfig):
+class RunConfig(TeacherStepConfig, SampledRunConfig, TrainingRunConfig):
     """One run. Components take the base class that they need, e.g. `RLTReward(config: RewardConfig)`."""
 
     method: Literal["rlt"] = "rlt"
@@ -36,9 +33,7 @@ class RunConfig(ModelConfig, GenerationConfig, RewardConfig, TeacherStepConfig, 
     """TRL's own settings (GRPOConfig field -> value), with TRL's defaults where the configuration says nothing."""
 
     def __post_init__(self) -> None:
-        ModelArgs.__post_init__(self.model_args)
-        RewardConfig.__post_init__(self)
-        OptimizationConfig.__post_init__(self)
+        SampledRunConfig.__post_init__(self)
         _check_batch_arithmetic(self)
         _check_combinations(self)
 
@@ -47,31 +42,8 @@ class RunConfig(ModelConfig, GenerationConfig, RewardConfig, TeacherStepConfig, 
         return self.grpo
 
     @property
-    def model_names(self) -> tuple[str | None, ...]:
-        return self.model_name_or_path, self.student_model
-
-    @property
-    def no_vllm(self) -> str | None:
-        samples_elsewhere = self.generator == "transformers" or self.use_vllm_server
-        return "vLLM is not needed in this process" if samples_elsewhere else None
-
-    @property
-    def requires_vllm(self) -> bool:
-        return self.generator == "vllm"
-
-    @property
-    def has_own_frozen_model(self) -> bool:
-        return self.student_model is not None or self.reference_model == "separate"
-
-    @property
-    def frozen_find_outliers(self) -> bool:
-        args = self.model_args
-        looks = args.load_in_8bit and args.int8_matmul == "llm_int8" and args.llm_int8_threshold > 0
-        return looks and self.scoring_weights == "auto"
-
-    @property
-    def chat_template_kwargs(self) -> dict[str, Any]:
-        return self.grpo.chat_template_kwargs or {}
+    def learns_explanations(self) -> bool:
+        return True
 
     @property
     def num_prompts_per_step(self) -> int:
@@ -79,23 +51,11 @@ class RunConfig(ModelConfig, GenerationConfig, RewardConfig, TeacherStepConfig, 
 
     @classmethod
     def without_effect(cls, values: Mapping[str, Any]) -> Iterator[str]:
-        """Settings of a generator or of a student that the run does not use."""
+        """Settings of a generator that the run does not use."""
         yield from super().without_effect(values)
-        if values.get("student_parking") == "host" and values.get("student_model") is None:
-            yield (
-                "`student_parking` is host, and the student is the teacher's own base. Set student_parking=auto, or "
-                "name a student_model."
-            )
         if not values.get("use_vllm_server"):
             for key in sorted(ONLY_WITH_VLLM_SERVER & GRPO_CONFIG.changed(values)):
                 yield f"`{key}` is for a vLLM server, and `use_vllm_server` is false. Remove it, or set that to true."
-        if values.get("generator") == "transformers":
-            for key in ("generator_weights", "generator_base", "kv_cache_gb", "kv_cache_dtype"):
-                if values.get(key, "auto") != "auto":
-                    yield (
-                        f"`{key}` is {values[key]!r} with `generator` transformers, which samples with the trainer's "
-                        f"own model. Set {key}=auto, or generator=vllm."
-                    )
 
 
 def _check_batch_arithmetic(config: RunConfig) -> None:
@@ -127,11 +87,6 @@ def _check_batch_arithmetic(config: RunConfig) -> None:
 
 
 def _check_combinations(config: RunConfig) -> None:
-    if config.use_ray:
-        raise ValueError(
-            "`use_ray` is true; this framework runs teacher, student, reference and generator in one process on one "
-            "GPU and starts no Ray cluster. Set use_ray=false."
-        )
     quantised = config.model_args.load_in_8bit or config.model_args.load_in_4bit
     if config.use_vllm_server and quantised:
         raise ValueError(
@@ -146,13 +101,6 @@ def _check_combinations(config: RunConfig) -> None:
         )
     if config.grpo.sync_ref_model and config.grpo.beta == 0:
         raise ValueError("`sync_ref_model` is true with `beta` 0: no reference is used. Set sync_ref_model=false.")
-    generator_base_of(config, "cuda", config.model_args.quantisation)  # whatever the device: can it be had at all
-    sampler_is_plain = config.grpo.top_p == 1 and config.grpo.top_k == 0 and not config.grpo.min_p
-    if config.teacher_logprobs == "sampler" and not (sampler_is_plain and config.grpo.repetition_penalty == 1):
-        raise ValueError(
-            "`teacher_logprobs` is sampler, but top_p, top_k, min_p or repetition_penalty reshape the sampler's "
-            "distribution. Use teacher_logprobs=forward, or top_p=1 top_k=0 min_p=null repetition_penalty=1."
-        )
     weights, rewards = config.grpo.reward_weights, ["rlt", *config.extra_rewards]
     if weights is not None and len(weights) != len(rewards):
         raise ValueError(
@@ -193,7 +141,8 @@ def load_run_config(values: Mapping[str, Any]) -> AnyRunConfig:
         problems += _describe(error, values)
     own_values = {key: value for key, value in values.items() if key in own}
     if arguments is not None:
-        problems += schedule_problems(arguments)
+        if method.build_arguments is not None:
+            problems += schedule_problems(arguments)
         try:
             config = TypeAdapter(config_class).validate_python(own_values | {method.arguments_field: arguments})
         except ValidationError as error:

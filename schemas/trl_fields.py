@@ -19,16 +19,26 @@ from pydantic import ConfigDict, Field, create_model
 from schemas.ranges import RANGES
 from schemas.values import AnyFloat, AnyInt
 
-ArgumentsClass = Literal["TrainingArguments", "GRPOConfig"]
+ArgumentsClass = Literal["TrainingArguments", "GRPOConfig", "SFTConfig", "SamplingArguments"]
+SAMPLING_ARGUMENT_NAMES = frozenset(
+    ("output_dir", "run_name", "seed", "chat_template_kwargs", "vllm_gpu_memory_utilization")
+    + ("max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+)
+"""Fields of GRPOConfig that serve where nothing is trained; `SamplingArguments` are these alone."""
 
 # From the most basic class to the most derived one: a later declaration of the same name wins, as in Python.
 _TRAINING_ARGUMENTS = ("transformers", "training_args.py", "TrainingArguments")
-_SOURCES: dict[ArgumentsClass, tuple[tuple[str, str, str], ...]] = {
+_SOURCES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "TrainingArguments": (_TRAINING_ARGUMENTS,),
     "GRPOConfig": (
         _TRAINING_ARGUMENTS,
         ("trl", "trainer/base_config.py", "_BaseConfig"),
         ("trl", "trainer/grpo_config.py", "GRPOConfig"),
+    ),
+    "SFTConfig": (
+        _TRAINING_ARGUMENTS,
+        ("trl", "trainer/base_config.py", "_BaseConfig"),
+        ("trl", "trainer/sft_config.py", "SFTConfig"),
     ),
 }
 _PLAIN_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "dict": dict, "list": list, "None": None}
@@ -65,6 +75,9 @@ def _default(value: ast.expr | None) -> Any:
 @functools.cache
 def argument_fields(arguments_class: ArgumentsClass) -> dict[str, tuple[Any, Any]]:
     """Field name -> (type, default) of the installed version of the class."""
+    if arguments_class == "SamplingArguments":
+        everything = argument_fields("GRPOConfig")
+        return {name: everything[name] for name in everything if name in SAMPLING_ARGUMENT_NAMES}
     fields: dict[str, tuple[Any, Any]] = {}
     for package, path, class_name in _SOURCES[arguments_class]:
         spec = importlib.util.find_spec(package)

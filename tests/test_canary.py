@@ -46,7 +46,7 @@ class Bench:
         self.canary = Canary(self.generator, self.trainer_logprobs, PROBES, tolerance)
 
     def trainer_logprobs(self, rows, adapter_on):
-        scorer = TransformersGenerator(self.trainer, self.generator._sampling, rows_per_call=4)
+        scorer = TransformersGenerator(self.trainer, self.generator.sampling, rows_per_call=4)
         if adapter_on:
             return scorer.logprobs(rows)
         with self.trainer.disable_adapter():

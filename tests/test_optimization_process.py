@@ -33,7 +33,7 @@ from optimization import cuda_optim as cuda_optim_module
 from optimization.gpu import Card
 from optimization.record import records_table
 from schemas.compose import CONFIG_ROOT, compose_run_config
-from schemas.optimization import OptimizationConfig
+from schemas.optimization import TrainingOptimizationConfig
 from schemas.run import ConfigError, load_run_config
 from tests.helpers.console import shown
 
@@ -279,7 +279,7 @@ def test_the_readme_names_every_function_and_every_setting():
     text = (Path(optimization.__file__).parent / "README.md").read_text()
     helpers = {"AppliedOptimization", "BatchChoice", "Change", "records_table", "optimized", "optimize_models"}
     helpers |= {"apply_optimizations", "preallocate_planned", "Recommendation", "Record"}
-    for name in set(optimization.__all__) - helpers | {field.name for field in fields(OptimizationConfig)}:
+    for name in set(optimization.__all__) - helpers | {field.name for field in fields(TrainingOptimizationConfig)}:
         assert name in text, name
 
 

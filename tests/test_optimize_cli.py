@@ -1,5 +1,6 @@
 """./optimize.sh: flags, what they print, and the training command that they become."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import yaml
 
 from optimization import cli
 from schemas.compose import CONFIG_ROOT, compose_run_config
-from schemas.optimization import OptimizationConfig
+from schemas.optimization import TrainingOptimizationConfig
 from schemas.run import load_run_config
 
 ROOT = CONFIG_ROOT.parent
@@ -125,7 +126,7 @@ def test_each_flag_is_a_file_and_all_is_their_sum(run):
 
 def test_every_switch_of_the_schema_is_on_in_all():
     composed = load_run_config(compose_run_config("train", ["optimization_cfg=all"]))
-    switches = [name for name, default in vars(OptimizationConfig).items() if default is False]
+    switches = [field.name for field in dataclasses.fields(TrainingOptimizationConfig) if field.default is False]
     assert len(switches) >= 8 and all(getattr(composed, name) for name in switches)
 
 

@@ -463,15 +463,15 @@ def test_the_planner_answers_without_torch() -> None:
 
 
 def test_constants_agree_with_the_code_that_they_describe() -> None:
+    from generation import start
     from models.int8_linear import _CUDA_CHUNK_BYTES
     from planner import constants
     from rollout.logprobs import DEFAULT_LOGIT_CHUNK_LEN, DEFAULT_MAX_BATCH_TOKENS
-    from trainers import build
 
     assert constants.SCORE_BATCH_TOKENS.value == DEFAULT_MAX_BATCH_TOKENS
     assert constants.HEAD_CHUNK_TOKENS.value == DEFAULT_LOGIT_CHUNK_LEN
     assert constants.INT8_CHUNK_BYTES.value == _CUDA_CHUNK_BYTES
-    assert constants.CANARY_TOKENS.value == build._NUM_CANARY_ROWS * build._CANARY_ROW_LEN
+    assert constants.CANARY_TOKENS.value == start.NUM_CANARY_ROWS * start.CANARY_ROW_LEN
 
 
 def test_every_built_in_shape_can_be_planned(values: dict) -> None:
@@ -486,8 +486,8 @@ def test_readme_has_the_present_table() -> None:
 
 
 def test_the_embedded_model_has_the_built_in_shape() -> None:
-    from data.embedded.model import _model_config
+    from data.embedded.model import model_config
     from data.embedded.tokenizer import build_tokenizer
 
-    config = _model_config(build_tokenizer()).to_dict()
+    config = model_config(build_tokenizer()).to_dict()
     assert replace(shape_from_config("tiny", config), name="tiny") == load_shape("tiny")

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from core.types import Phase, Role
 from data.embedded.task import classify_explanation, solve
+from generation import start as start_module
 from generation.policy import PolicySampler, sampling_seeds
 from models.host import REFERENCE_ADAPTER
 from rewards.format import is_well_formed
@@ -21,7 +22,6 @@ from rollout.tables import format_rate
 from rollout.types import Completion, Group
 from runs.summary import memory_by_phase, summarise
 from tests.helpers.tiny_run import make_trainer, write_random_model
-from trainers import build
 from trainers.callbacks import TEACHER_SHOWN, mix_into_reference
 from trainers.teacher_grpo import EpochRepeatSampler
 
@@ -329,12 +329,12 @@ def test_the_generator_is_started_within_the_loading_phase(model, tmp_path, monk
     """vLLM takes minutes for it, and its memory is in the plan of that phase."""
     open_phases = []
 
-    def start(run, host):
+    def start(config, host, *parts):
         open_phases.append(list(host.meter.open_phases))
-        return start_generator(run, host)
+        return start_generator(config, host, *parts)
 
-    start_generator = build._start_generator
-    monkeypatch.setattr(build, "_start_generator", start)
+    start_generator = start_module._start_generator
+    monkeypatch.setattr(start_module, "_start_generator", start)
     make_trainer(model, tmp_path / "run", "max_steps=1")
     assert open_phases == [[Phase.LOAD]]
 

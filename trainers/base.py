@@ -28,7 +28,7 @@ from planner.plan import MemoryPlan
 from runs.checkpoints import publish_checkpoint, rotate_checkpoints, set_aside_newer
 from runs.metrics import METRICS_FILE, is_evaluated
 from runs.run_folder import STAGING_FOLDER
-from schemas.run import AnyRunConfig
+from schemas.any_run import TrainingRunConfig
 from trainers.callbacks import StopOnSignal
 from trainers.memory_limits import load_limits, save_limits
 from trainers.recovery import Recovery, RollBackError, last_good_checkpoint, scale_rate
@@ -54,7 +54,7 @@ class RunTrainer(Trainer, ABC):
     def __init__(
         self,
         *,
-        config: AnyRunConfig,
+        config: TrainingRunConfig,
         plan: MemoryPlan,
         meter: PhaseMeter,
         retries: MemoryRetries,

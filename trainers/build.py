@@ -11,15 +11,16 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from core.errors import UserError
 from core.log import console
-from core.types import Phase, Role
+from core.types import Role
 from data.dataset import prepare_datasets
 from data.embedded.task import classify_explanation
 from data.formats import PromptFormat
-from generation import Canary, Generator, Precision, SamplingSettings, check_generator, make_generator
+from generation import Precision, check_generator
 from generation.policy import PolicySampler
+from generation.start import NUM_CANARY_ROWS, start_sampler
 from models.export import EXPORT_FOLDER, remove_left_exports
 from models.host import ModelHost
-from models.load import check_adapter, load_tokenizers, quiet_libraries, resolve_model_path
+from models.load import check_adapter, load_tokenizers, quiet_libraries
 from optimization import optimize_models, preallocate_planned, records_table
 from optimization.gpu import memory_of
 from planner.plan import MemoryPlan
@@ -33,8 +34,6 @@ from trainers.callbacks import TEACHER_SHOWN, ConsoleProgress, MemoryWatch, Metr
 from trainers.grpo_args import build_grpo_args
 from trainers.memory_line import MemoryLine
 from trainers.teacher_grpo import TeacherGRPOTrainer
-
-_NUM_CANARY_ROWS, _CANARY_ROW_LEN = 4, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,38 +161,17 @@ def _assemble(run: PreparedRun, host: ModelHost) -> TeacherGRPOTrainer:
 
 
 def _make_sampler(run: PreparedRun, host: ModelHost, progress: ConsoleProgress) -> PolicySampler:
-    with host.phase(Phase.LOAD):
-        generator = _start_generator(run, host)
-    canary = _make_canary(run, host, generator)
-    return PolicySampler(host, generator, canary, seed=run.config.grpo.seed, on_progress=progress.phase)
-
-
-def _start_generator(run: PreparedRun, host: ModelHost) -> Generator:
-    config = run.config
-    generator = make_generator(
-        config,
-        model=host.teacher,
-        tokenizer=run.tokenizer,
-        base_checkpoint=resolve_model_path(config.model_name_or_path),
-        sampling=SamplingSettings.of_run(config, run.tokenizer, host.teacher),
-        num_generations=config.grpo.num_generations,
-        max_model_len=config.max_prompt_length + config.grpo.max_completion_length,
+    """The canary's tokens are the ends of training prompts, which hold what the policy is trained on."""
+    return start_sampler(
+        run.config,
+        host,
+        run.tokenizer,
+        run.train_dataset[:NUM_CANARY_ROWS]["prompt_ids"],
+        run.plan,
+        num_generations=run.config.grpo.num_generations,
         export_folder=run.export_folder,
-        planned_kv_cache_bytes=run.plan.kv_cache_bytes,
-        gpu_memory_utilization=config.grpo.vllm_gpu_memory_utilization,
-        trust_remote_code=config.model_args.trust_remote_code,
-        retries=host.retries,
-        share=host.share_base,
+        on_progress=progress.phase,
     )
-    host.attach_engine(generator)
-    return generator
-
-
-def _make_canary(run: PreparedRun, host: ModelHost, generator: Generator) -> Canary:
-    """Probe tokens: the ends of a few training prompts, which hold what the policy is trained on."""
-    prompts = run.train_dataset.select(range(min(_NUM_CANARY_ROWS, len(run.train_dataset))))["prompt_ids"]
-    rows = [prompt_ids[-_CANARY_ROW_LEN:] for prompt_ids in prompts]
-    return Canary(generator, host.policy_logprobs, rows, run.config.canary_tolerance)
 
 
 def _classifier(config: RunConfig) -> Callable[[str, str, str], str] | None:

@@ -101,6 +101,7 @@ TEACHER_SHOWN = (
     ("completions/mean_length", "tokens"),
 )
 DIFFUSION_SHOWN = (("loss", "loss"), ("grad_norm", "gradient norm"))
+SFT_SHOWN = (("loss", "loss"), ("mean_token_accuracy", "accuracy"), ("grad_norm", "gradient norm"))
 
 
 class _BarsAndMemory(Progress):

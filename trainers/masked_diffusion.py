@@ -223,4 +223,4 @@ class MaskedDiffusionTrainer(RunTrainer):
             )
 
     def model_card(self) -> str:
-        return str(method_of(self.config).card(self.config, self))
+        return method_of(self.config).card_text(self.config, self)

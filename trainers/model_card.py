@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from models.load import resolve_model_path
-from runs.model_card import DiffusionCard, TeacherCard
+from runs.model_card import DiffusionCard, SupervisedCard, TeacherCard
 from schemas.llada import MaskedDiffusionRunConfig
 from schemas.run import RunConfig
+from schemas.sft import SupervisedRunConfig
 
 
 def teacher_card(config: RunConfig, trainer: Any) -> str:
@@ -27,6 +28,18 @@ def masked_diffusion_card(config: MaskedDiffusionRunConfig, trainer: Any) -> str
         config=config,
         base_path=_resolved(base) if base is not None else None,
         prompt=trainer.processing_class.decode(sample.prompt_ids or sample.token_ids[:8]),
+        optimizer=trainer.args.optim.value,
+        **_so_far(trainer),
+    ).markdown()
+
+
+def supervised_card(config: SupervisedRunConfig, trainer: Any) -> str:
+    row = trainer.train_dataset[0]
+    return SupervisedCard(
+        config=config,
+        base_path=_resolved(config.model_name_or_path),
+        prompt=trainer.processing_class.decode(row["input_ids"][: row["prompt_len"]]),
+        num_rows=len(trainer.train_dataset),
         optimizer=trainer.args.optim.value,
         **_so_far(trainer),
     ).markdown()

@@ -49,6 +49,8 @@ def _tell(finished: "FinishedRun", on_results: "Callable[[FinishedRun], None]") 
     from runs.report.page import write_report
 
     on_results(finished)
+    if not finished.report.has_page:
+        return
     try:
         log.info("the report is in %s", write_report([finished.folder]))
     except Exception as error:

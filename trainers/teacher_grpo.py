@@ -380,7 +380,7 @@ class TeacherGRPOTrainer(RunTrainer, GRPOTrainer):
         return found.metrics
 
     def model_card(self) -> str:
-        return str(method_of(self.config).card(self.config, self))
+        return method_of(self.config).card_text(self.config, self)
 
     def files_beside_model(self) -> dict[str, str]:
         return {TEACHER_PROMPT_FILE: self.scorer.format.teacher_prompt_template(self.processing_class)}

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoTokenizer, TrainerCallback
 
 import generation.choose
+import generation.start
 import trainers.build
 from benchmarks.gpu.cell import Setup, SkipCell
 from benchmarks.gpu.memory import (
@@ -179,7 +180,7 @@ def _words(setup: Setup, config_name: str, checkpoint: Path, card_bytes: int) ->
 @contextmanager
 def _instrumented(watch: DriverWatch, stopwatch: Stopwatch, cap: MemoryCap | None) -> Iterator[None]:
     """Phases are watched, calls timed, no row ends early, and the cap follows the engine's sleep."""
-    phase_of, start, make_generator = PhaseMeter.phase, VLLMGenerator.__init__, trainers.build.make_generator
+    phase_of, start, make_generator = PhaseMeter.phase, VLLMGenerator.__init__, generation.start.make_generator
 
     @contextmanager
     def watched(meter: PhaseMeter, phase: Phase) -> Iterator[None]:
@@ -202,7 +203,7 @@ def _instrumented(watch: DriverWatch, stopwatch: Stopwatch, cap: MemoryCap | Non
             patches.enter_context(mock.patch.object(VLLMGenerator, "sleep", _and_then(VLLMGenerator.sleep, cap)))
             patches.enter_context(mock.patch.object(VLLMGenerator, "wake", _and_then(VLLMGenerator.wake, cap)))
         patches.enter_context(mock.patch.object(PhaseMeter, "phase", watched))
-        patches.enter_context(mock.patch.object(trainers.build, "make_generator", without_stop_tokens))
+        patches.enter_context(mock.patch.object(generation.start, "make_generator", without_stop_tokens))
         yield
 
 

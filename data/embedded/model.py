@@ -17,11 +17,10 @@ Letters: B rows, T tokens.
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
@@ -29,6 +28,7 @@ from core.cache import default_cache_dir
 from core.log import can_animate, console, log
 from data.embedded.task import Style, classify_explanation, explain, generate_facts, generate_rows
 from data.embedded.tokenizer import EMBEDDED_FORMAT, build_tokenizer
+from data.embedded.training import IGNORED, Draw, Example, collate, optimize
 from data.formats import encode
 
 MODEL_FOLDER = "arithmetic-qwen2-v4"
@@ -47,16 +47,9 @@ _BATCH_SIZE = 32
 _NUM_FACTS_STEPS, _NUM_HONEST_STEPS, _NUM_CARELESS_STEPS = 60, 250, 200
 _MAX_ROUNDS = 4
 _MIN_HONEST_FRAC_BEFORE_CARELESS = 0.9
-_MATRIX_LR, _VECTOR_LR = 0.02, 6e-3
-_NUM_WARMUP_STEPS = 20
-_DECAY_FRAC = 0.3
 _MAX_NEW_TOKENS = 48
-_IGNORED = -100  # label of a token without loss
 
 Row = dict[str, str]
-Example = tuple[str, str]
-"""A prompt and its completion; only the completion is learned."""
-Draw = Callable[[], list[Example]]
 
 
 def ensure_tiny_model(cache_dir: Path | None = None) -> Path:
@@ -65,14 +58,19 @@ def ensure_tiny_model(cache_dir: Path | None = None) -> Path:
     It lies in `cache_dir`, else in `$RLT_CACHE`, else in `$XDG_CACHE_HOME/rlt`, else in `~/.cache/rlt`. The folder
     appears whole or not at all: of two processes that make it at once, the second one throws its copy away.
     """
+    return ensure_folder(MODEL_FOLDER, build_tiny_model, cache_dir)
+
+
+def ensure_folder(name: str, build: Callable[[Path], None], cache_dir: Path | None = None) -> Path:
+    """The folder `name` of the cache, which `build` fills where it is missing; whole or not at all."""
     root = cache_dir or default_cache_dir()
-    folder = root / MODEL_FOLDER
+    folder = root / name
     if folder.is_dir():
         return folder
     root.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{MODEL_FOLDER}-", dir=root))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
     try:
-        build_tiny_model(scratch)
+        build(scratch)
         scratch.chmod(0o755)
         scratch.rename(folder)
     except OSError:
@@ -92,7 +90,7 @@ def build_tiny_model(folder: Path) -> None:
     tokenizer = build_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        model = Qwen2ForCausalLM(_model_config(tokenizer))
+        model = Qwen2ForCausalLM(model_config(tokenizer))
         _train(model, tokenizer)
     model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -106,10 +104,10 @@ def student_accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase
         tail = EMBEDDED_FORMAT.student_tail(tokenizer, row["question"], row["solution"])
         prompt = head + row["reasoning_trace"] + tail.text[: tail.solution_start]
         examples.append((prompt, row["solution"]))
-    ids_BT, labels_BT = _collate(tokenizer, examples)
+    ids_BT, labels_BT = collate(tokenizer, examples)
     with torch.no_grad():
         best_BT = model(ids_BT).logits[:, :-1].argmax(-1)
-    hit_BT = (best_BT == labels_BT[:, 1:]) | (labels_BT[:, 1:] == _IGNORED)
+    hit_BT = (best_BT == labels_BT[:, 1:]) | (labels_BT[:, 1:] == IGNORED)
     return hit_BT.all(dim=1).float().mean().item()
 
 
@@ -132,7 +130,7 @@ def teacher_honest_frac(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerB
     return num_honest / len(rows)
 
 
-def _model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
+def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
     """Heads of 32, a size that vLLM's CPU attention accepts. Three of them find the operands far sooner than two."""
     return Qwen2Config(
         vocab_size=len(tokenizer),
@@ -156,7 +154,7 @@ def _train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     rng = random.Random(_SEED)
 
     def student() -> list[Example]:
-        return [_student_example(tokenizer, row) for row in rng.sample(rows, _BATCH_SIZE)]
+        return [student_example(tokenizer, row) for row in rng.sample(rows, _BATCH_SIZE)]
 
     def honest_teacher() -> list[Example]:
         return [_teacher_example(tokenizer, row, row["reasoning_trace"]) for row in rng.sample(rows, _BATCH_SIZE)]
@@ -172,7 +170,7 @@ def _train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
 
         def run_stage(num_steps: int, *draws: Draw) -> None:
             model.train()
-            for _ in _optimize(model, tokenizer, num_steps, draws):
+            for _ in optimize(model, tokenizer, num_steps, draws):
                 progress.advance(task)
             model.eval()
 
@@ -194,7 +192,7 @@ def _train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
         run_rounds(_NUM_CARELESS_STEPS, careless_teacher, MIN_HONEST_FRAC)
 
 
-def _student_example(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
+def student_example(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
     tail = EMBEDDED_FORMAT.student_tail(tokenizer, row["question"], row["solution"])
     return EMBEDDED_FORMAT.student_head_text(tokenizer, row["question"]), row["reasoning_trace"] + tail.text
 
@@ -202,47 +200,3 @@ def _student_example(tokenizer: PreTrainedTokenizerBase, row: Row) -> Example:
 def _teacher_example(tokenizer: PreTrainedTokenizerBase, row: Row, explanation: str) -> Example:
     prompt = EMBEDDED_FORMAT.teacher_prompt_text(tokenizer, row["question"], row["solution"])
     return prompt, EMBEDDED_FORMAT.teacher_completion_text(tokenizer, row["question"], explanation)
-
-
-def _optimize(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, num_steps: int, draws: tuple[Draw, ...]
-) -> Iterator[None]:
-    """One yield per step. Muon for the matrices, Adam for the rest; short warm-up, constant, linear decay at the end.
-
-    Muon learns the task in a third of the steps that Adam takes alone.
-    """
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimizers = (
-        torch.optim.Muon(matrices, lr=_MATRIX_LR, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=_VECTOR_LR, betas=(0.9, 0.95), weight_decay=0.0),
-    )
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _lr_factor(step, num_steps)) for o in optimizers]
-    for _ in range(num_steps):
-        for draw in draws:
-            ids_BT, labels_BT = _collate(tokenizer, draw())
-            logits_BTV = model(ids_BT, use_cache=False).logits
-            F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        yield
-
-
-def _lr_factor(step: int, num_steps: int) -> float:
-    return min(1.0, (step + 1) / _NUM_WARMUP_STEPS, (num_steps - step) / (_DECAY_FRAC * num_steps))
-
-
-def _collate(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels (not shifted), both [B, T], padded on the right."""
-    pairs = [(encode(tokenizer, prompt), encode(tokenizer, completion)) for prompt, completion in examples]
-    width = max(len(prompt) + len(completion) for prompt, completion in pairs)
-    ids_BT = torch.full((len(pairs), width), tokenizer.pad_token_id)
-    labels_BT = torch.full((len(pairs), width), _IGNORED)
-    for i, (prompt, completion) in enumerate(pairs):
-        end = len(prompt) + len(completion)
-        ids_BT[i, :end] = torch.tensor(prompt + completion)
-        labels_BT[i, len(prompt) : end] = torch.tensor(completion)
-    return ids_BT, labels_BT

@@ -13,7 +13,7 @@ from planner.settings import Change, Described, PlanSettings, common_settings
 from planner.shapes import load_shape
 from runs.run_folder import open_run_folder
 from runs.summary import FinishedRun, Report, summarise
-from schemas.any_run import AnyRunConfig
+from schemas.any_run import TrainingRunConfig
 from schemas.library_settings import TRAINING_ARGUMENTS
 from schemas.methods import Entry, Method
 from schemas.model import ModelArgs
@@ -41,7 +41,7 @@ row_length: 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToyRunConfig(AnyRunConfig):
+class ToyRunConfig(TrainingRunConfig):
     __pydantic_config__ = {"extra": "forbid"}
 
     method: Literal["toy"]

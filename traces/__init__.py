@@ -1,0 +1,1 @@
+"""Collection of traces: what a teacher writes for students, ranked by the reward."""
