@@ -29,10 +29,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import NonFiniteError, StoppedError, UserError
 from core.faults import disk_fault
+from core.imports import importing
 from core.log import configure_logging, console, log
 from core.one_gpu import show_one_gpu
-from core.process import check_one_process, prepare_process
+from core.process import check_one_process, end_with_parent, prepare_process
 from preflight.inputs import check_inputs
+from preflight.unneeded import unneeded_packages
 from schemas.compose import (
     JOB_OF_A_SWEEP,
     command_line,
@@ -42,6 +44,7 @@ from schemas.compose import (
     with_sweep_folders,
 )
 from schemas.methods import DEFAULT_METHOD, METHODS
+from schemas.pipeline import PIPELINE
 from schemas.run import ConfigError
 from schemas.secrets import masked
 
@@ -57,23 +60,29 @@ _composed: list[dict[str, Any]] = []
 
 def _train_all(composed: list[dict[str, Any]]) -> int:
     """Train every run; the exit status."""
+    if any(values.get("method") == PIPELINE for values in composed):
+        from pipelines.run import run_pipeline
+
+        return max(run_pipeline(values) for values in with_sweep_folders(composed))
     jobs = with_sweep_folders(composed)
     for values in jobs:
         check_inputs(values)
     show_one_gpu(jobs)
-    # These load torch, which takes seconds: not before the configuration is composed.
-    from optimization.gpu import has_gpu
-    from trainers.start import train_runs
-    from trainers.sweep import run_jobs
+    without = unneeded_packages(jobs)
+    with importing(without):  # these load torch, which takes seconds: not before the configuration is composed
+        from optimization.gpu import has_gpu
+        from trainers.start import train_runs
+        from trainers.sweep import run_jobs
 
     if len(jobs) > 1 and has_gpu():
         return run_jobs([sys.executable, os.path.abspath(__file__), JOB_OF_A_SWEEP], jobs)
-    for run in train_runs(jobs, on_results=lambda finished: console.print(*finished.tables())):
+    for run in train_runs(jobs, lambda finished: console.print(*finished.tables()), without):
         log.info("the results are in %s", run.folder)
     return 0
 
 
 def main() -> int:
+    end_with_parent()
     prepare_process()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of exiting, so that there is one place for messages
     configure_logging()

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -83,8 +84,15 @@ def check_push(repository: str) -> None:
         )
 
 
-def push_folder(folder: Path, repository: str, *, private: bool, kind: Literal["model", "dataset"] = "model") -> str:
-    """Upload a folder to a repository of the hub, made where it is not there; its address.
+def push_folder(
+    folder: Path,
+    repository: str,
+    *,
+    private: bool,
+    kind: Literal["model", "dataset"] = "model",
+    files: Sequence[str] | None = None,
+) -> str:
+    """Upload a folder, or these files of it, to a repository of the hub, made where it is not there; its address.
 
     The token is the one of this machine (`check_push`); it is not shown.
 
@@ -99,7 +107,11 @@ def push_folder(folder: Path, repository: str, *, private: bool, kind: Literal["
         api = HfApi()
         url = api.create_repo(repository, repo_type=kind, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=repository, folder_path=folder, repo_type=kind, commit_message=f"Upload {folder.name}"
+            repo_id=repository,
+            folder_path=folder,
+            repo_type=kind,
+            allow_patterns=list(files) if files is not None else None,
+            commit_message=f"Upload {folder.name}",
         )
     except (HfHubHTTPError, httpx.HTTPError) as error:
         raise UserError(

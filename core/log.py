@@ -112,6 +112,7 @@ _NOISY_LOGGERS = {
     "httpx": logging.WARNING,
     "vllm": logging.ERROR,
     "datasets": logging.WARNING,
+    "math_verify": logging.ERROR,  # it shows whatever it cannot read
 }
 
 

@@ -3,7 +3,9 @@
 Nothing happens at import; entry points call `prepare_process` and `check_one_process`.
 """
 
+import ctypes
 import os
+import signal
 import sys
 import time
 
@@ -49,3 +51,18 @@ def check_one_process() -> None:
         expected="one process, which drives teacher, student and generator on one GPU",
         remedy="python train.py ..., without the launcher (or unset WORLD_SIZE)",
     )
+
+
+WATCHED_PARENT = "RLT_ENDS_WITH"
+"""Set by a process that starts this one: its process id, with which this one is to end."""
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Where the starter asked for it: be killed as soon as that ends, in whatever way (Linux; elsewhere not)."""
+    parent = os.environ.pop(WATCHED_PARENT, None)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it ended before this was set
+        os.kill(os.getpid(), signal.SIGKILL)

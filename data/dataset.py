@@ -1,7 +1,7 @@
 """Dataset rows from any source, checked one by one and turned into prompts."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from core.errors import UserError
 from core.log import log
 from data.embedded.task import generate_rows
-from data.formats import PromptFormat, encode, encode_student_tail
+from data.formats import PromptFormat, encode_all, encode_student_tails
 from data.layouts import QUESTION_COLUMNS, SOLUTION_COLUMNS, BadRowError, Row, RowParser, check_fields
 from data.sources import RawRow, read_rows
 from data.tags import TagStyle
@@ -18,6 +18,8 @@ from schemas.data import ARITHMETIC, DataConfig
 NUM_ARITHMETIC_ROWS = 4096
 MAX_HELD_OUT_FRAC = 0.2
 _NUM_PROBLEMS_SHOWN = 10
+_ROWS_AT_ONCE = 1000
+"""Tokenised in one call: on all cores, and of which the offsets of every token are in memory."""
 
 
 def prepare_datasets(
@@ -142,11 +144,8 @@ def _fit(
     fitting: list[Row] = []
     num_too_long = 0
     fused: list[str] = []
-    for row in rows:
-        prompt = prompt_format.teacher_prompt_text(tokenizer, row["question"], row["solution"])
-        prompt_ids = encode(tokenizer, prompt)
-        _, (start, end) = encode_student_tail(tokenizer, prompt_format, row["question"], row["solution"])
-        if start == end:
+    for row, prompt, prompt_ids, has_solution in _encoded(rows, tokenizer, prompt_format):
+        if not has_solution:
             fused.append(f"the solution {row['solution']!r} has no token of its own: its text fuses with the tags")
         elif len(prompt_ids) > config.max_prompt_length:
             num_too_long += 1
@@ -166,6 +165,19 @@ def _fit(
             remedy="raise max_prompt_length",
         )
     return fitting
+
+
+def _encoded(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
+) -> Iterator[tuple[Row, str, list[int], bool]]:
+    """Each row, the teacher's prompt as text and ids, and whether a token of the student's text is the solution's."""
+    for first in range(0, len(rows), _ROWS_AT_ONCE):
+        some = rows[first : first + _ROWS_AT_ONCE]
+        asked = [(row["question"], row["solution"]) for row in some]
+        prompts = [prompt_format.teacher_prompt_text(tokenizer, *pair) for pair in asked]
+        tails = [prompt_format.student_tail(tokenizer, *pair) for pair in asked]
+        has_solution = [start < end for _, (start, end) in encode_student_tails(tokenizer, tails)]
+        yield from zip(some, prompts, encode_all(tokenizer, prompts), has_solution, strict=True)
 
 
 def _hold_out(rows: list[Row], num_wanted: int, seed: int) -> list[Row]:

@@ -3,7 +3,7 @@
 Every text is put together from its pieces; nothing is ever searched for in a finished text.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,20 +161,32 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, head: str, tail: str) -> st
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text that already contains every special token it needs; never cut."""
-    return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    return encode_all(tokenizer, [text])[0]
+
+
+def encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of many texts, on all cores."""
+    return tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
 
 
 def encode_student_tail(
     tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat, question: str, solution: str, leftover: str = ""
 ) -> tuple[list[int], tuple[int, int]]:
     """Ids of `PromptFormat.student_tail` and the tokens in it that are the solution's, by character offsets."""
-    tail = prompt_format.student_tail(tokenizer, question, solution, leftover)
-    encoded = tokenizer(
-        tail.text, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True
-    )
-    inside = [
-        i
-        for i, (start, end) in enumerate(encoded["offset_mapping"])
-        if start >= tail.solution_start and end <= tail.solution_end
-    ]
-    return encoded["input_ids"], (inside[0], inside[-1] + 1) if inside else (0, 0)
+    (found,) = encode_student_tails(tokenizer, [prompt_format.student_tail(tokenizer, question, solution, leftover)])
+    return found
+
+
+def encode_student_tails(
+    tokenizer: PreTrainedTokenizerBase, tails: Sequence[StudentTail]
+) -> list[tuple[list[int], tuple[int, int]]]:
+    """`encode_student_tail` of many tails, on all cores."""
+    texts = [tail.text for tail in tails]
+    encoded = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False, return_offsets_mapping=True)
+    spans = map(_solution_tokens, tails, encoded["offset_mapping"])
+    return list(zip(encoded["input_ids"], spans, strict=True))
+
+
+def _solution_tokens(tail: StudentTail, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    inside = [i for i, (start, end) in enumerate(offsets) if start >= tail.solution_start and end <= tail.solution_end]
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)

@@ -1,6 +1,7 @@
 """Answers: what a sampled text gives as its solution, and whether that is the right one."""
 
 import re
+from functools import lru_cache
 
 from data.tags import TAG_STYLES, TagStyle
 from schemas.evaluate import Scoring
@@ -14,6 +15,8 @@ _LETTER_FORMS = tuple(
         rf"\(({_LETTER})\)",
     )
 )
+_MAX_MATH_CHARS = 2000
+"""Beyond it no text is one answer, and reading it takes seconds."""
 _MATH_MARKS = ("$", "\\boxed", "\\(", "\\[")
 
 
@@ -70,11 +73,17 @@ def stated_letter(answer: str) -> str | None:
     return None
 
 
+@lru_cache(maxsize=4096)  # samples of a question often agree
 def _same_value(answer: str, solution: str) -> bool:
-    """math-verify on what the last `\\boxed{...}` of each holds; it takes several boxes for a set of answers."""
+    """math-verify on what the last `\\boxed{...}` of each holds; it takes several boxes for a set of answers.
+
+    It gives up on what takes longer than five seconds, such as towers of powers.
+    """
+    if len(math := _as_math(answer)) > _MAX_MATH_CHARS:
+        return False
     from math_verify import parse, verify  # takes seconds, with sympy
 
-    return bool(verify(parse(_as_math(solution)), parse(_as_math(answer))))
+    return bool(verify(parse(_as_math(solution)), parse(math)))
 
 
 def _as_math(text: str) -> str:

@@ -4,12 +4,15 @@ Letters: Q questions.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pandas as pd
+from rich.console import RenderableType
 from rich.table import Table
 
 from evaluation.statistics import COVERAGE_FRAC, NUM_RESAMPLINGS, Interval, bootstrap, pass_at_k, which_k
+from runs.summary import memory_table
 from schemas.evaluate import EvaluateRunConfig
 
 SAMPLED, GREEDY = "sampled", "greedy"
@@ -63,10 +66,24 @@ def _by_question(answers: pd.DataFrame, num_samples: int) -> dict[str, Any]:
     return figures | ({GREEDY: greedy.to_numpy(float)} if len(greedy) else {})
 
 
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Content of the tables at the end of an evaluation."""
+
+    has_page: ClassVar[bool] = False
+
+    def tables(self, summary: dict[str, Any]) -> list[RenderableType]:
+        return [results_table(summary["evaluation"]), memory_table(summary)]
+
+
+EVALUATION_REPORT = EvaluationReport()
+
+
 def results_table(results: Mapping[str, Any]) -> Table:
     """One row for each model, and below each but the first how far it is from that."""
     models: Mapping[str, Mapping[str, Any]] = results["models"]
-    figures = [key for key, value in next(iter(models.values())).items() if isinstance(value, dict)]
+    shown = dict.fromkeys(("pass@1", f"pass@{results['num_samples']}", GREEDY))
+    figures = [key for key in shown if key in next(iter(models.values()))]
     table = Table(
         title=f"{results['dataset']}: {results['num_questions']} questions, {results['num_samples']} samples each at "
         f"temperature {results['temperature']:g}",
@@ -77,8 +94,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     for column in ("model", *(f"{key} sampled" if key != GREEDY else key for key in figures), "tokens"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column != "model")
     for name, found in models.items():
-        shown = [str(Interval(**found[key])) for key in figures]
-        table.add_row(name, *shown, f"{found['tokens_per_answer']:.0f}")
+        table.add_row(name, *(str(Interval(**found[key])) for key in figures), f"{found['tokens_per_answer']:.0f}")
         if "minus_first" in found:
             table.add_row("  minus the first", *(_signed(found["minus_first"][key]) for key in figures), "")
     return table

@@ -2,46 +2,38 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
-from rich.console import RenderableType
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
+from core.errors import UserError
 from core.log import can_animate, console, log
 from core.types import Phase
 from data.formats import PromptFormat
 from evaluation.answers import final_answer, is_right, stated_solution
 from evaluation.engine import Answerer, answerer
 from evaluation.questions import Question, encoded_prompts, load_questions
-from evaluation.results import GREEDY, SAMPLED, results_of, results_table
+from evaluation.results import GREEDY, SAMPLED, results_of
 from evaluation.store import EVALUATION_FILE, SampleStore
 from generation.choose import choose_engine
 from generation.policy import sampling_seeds
-from models.load import quiet_libraries
+from models.load import max_positions, quiet_libraries
 from models.memory_retries import MemoryRetries
 from models.meter import PhaseMeter
-from models.trained import open_model
+from models.trained import StoredModel, open_model
 from planner.plan import MemoryPlan
 from rollout.types import Completion
 from runs.files import write_whole
 from runs.run_folder import open_run_folder, write_summary
-from runs.summary import FinishedRun, memory_by_phase, memory_table
+from runs.summary import FinishedRun, memory_by_phase
 from schemas.evaluate import EvaluateRunConfig, Prompt
+from schemas.methods import method_of
 
 _STREAM = 2
 """Of seeds; those below are a teacher's run's (generation/policy.py)."""
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class FinishedEvaluation(FinishedRun):
-    """An evaluation that is whole; `summary["evaluation"]` is what evaluation.json holds."""
-
-    def tables(self) -> list[RenderableType]:
-        return [results_table(self.summary["evaluation"]), memory_table(self.summary)]
 
 
 def evaluate_models(
@@ -60,6 +52,7 @@ def evaluate_models(
         UserError, ConfigError: it cannot work; the run folder was not touched.
     """
     models = [open_model(name, config.model_args) for name in config.models]
+    _check_lengths(config, models)
     choose_engine(config.generator, device)
     questions = load_questions(config)
     folder = open_run_folder(values, config.sampling.output_dir, config.resume)
@@ -87,9 +80,27 @@ def evaluate_models(
     summary = {"evaluation": results, "memory": memory_by_phase(plan, meter)}
     write_summary(folder.path, summary)
     store.remove_chunks()
-    finished = FinishedEvaluation(folder=folder.path, summary=summary)
+    finished = FinishedRun(folder=folder.path, summary=summary, report=method_of(config).report.object)
     on_results(finished)
     return finished
+
+
+def _check_lengths(config: EvaluateRunConfig, models: Sequence[StoredModel]) -> None:
+    """
+    Raises:
+        UserError: prompt and answer together may be longer than a model reads.
+    """
+    row_len = config.max_prompt_length + config.sampling.max_completion_length
+    for model in models:
+        limit = max_positions(model.weights, model.args)
+        if limit is not None and row_len > limit:
+            raise UserError(
+                f"max_prompt_length={config.max_prompt_length} and max_completion_length="
+                f"{config.sampling.max_completion_length}, and {model.name} reads {limit} tokens",
+                expected="prompt and answer within what each model reads",
+                remedy=f"max_completion_length={max(1, limit - config.max_prompt_length)}, or a shorter "
+                "max_prompt_length",
+            )
 
 
 def _answer(
@@ -105,15 +116,20 @@ def _answer(
     prompts = encoded_prompts(questions, prompt, config, engine.tokenizer)
     judge = partial(_judged, config=config, prompt=prompt, tokenizer=engine.tokenizer)
     passes = [(SAMPLED, engine.sampled, config.num_samples), *([(GREEDY, engine.greedy, 1)] if config.greedy else [])]
+    rows_per_question = sum(num_samples for _, _, num_samples in passes)
     with Progress(console=console, transient=True, disable=not can_animate()) as progress:
-        task = progress.add_task("questions", total=sum(map(len, chunks)))
+        task = progress.add_task("answers", total=rows_per_question * sum(map(len, chunks)))
         for chunk in chunks:
             rows: list[dict[str, Any]] = []
             for decoding, settings, num_samples in passes:
+                before = progress.tasks[task].completed
                 with meter.phase(Phase.GENERATE):
                     engine.generator.sampling = settings
                     completions = engine.generator.generate(
-                        [prompts[i] for i in chunk], num_samples, _seeds(config, chunk, num_samples)
+                        [prompts[i] for i in chunk],
+                        num_samples,
+                        _seeds(config, chunk, num_samples),
+                        on_progress=partial(_advance, progress, task, before),
                     )
                 rows += [
                     {
@@ -125,7 +141,10 @@ def _answer(
                     for row, completion in enumerate(completions)
                 ]
             save(chunk, {name: [row[name] for row in rows] for name in rows[0]})
-            progress.advance(task, len(chunk))
+
+
+def _advance(progress: Progress, task: TaskID, before: float, num_done: int, num_rows: int) -> None:
+    progress.update(task, completed=before + num_done)
 
 
 def _seeds(config: EvaluateRunConfig, chunk: range, num_samples: int) -> list[int]:

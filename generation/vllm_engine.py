@@ -255,7 +255,7 @@ class VLLMGenerator:
             engine.add_request(str(first + offset), prompt, request_params, lora_request=self._adapter_request)
         outputs: dict[int, Any] = {}
         try:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(), _compiled_as_started(self._on_gpu):
                 while engine.has_unfinished_requests():
                     finished = {int(output.request_id): output for output in engine.step() if output.finished}
                     outputs |= finished
@@ -386,6 +386,11 @@ def forget_failed_start() -> None:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     cleanup_dist_env_and_memory()
+
+
+def _compiled_as_started(on_gpu: bool) -> contextlib.AbstractContextManager[Any]:
+    """A CPU compiles nothing: vLLM's sampler would, at its first call, a function that counts the ranks of tokens."""
+    return contextlib.nullcontext() if on_gpu else torch.compiler.set_stance("force_eager")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -98,6 +99,21 @@ def load_base(name_or_path: str, args: ModelArgs, device: torch.device) -> PreTr
         announce(multiply_in_16_bits(model))
     _lay_out(model, args)
     return model.requires_grad_(False)
+
+
+def max_positions(name_or_path: str, args: ModelArgs) -> int | None:
+    """Tokens of the longest row that a model reads, by its configuration; None where that does not say.
+
+    Raises:
+        UserError: the model cannot be found or read.
+    """
+    path = resolve_model_path(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _unloadable(name_or_path, error) from error
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
 
 
 def _lay_out(model: PreTrainedModel, args: ModelArgs) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.log import console, log
-from optimization.gpu import has_gpu, pick_device
+from optimization.gpu import find_card, has_gpu, pick_device
 from planner.rates import Rates, cpu_name, cpu_rates_file, num_threads, rates_as_json, rates_of_gpu, saved_cpu_rates
 
 _COPY_BYTES = {"cuda": 4 << 30, "cpu": 64 << 20}
@@ -35,7 +35,8 @@ def rates_here(device: torch.device, *, measures: bool = True) -> Rates | None:
     None: a GPU that the table does not know, or a CPU that was not measured where `measures` is False.
     """
     if device.type == "cuda":
-        return rates_of_gpu(torch.cuda.get_device_name(device))
+        card = find_card()
+        return rates_of_gpu(card.name) if card is not None else None
     if (saved := saved_cpu_rates()) is not None or not measures:
         return saved
     rates = measured_cpu_rates()

@@ -10,7 +10,7 @@ T = rows * S tokens of a forward.
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from planner.components import num_lora_params
+from planner.components import head_tile_bytes, num_lora_params
 from planner.constants import EXPANDABLE_FRAGMENTATION_FRAC, FRAGMENTATION_FRAC, HEAD_CHUNK_TOKENS
 from planner.settings import PlanSettings
 from planner.shapes import ModelShape
@@ -37,7 +37,9 @@ def train_activation_bytes(settings: PlanSettings) -> float:
         if settings.quantises_activations and not settings.int8_inputs_released:
             inputs = 4 * shape.hidden + 2 * shape.q_dim + 2 * shape.intermediate
             kept += shape.num_layers * inputs * num_tokens
-        if not settings.full_logits:  # the scored hidden states outlive the head's backward (simulated)
+        if (
+            not settings.full_logits and not settings.tiled_head
+        ):  # the scored hidden states outlive the head's backward (simulated)
             kept += 2.0 * shape.hidden * num_tokens * settings.max_completion_len / settings.row_len
         moment = max(_layer_moment(settings), _head_moment(settings) + _adapter_casts(settings))
     return kept + moment + _mask_bytes(settings, num_tokens)
@@ -124,7 +126,9 @@ def _head_moment(settings: PlanSettings) -> float:
     """The final norm's backward in float32 (20h), or the head over the scored tokens."""
     shape = settings.teacher
     num_tokens = settings.micro_batch_tokens
-    if settings.full_logits:
+    if settings.tiled_head:  # hidden states of the learned tokens, and their gradient in float32
+        head = head_tile_bytes(shape, num_tokens, 2) + 4.0 * shape.hidden * num_tokens
+    elif settings.full_logits:
         # 16-bit and float32 logits, log-softmax, its gradient
         head = (12.0 * shape.vocab + 4 * shape.hidden) * settings.micro_batch * settings.max_completion_len
     else:

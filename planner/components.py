@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from planner.constants import INT8_CHUNK_BYTES, VLLM_BATCHED_TOKENS
+from planner.constants import HEAD_TILE_COLUMNS, HEAD_TILE_TOKENS, INT8_CHUNK_BYTES, VLLM_BATCHED_TOKENS
 from planner.settings import PlanSettings, Precision
 from planner.shapes import ModelShape
 
@@ -41,6 +41,11 @@ def weight_bytes(shape: ModelShape, precision: Precision, *, double_quant: bool 
         bytes_per_scale = 1 + 4 / 256 if double_quant else 4
         weights += shape.num_linear_params / NF4_BLOCK * bytes_per_scale
     return weights
+
+
+def head_tile_bytes(shape: ModelShape, num_tokens: float, width: int) -> float:
+    """The tile of logits that TRL's head works on."""
+    return float(width * min(num_tokens, HEAD_TILE_TOKENS.value) * min(shape.vocab, HEAD_TILE_COLUMNS.value))
 
 
 def layer_bytes(shape: ModelShape, precision: Precision, *, double_quant: bool = True) -> float:

@@ -98,6 +98,12 @@ SCORE_BATCH_TOKENS = Constant(
 HEAD_CHUNK_TOKENS = Constant(
     value=256, label="from source", card="rollout/logprobs.py", date="2026-11", note="tokens whose logits live at once"
 )
+HEAD_TILE_TOKENS = Constant(
+    value=4096, label="from source", card="trl 1.16", date="2026-11", note="rows of the tile of logits of TRL's head"
+)
+HEAD_TILE_COLUMNS = Constant(
+    value=32768, label="from source", card="trl 1.16", date="2026-11", note="columns of that tile"
+)
 
 ALL_CONSTANTS = {name.lower(): value for name, value in list(globals().items()) if isinstance(value, Constant)}
 

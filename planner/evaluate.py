@@ -62,7 +62,7 @@ class EvaluateSettings(TeacherSettings):
             shorter = self.max_completion_len // 2
             yield f"answers of {shorter} tokens", {"max_completion_length": shorter}
         if self.num_models == 1 and (name := smaller_model(self.teacher)) is not None:
-            yield f"model {self.teacher.name} -> {name}", {"models": f"[{name}]"}
+            yield f"model {self.teacher.name} -> {name}", {"models": [name]}
 
     def written_bytes(self, num_checkpoints: int) -> float:
         """A merged copy of one model at a time."""

@@ -139,7 +139,7 @@ def masked_diffusion_components(settings: MaskedDiffusionSettings) -> dict[Phase
     }
 
 
-def optimizer_state_bytes(settings: MaskedDiffusionSettings, num_trained: int) -> float:
+def optimizer_state_bytes(settings: PlanSettings, num_trained: int) -> float:
     if settings.optimizer == "muon":
         return muon_state_bytes(settings.teacher)
     return num_trained * optimizer_bytes_per_param(settings.optimizer)
@@ -164,7 +164,7 @@ def train_all_activation_bytes(settings: MaskedDiffusionSettings) -> float:
     weights_cast = 2 * shape.num_linear_params / shape.num_layers if settings.autocast else 0
     head_cast = 2 * shape.vocab * h if settings.autocast else 0
     bias = act * settings.micro_batch * settings.row_len**2 if settings.attention == "masked_sdpa" else 0
-    layer = _kept_per_token(settings) * num_tokens + bias + weights_cast
+    layer = kept_per_token(shape, autocast=settings.autocast) * num_tokens + bias + weights_cast
     backward = (2 * act * shape.intermediate + 4 * h) * num_tokens
     if settings.checkpointing == "none":
         kept, layers = shape.num_layers * layer, shape.num_layers * layer + backward
@@ -182,9 +182,12 @@ def train_all_activation_bytes(settings: MaskedDiffusionSettings) -> float:
     return mask + max(layers, kept + final_norm + max(head, loss), embedding_gradients)
 
 
-def _kept_per_token(settings: MaskedDiffusionSettings) -> float:
-    """Bytes per token that autograd keeps of a block: two norms, the inputs of the linears, q, k, v, gate, silu, up."""
-    shape, act = settings.teacher, 2 if settings.autocast else 4
+def kept_per_token(shape: ModelShape, *, autocast: bool) -> float:
+    """Bytes per token that autograd keeps of a block whose float32 weights are all trained.
+
+    Two norms, the inputs of the linears, q, k, v, gate, silu, up.
+    """
+    act = 2 if autocast else 4
     h, i, q, kv = shape.hidden, shape.intermediate, shape.q_dim, shape.kv_dim
-    num_norm_outputs = 5 if settings.autocast else 2
+    num_norm_outputs = 5 if autocast else 2
     return 16 * h + act * (num_norm_outputs * h + 2 * q + 2 * kv + 4 * i) + 4 * shape.num_heads

@@ -30,7 +30,7 @@ def plan_table(plan: MemoryPlan, *, title: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
     for column, justify in (("phase", "left"), ("", "left"), ("GB", "right"), ("largest parts", "left")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for phase in Phase:
+    for phase in (phase for phase in Phase if plan.components[phase]):
         peak, binding = plan.peak_bytes(phase), phase == plan.binding_phase
         style = "bold red" if peak > usable else "bold" if binding else ""
         largest = sorted(plan.components[phase].items(), key=lambda item: -item[1])[:3]

@@ -86,6 +86,8 @@ class PlanSettings(ABC):
     int8_threshold: float = 6.0
     full_logits: bool = False
     """The head's [tokens, vocabulary] logits are materialised in the training step."""
+    tiled_head: bool = False
+    """The training step's head is TRL's, which works on tiles of the logits (`components.head_tile_bytes`)."""
     attention: Attention = "masked_sdpa"
     """`flash`: no mask is needed, since rows are padded at their ends (sdpa's flash kernel, or Flash Attention);
     `masked_sdpa`: sdpa with a [rows, length, length] mask and keys repeated per query head (packed samples)."""

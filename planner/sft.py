@@ -11,12 +11,12 @@ from planner.activations import dynamic_components, forward_bytes, train_activat
 from planner.changes import batch_changes, precision_changes, smaller_model
 from planner.components import (
     adapter_checkpoint_bytes,
-    muon_state_bytes,
+    head_tile_bytes,
     num_lora_params,
-    optimizer_bytes_per_param,
     weight_bytes,
 )
-from planner.constants import CUDA_CONTEXT_BYTES
+from planner.constants import CUDA_CONTEXT_BYTES, HEAD_TILE_COLUMNS
+from planner.masked_diffusion import kept_per_token, optimizer_state_bytes
 from planner.plan import MemoryPlan, memory_plan
 from planner.rates import Rates
 from planner.settings import Change, Described, PlanSettings, common_settings
@@ -33,7 +33,10 @@ class SupervisedSettings(PlanSettings):
     trains_all: bool
     autocast: bool
     """16-bit arithmetic where the weights have 32 bits."""
-    role: str
+
+    @property
+    def layer_input_width(self) -> int:
+        return 4 if self.precision == "fp32" else 2
 
     def plan(self, gpu_bytes: int | None) -> MemoryPlan:
         return memory_plan(self, supervised_components(self), gpu_bytes=gpu_bytes)
@@ -78,7 +81,10 @@ class SupervisedSettings(PlanSettings):
             yield f"model {self.teacher.name} -> {name}", {"model_name_or_path": name}
 
     def written_bytes(self, num_checkpoints: int) -> float:
-        return num_checkpoints * adapter_checkpoint_bytes(self)
+        if not self.trains_all:
+            return num_checkpoints * adapter_checkpoint_bytes(self)
+        num_params, width = _trained(self)
+        return num_checkpoints * (num_params * width + optimizer_state_bytes(self, num_params))
 
 
 def supervised_settings(config: SupervisedRunConfig, *, allow_download: bool = False) -> SupervisedSettings:
@@ -93,10 +99,10 @@ def supervised_settings(config: SupervisedRunConfig, *, allow_download: bool = F
         optimizer="muon" if config.use_muon else str(config.sft.optim),
         max_prompt_len=0,
         max_completion_len=config.sft.max_length,
+        tiled_head=True,
         attention="eager" if config.model_args.attn_implementation == "eager" else "flash",
         trains_all=config.trainable_weights == "all",
         autocast=config.autocasts,
-        role="teacher" if config.learns_explanations else "student",
     )
 
 
@@ -109,14 +115,13 @@ def supervised_components(settings: SupervisedSettings) -> dict[Phase, dict[str,
     if not settings.trains_all:
         loaded["adapter"] = num_trained * width
     resident = loaded | {"optimizer states": optimizer_state_bytes(settings, num_trained)}
-    num_tokens = settings.score_batch_tokens
-    forward = forward_bytes(settings, shape, num_tokens, adapter=not settings.trains_all)
+    forward = forward_bytes(settings, shape, settings.score_batch_tokens, adapter=not settings.trains_all)
+    forward *= settings.layer_input_width / 2  # counted in 16 bits
+    training = train_all_activation_bytes(settings) if settings.trains_all else train_activation_bytes(settings)
     return {
         Phase.LOAD: loaded,
         Phase.SCORE: resident | dynamic_components(settings, forward),
-        Phase.TRAIN: resident
-        | {"gradients": num_trained * width}
-        | dynamic_components(settings, train_activation_bytes(settings)),
+        Phase.TRAIN: resident | {"gradients": num_trained * width} | dynamic_components(settings, training),
     }
 
 
@@ -128,7 +133,35 @@ def _trained(settings: SupervisedSettings) -> tuple[int, int]:
     return num_lora_params(shape, settings.lora_r, settings.lora_targets), settings.adapter_bytes_per_param
 
 
-def optimizer_state_bytes(settings: SupervisedSettings, num_trained: int) -> float:
-    if settings.optimizer == "muon":
-        return muon_state_bytes(settings.teacher)
-    return num_trained * optimizer_bytes_per_param(settings.optimizer)
+def train_all_activation_bytes(settings: SupervisedSettings) -> float:
+    """Peak of a micro-batch's forward and backward over weights, gradients and optimizer states, all weights trained.
+
+    Letters as in planner/activations.py. Under autocast every linear keeps a 16-bit copy of its float32 weight: until
+    the forward ends where blocks are recomputed, until its backward where they are not.
+    """
+    shape, num_tokens, width = settings.teacher, settings.micro_batch_tokens, settings.layer_input_width
+    h, i, vocabulary = shape.hidden, shape.intermediate, shape.vocab * shape.hidden
+    casts = settings.autocast and settings.precision == "fp32"
+    act = 2 if casts else width
+    weights_cast = 2 * shape.num_linear_params / shape.num_layers if casts else 0
+    if settings.precision == "fp32":
+        per_token = kept_per_token(shape, autocast=casts)
+    else:
+        per_token = 16.0 * h + 4 * shape.q_dim + 4 * shape.kv_dim + 8 * i + 4 * shape.num_heads
+    layer = per_token * num_tokens + weights_cast
+    backward = (2 * act * i + width * h) * num_tokens
+    if settings.checkpointing == "none":
+        kept, layers = shape.num_layers * layer, shape.num_layers * layer + backward
+    else:
+        num_on_card = 2 if settings.checkpointing == "layers_offloaded" else shape.num_layers
+        kept = float(width * h * num_tokens * num_on_card)
+        layers = kept + layer + backward
+    # The head's gradient in float32, and as its weight has it; the final norm, and the hidden states that are learned.
+    tile = head_tile_bytes(shape, num_tokens, act)
+    head_weight = (
+        4 * vocabulary + (2 * vocabulary if width == 2 else 0) + (2 * HEAD_TILE_COLUMNS.value * h if casts else 0)
+    )
+    head = kept + tile + head_weight + 7.0 * width * h * num_tokens
+    # The gradients of head and embedding; where they are one matrix, their sum too.
+    embedding_gradients = float((3 if shape.tied_embeddings else 2) * width * vocabulary)
+    return max(layers, head, embedding_gradients)

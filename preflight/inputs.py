@@ -1,6 +1,7 @@
 """Input checks before torch is imported and the hub is asked: models, data and output folder of a run."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
@@ -8,8 +9,9 @@ from core.hub import check_model_path, dataset_is_cached, hub_problem, is_hub_id
 from core.log import log
 from data.sources import check_dataset_path
 from planner.fit import resolve_auto
-from runs.run_folder import check_output_dir
+from runs.run_folder import CONFIG_FILE, check_output_dir
 from schemas.data import ARITHMETIC
+from schemas.methods import as_training
 from schemas.model import is_embedded
 from schemas.run import AnyRunConfig, load_run_config
 
@@ -22,10 +24,26 @@ def check_inputs(values: Mapping[str, Any]) -> None:
     """
     config = load_run_config(resolve_auto(values, None))
     for name in _models(config):
-        check_model_path(name)
+        if as_training(config) is not None or not (Path(name).expanduser() / CONFIG_FILE).is_file():
+            check_model_path(name)  # what trains nothing also takes runs, such as have only a checkpoint so far
     for name in _datasets(config):
         check_dataset_path(name)
+    for name in config.run_folders:
+        check_run_folder(name)
     check_output_dir(config.arguments.output_dir, config.resume)
+
+
+def check_run_folder(name: str) -> None:
+    """
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not Path(name).expanduser().is_dir():
+        raise UserError(
+            f"the run folder {name!r} is not there",
+            expected=f"the folder of an earlier run (the current folder is {Path.cwd()})",
+            remedy="check the path, or train that run first",
+        )
 
 
 def check_hub(config: AnyRunConfig) -> None:

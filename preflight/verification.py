@@ -18,6 +18,8 @@ from rich.text import Text
 from core.errors import UserError
 from core.gpu import find_gpu
 from core.log import console
+from pipelines.jobs import jobs_of, stages_in
+from pipelines.plans import plan_jobs
 from planner.fit import (
     Lever,
     largest_context,
@@ -26,6 +28,7 @@ from planner.fit import (
     levers,
     nearest_fit,
     override_word,
+    why_not,
 )
 from planner.planned import Planned, plan_config, plan_on_own_card, rates_for_plan
 from planner.report import lever_lines
@@ -40,7 +43,8 @@ from preflight.readiness import (
     check_models,
     check_packages,
 )
-from schemas.compose import run_config_name, run_config_names
+from schemas.compose import compose_run_config, pipeline_names, run_config_name, run_config_names
+from schemas.pipeline import load_pipeline_config
 from schemas.run import ConfigError
 
 DEFAULT_CONFIG = "teacher_rlt_mono_85gb"
@@ -59,6 +63,21 @@ def check_configs(names: list[str]) -> Iterator[Check]:
             )
     if not broken:
         yield Check(name="configs", status="ok", detail=f"{len(names)} run configurations compose and validate")
+
+
+def check_pipeline(name: str) -> Check:
+    """Check that a pipeline composes and that every job of it fits the GPU it is for."""
+    try:
+        jobs = jobs_of(load_pipeline_config(compose_run_config(name)))
+        misfits = [one for one in plan_jobs(jobs, None) if not one.plan.fits()]
+    except (HydraException, OmegaConfBaseException, ConfigError, UserError) as error:
+        remedy = f"edit cfgs/pipeline_cfg/{name}.yaml"
+        return Check(name="pipeline", status="failure", detail=f"{name}: {error}", remedy=remedy)
+    if misfits:
+        detail = f"{name}: " + "; ".join(f"{one.job.title}: {why_not(one.plan)}" for one in misfits)
+        return Check(name="pipeline", status="failure", detail=detail, remedy=f"./launch_mono.sh {name} --dry-run")
+    stages = ", ".join(stages_in(list(jobs.values())))
+    return Check(name="pipeline", status="ok", detail=f"{name}: {len(jobs)} jobs, each planned and fits: {stages}")
 
 
 def check_plan(planned: Planned) -> Check:
@@ -143,6 +162,7 @@ def main(words: list[str] | None = None, description: str | None = None) -> int:
         checks.append(check_plan(planned))
         show_plan(planned, found)
         console.print(f"  {fit_line(planned)}", highlight=False, soft_wrap=True)
+    checks += [check_pipeline(name) for name in pipeline_names()] if arguments.all else []
     checks += check_packages()
     if plans:
         asked = next((p for p in plans if p.name == arguments.config_name), plans[0])

@@ -293,7 +293,7 @@ output = model.generate(**inputs, max_new_tokens=256)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
 ```
 
-vLLM serves the folder as any other: `vllm serve FOLDER --dtype {self.dtype}`.
+vLLM serves it: `python -m vllm.entrypoints.openai.api_server --model . --dtype {self.dtype} --host 127.0.0.1`
 {_versions()}"""
 
     def _prompt_note(self) -> str:

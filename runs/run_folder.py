@@ -287,10 +287,10 @@ def _is_unfinished_run_of(path: Path, values: Mapping[str, Any]) -> bool:
     changed = _differences(saved := read_config(path), values, saved.keys() | values.keys())
     if changed:
         log.info("a run with other settings (%s) lies in %s", ", ".join(changed), path)
-    return not changed and not _is_finished(path)
+    return not changed and not is_finished(path)
 
 
-def _is_finished(path: Path) -> bool:
+def is_finished(path: Path) -> bool:
     """Whether a run has its summary. A damaged one is kept, and the run ends once more: it writes it again."""
     file = path / SUMMARY_FILE
     if not file.exists() or _is_json(file):

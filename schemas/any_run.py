@@ -31,6 +31,11 @@ class AnyRunConfig(DataConfig, MachineConfig, OptimizationConfig, ABC):
         """Hub ids and folders that the run loads from; None where a role has none of its own."""
 
     @property
+    def run_folders(self) -> tuple[str, ...]:
+        """Folders of earlier runs that this one takes a model from."""
+        return ()
+
+    @property
     def run_name(self) -> str:
         """The name of the run configuration unless set; names the output folder."""
         return self.arguments.run_name

@@ -23,12 +23,14 @@ from schemas.run import refuse_secret
 CONFIG_ROOT = Path(__file__).resolve().parent.parent / "cfgs"
 JOB_OF_A_SWEEP = "--job-of-a-sweep"
 """The only word of a `train.py` call that trains one composed configuration, read from its stdin as JSON."""
+_PRIMARY = ("run_cfg", "pipeline_cfg")
+"""Folders of configurations that are named by themselves; the other folders in `cfgs` are groups."""
 _KEY_VALUE = re.compile(r"^([A-Za-z_][\w.]*)=")
 
 
 class RunConfigSearchPath(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        for folder in (CONFIG_ROOT, CONFIG_ROOT / "run_cfg"):
+        for folder in (CONFIG_ROOT, *(CONFIG_ROOT / name for name in _PRIMARY)):
             search_path.append(provider="rlt", path=f"file://{folder}")
 
 
@@ -43,13 +45,18 @@ def run_config_names() -> list[str]:
     return sorted(path.stem for path in (CONFIG_ROOT / "run_cfg").glob("*.yaml"))
 
 
+def pipeline_names() -> list[str]:
+    """Names of the shipped pipelines."""
+    return sorted(path.stem for path in (CONFIG_ROOT / "pipeline_cfg").glob("*.yaml"))
+
+
 def run_config_name(word: str) -> str:
     """The name in NAME, NAME.yaml, NAME.yml or a path to either."""
     return Path(word).name.removesuffix(".yaml").removesuffix(".yml")
 
 
 def config_groups() -> list[str]:
-    return sorted(path.name for path in CONFIG_ROOT.iterdir() if path.is_dir() and path.name != "run_cfg")
+    return sorted(path.name for path in CONFIG_ROOT.iterdir() if path.is_dir() and path.name not in _PRIMARY)
 
 
 def to_hydra_overrides(words: Sequence[str]) -> list[str]:
@@ -129,7 +136,7 @@ def _literal(value: Any) -> str:
 
 def composition_problem(error: Exception) -> str:
     """Message for a configuration that cannot be composed: what Hydra says, and which ones there are."""
-    return f"{error}\nshipped: {', '.join(run_config_names())}"
+    return f"{error}\nshipped: {', '.join([*run_config_names(), *pipeline_names()])}"
 
 
 def command_line(words: Sequence[str]) -> list[str]:
@@ -139,6 +146,7 @@ def command_line(words: Sequence[str]) -> list[str]:
     name = run_config_name(words[places[-1]].rpartition("=")[2]) if places else METHODS[DEFAULT_METHOD].index
     words = [word.removesuffix(".yml") if i in places else word for i, word in enumerate(words)]
     words = [*words, *([] if _sets_run_name(words) else [f"run_name={name}"])]
+    words = ["dry_run=true" if word == "--dry-run" else word for word in words]
     # Hydra's parser wants the overrides in one piece; people write them before and after the options.
     return to_hydra_overrides(sorted(words, key=_is_override))
 

@@ -5,11 +5,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from schemas.library_settings import GRPO_CONFIG, TRAINING_ARGUMENTS
+from schemas.library_settings import GRPO_CONFIG, SFT_CONFIG, TRAINING_ARGUMENTS, LibrarySettings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
-_MODULES = ("model", "data", "generation", "reward", "trainer", "optimization", "llada", "sft")
+_MODULES = (
+    *("model", "data", "generation", "reward", "trainer", "optimization"),
+    *("llada", "sft", "traces", "evaluate", "pipeline"),
+)
 _HEAD = """# Settings
 
 Written by `python -m schemas.document` from `schemas/`; the field is the one place where a setting is declared. All
@@ -23,8 +26,9 @@ is not blank. Secrets are refused: they come from the environment ([SECURITY.md]
 """
 _LIBRARY = """## Settings of TRL and transformers that a run does not take
 
-Each field of GRPOConfig (a masked-diffusion run: of transformers' TrainingArguments) is passed on and has its effect,
-follows from a setting of ours, or is refused; `schemas/library_settings.py` is the list.
+Each field of GRPOConfig (a masked-diffusion run: of transformers' TrainingArguments; supervised fine-tuning: of TRL's
+SFTConfig) is passed on and has its effect, follows from a setting of ours, or is refused; `schemas/library_settings.py`
+is the list.
 """
 
 
@@ -40,18 +44,22 @@ def page() -> str:
 
 
 def _library() -> list[str]:
-    """What GRPOConfig's fields become, then where TrainingArguments' differ."""
-    everywhere = {**GRPO_CONFIG.derived, **GRPO_CONFIG.refused}
-    diffusion = {**TRAINING_ARGUMENTS.derived, **TRAINING_ARGUMENTS.refused}
-    differing = {key: text for key, text in diffusion.items() if everywhere.get(key) != text}
-    taken = sorted(GRPO_CONFIG.refused.keys() & TRAINING_ARGUMENTS.used)
+    """What GRPOConfig's fields become, then where those of other methods differ."""
     return [
         _LIBRARY,
         _grouped("use instead", GRPO_CONFIG.derived),
         _grouped("refused, because", GRPO_CONFIG.refused),
-        f"A masked-diffusion run takes {_quoted(taken)}, and not:\n",
-        _grouped("because, or use instead", differing),
+        *_differences("A masked-diffusion run", TRAINING_ARGUMENTS),
+        *_differences("Supervised fine-tuning", SFT_CONFIG),
     ]
+
+
+def _differences(run: str, library: LibrarySettings) -> list[str]:
+    everywhere = {**GRPO_CONFIG.derived, **GRPO_CONFIG.refused}
+    own = {**library.derived, **library.refused}
+    differing = {key: text for key, text in own.items() if everywhere.get(key) != text}
+    taken = sorted(library.used - GRPO_CONFIG.used)
+    return [f"{run} takes {_quoted(taken)}, and not:\n", _grouped("because, or use instead", differing)]
 
 
 def _grouped(title: str, texts: Mapping[str, str]) -> str:

@@ -150,7 +150,7 @@ METHODS: dict[str, Method] = {
         plan_settings=Entry("planner.evaluate:evaluate_settings"),
         choose_fp8=Entry("optimization.fp8_optim:choose_fp8_of_evaluation"),
         train=Entry("evaluation.run:evaluate_models"),
-        report=Entry("evaluation.results:results_table"),
+        report=Entry("evaluation.results:EVALUATION_REPORT"),
         card=None,
     ),
 }

@@ -67,6 +67,7 @@ RANGES: dict[str, Any] = {
     "lr_scheduler_type": Literal[*SCHEDULES, *OF_A_FIGURE],
     "max_completion_length": PositiveInt,
     "max_grad_norm": NotNegativeFloat,
+    "max_length": PositiveInt | None,
     "min_p": ShareFloat | None,
     "multi_objective_aggregation": Literal["sum_then_normalize", "normalize_then_sum"],
     "neftune_noise_alpha": Annotated[float, Field(ge=0, le=1e4)] | None,

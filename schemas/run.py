@@ -126,7 +126,7 @@ def load_run_config(values: Mapping[str, Any]) -> AnyRunConfig:
     own, theirs = method.own_field_names(), set(argument_fields(method.library.arguments_class))
     problems = method.library.problems(values)
     if secrets := list(secret_problems({k: v for k, v in values.items() if k not in method.library.refused})):
-        _raise(problems + secrets)  # alone: other messages show values
+        raise_problems(problems + secrets)  # alone: other messages show values
     for key in values:
         if key not in own and key not in theirs:
             problems.append(
@@ -138,7 +138,7 @@ def load_run_config(values: Mapping[str, Any]) -> AnyRunConfig:
         taken = theirs - method.library.refused.keys()  # those that are refused keep their defaults
         arguments = arguments_model_class(**{key: value for key, value in values.items() if key in taken})
     except ValidationError as error:
-        problems += _describe(error, values)
+        problems += describe_problems(error, values)
     own_values = {key: value for key, value in values.items() if key in own}
     if arguments is not None:
         if method.build_arguments is not None:
@@ -146,13 +146,13 @@ def load_run_config(values: Mapping[str, Any]) -> AnyRunConfig:
         try:
             config = TypeAdapter(config_class).validate_python(own_values | {method.arguments_field: arguments})
         except ValidationError as error:
-            problems += _describe(error, values)
+            problems += describe_problems(error, values)
     problems += config_class.without_effect(values)
     problems += (line for line in not_finite(values) if line.partition(". ")[0] not in "\n".join(problems))
     if not problems:
         parsed = TypeAdapter(config_class).dump_python(config)
         problems += switches_for_numbers(values, parsed | parsed[method.arguments_field])
-    _raise(problems)
+    raise_problems(problems)
     return config
 
 
@@ -163,10 +163,14 @@ def refuse_secret(word: str) -> None:
     """
     key, equals, value = word.lstrip("+~").partition("=")
     if equals and not word.startswith("-") and value not in ("null", "''"):
-        _raise(list(secret_problems({key: value})))
+        raise_problems(list(secret_problems({key: value})))
 
 
-def _raise(problems: list[str]) -> None:
+def raise_problems(problems: list[str]) -> None:
+    """
+    Raises:
+        ConfigError: there are some.
+    """
     if problems:
         raise ConfigError("\n".join(f"- {problem}" for problem in problems))
 
@@ -191,7 +195,7 @@ def _hint(key: str, names: set[str], sections: Mapping[str, type]) -> str:
     return f"Did you mean {' or '.join(f'`{candidates[name]}`' for name in near)}?" if near else "Remove it."
 
 
-def _describe(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
+def describe_problems(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
     """One line per setting: where, what was given, what is expected.
 
     Of a setting that may have several types pydantic says why it is none of them: what is expected is then any of them,

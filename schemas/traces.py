@@ -38,6 +38,8 @@ class TracesConfig:
     """Take the first so many questions; null: all that are not held out."""
     questions_per_chunk: PositiveInt = 64
     """Questions that are sampled, scored and saved together: what a run that is killed has to do again."""
+    judge_model: Name | None = None
+    """A student that has no part in the reward: the summary compares the best of n and a random one under it too."""
     push_to_hub: Name | None = None
     """Dataset repository (`user/name`) that gets the result; null: nothing is uploaded."""
     push_private: bool = True
@@ -64,8 +66,12 @@ class TracesRunConfig(TracesConfig, SampledRunConfig):
         return self.sampling
 
     @property
-    def max_new_tokens(self) -> int:
-        return int(self.sampling.max_completion_length)
+    def model_names(self) -> tuple[str | None, ...]:
+        return *super().model_names, self.judge_model
+
+    @property
+    def run_folders(self) -> tuple[str, ...]:
+        return () if self.teacher_run is None else (self.teacher_run,)
 
     @classmethod
     def without_effect(cls, values: Mapping[str, Any]) -> Iterator[str]:

@@ -15,7 +15,7 @@ import trl.trainer.grpo_trainer
 import yaml
 from hydra import compose, initialize_config_dir
 from transformers import TrainingArguments
-from trl import GRPOConfig
+from trl import GRPOConfig, SFTConfig
 
 from core.errors import UserError
 from core.units import format_gb
@@ -65,7 +65,7 @@ def test_every_run_config_is_valid_and_builds_the_trainers_arguments(name):
 
 
 def test_an_unknown_method_is_named_with_the_known_ones():
-    with pytest.raises(ConfigError, match="`method` is 'ppo'. Use rlt or masked_diffusion"):
+    with pytest.raises(ConfigError, match="`method` is 'ppo'. Use rlt or masked_diffusion or "):
         load(MONO, "method=ppo")
 
 
@@ -155,7 +155,7 @@ def test_grpo_settings_are_those_of_the_published_run():
     assert {key: getattr(grpo, key) for key in published} == published
 
 
-@pytest.mark.parametrize("arguments_class", [GRPOConfig, TrainingArguments])
+@pytest.mark.parametrize("arguments_class", [GRPOConfig, TrainingArguments, SFTConfig])
 def test_parsed_fields_are_those_of_the_imported_dataclass(arguments_class):
     fields = {field.name: field for field in dataclasses.fields(arguments_class) if field.init}
     parsed = argument_fields(arguments_class.__name__)
@@ -206,7 +206,7 @@ def test_refused_fields_of_the_library_exist(method):
         ("kv_cache_gb=-1", "`kv_cache_gb` is -1. Input should be greater than 0, or 'auto'."),
         ("model_args.device_map=foo", "`model_args.device_map` is 'foo'. Use auto (or null), cpu, cuda or cuda:N"),
         ("model_args.device_map=cuda:x", "`model_args.device_map` is 'cuda:x'"),
-        ("method=[rlt]", "Use rlt or masked_diffusion"),
+        ("method=[rlt]", "Use rlt or masked_diffusion or "),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(override, message):
@@ -302,7 +302,7 @@ def test_values_at_the_edge_of_a_range_are_taken(words):
 
 
 def test_ranges_are_those_of_settings_that_exist():
-    assert set(RANGES) <= set(argument_fields("GRPOConfig"))
+    assert set(RANGES) <= set(argument_fields("GRPOConfig")) | set(argument_fields("SFTConfig"))
 
 
 @pytest.mark.parametrize(

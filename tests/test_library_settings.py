@@ -12,13 +12,13 @@ import torch
 from core.errors import UserError
 from preflight.hardware import check_hardware_and_plan
 from schemas.compose import CONFIG_ROOT, compose_run_config
-from schemas.library_settings import GRPO_CONFIG, ONLY_WITH_VLLM_SERVER, TRAINING_ARGUMENTS
+from schemas.library_settings import GRPO_CONFIG, ONLY_WITH_VLLM_SERVER, SFT_CONFIG, TRAINING_ARGUMENTS
 from schemas.run import ConfigError, load_run_config
 from schemas.trl_fields import argument_fields
 
-LIBRARIES = {library.arguments_class: library for library in (GRPO_CONFIG, TRAINING_ARGUMENTS)}
-RUN_OF = {"GRPOConfig": "teacher_rlt_tiny", "TrainingArguments": "llada_tiny"}
-BOTH = pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES)
+LIBRARIES = {library.arguments_class: library for library in (GRPO_CONFIG, TRAINING_ARGUMENTS, SFT_CONFIG)}
+RUN_OF = {"GRPOConfig": "teacher_rlt_tiny", "TrainingArguments": "llada_tiny", "SFTConfig": "student_sft_tiny"}
+EACH = pytest.mark.parametrize("library", LIBRARIES.values(), ids=LIBRARIES)
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def another_value(default: object) -> object:
             return "secret-value"
 
 
-@BOTH
+@EACH
 def test_every_setting_of_the_installed_version_is_used_derived_or_refused(library):
     entered = Counter([*library.used, *library.derived, *library.refused])
     fields = set(argument_fields(library.arguments_class))
@@ -56,10 +56,24 @@ def read_settings() -> set[str]:
         for folder in ("trainers", "planner", "data", "schemas")
         for path in (CONFIG_ROOT.parent / folder).iterdir()
     ]
-    for package, pattern in (("trl", "trainer/grpo_trainer.py"), ("transformers", "trainer*.py")):
+    for package, pattern in (
+        ("trl", "trainer/grpo_trainer.py"),
+        ("trl", "trainer/sft_trainer.py"),
+        ("transformers", "trainer*.py"),
+    ):
         files += Path(importlib.util.find_spec(package).origin).parent.glob(pattern)
     files.append(Path(importlib.util.find_spec("transformers").origin).parent / "integrations/integration_utils.py")
-    holders = {"args", "self.args", "grpo", "config.grpo", "self.grpo", "arguments", "config.arguments", "config.args"}
+    holders = {
+        "args",
+        "self.args",
+        "grpo",
+        "config.grpo",
+        "self.grpo",
+        "arguments",
+        "config.arguments",
+        "config.args",
+        "config.sft",
+    }
     return {
         node.attr
         for path in files
@@ -69,7 +83,7 @@ def read_settings() -> set[str]:
     }
 
 
-@BOTH
+@EACH
 def test_what_is_used_is_read_somewhere(library):
     read_by_name = {"log_level", "logging_steps", "eval_steps", "save_steps", "warmup_steps"}  # by methods, getattr
     assert library.used - read_settings() - read_by_name == set()

@@ -23,7 +23,7 @@ def one_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
 
-@pytest.mark.parametrize("run", ["teacher_rlt_tiny", "llada_tiny"])
+@pytest.mark.parametrize("run", ["teacher_rlt_tiny", "llada_tiny", "student_sft_tiny"])
 def test_cudnns_attention_is_off_for_every_run_on_a_gpu(run, one_gpu):
     torch.backends.cuda.enable_cudnn_sdp(True)
     try:

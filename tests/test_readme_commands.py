@@ -43,6 +43,8 @@ WALKED = {
     "python train.py --config-name=teacher_rlt_mono_85gb learning_rate=2e-5": NO_GPU,
     "./optimize.sh --all": Expected(0, "to train with it:"),
     "./optimize.sh --memory --recover-nan --train teacher_rlt_mono_85gb": NO_GPU,
+    "./launch_mono.sh pipeline_tiny --dry-run": Expected(0, "57 jobs, 0 of them finished"),
+    "python train.py --config-name=pipeline_85gb --dry-run": Expected(0, "5 jobs, 0 of them finished"),
     "./launch_mono.sh llada_tiny": Expected(
         0, "after 2 steps", added="max_steps=2 num_eval_prompts=4 num_likelihood_samples=2"
     ),
@@ -63,6 +65,7 @@ END""": Expected(0, ""),
     ),
 }
 NOT_WALKED = {
+    "./launch_mono.sh pipeline_tiny": "half an hour; tests/test_recipe.py runs it with other seeds",
     "make test": "the tests themselves",
     "python -m vllm.entrypoints.openai.api_server --model ~/.cache/rlt/arithmetic-qwen2-v4 "
     "--enable-lora --max-lora-rank 16 --lora-modules teacher=results/teacher_rlt_tiny "

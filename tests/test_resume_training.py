@@ -1,4 +1,4 @@
-"""Whole runs of both methods that go on from a checkpoint: elsewhere, after the last step, and with planted pickles."""
+"""Whole runs of several methods that go on from a checkpoint: elsewhere, after the last step, with planted pickles."""
 
 import json
 import pickle
@@ -16,6 +16,8 @@ from runs.metrics import METRICS_FILE, read_metrics
 from runs.run_folder import CONFIG_FILE, SUMMARY_FILE
 from schemas.compose import compose_run_config
 from tests.helpers.tiny_run import SMALL, write_random_model
+from tests.helpers.tiny_sft import SMALL as SMALL_SFT
+from tests.helpers.tiny_sft import write_rows
 from trainers.start import train_runs
 
 RATE = 1e-3
@@ -34,12 +36,16 @@ _NOT_COMPARED = ("time/", "memory/", "tokens_per_s/", "step_time", "total_flos")
 Train = Callable[..., Path]
 
 
-@pytest.fixture(scope="module", params=[pytest.param("rlt", marks=pytest.mark.slow), "masked_diffusion"])
+@pytest.fixture(scope="module", params=[pytest.param("rlt", marks=pytest.mark.slow), "masked_diffusion", "student_sft"])
 def train(request, tmp_path_factory) -> Train:
     """Train in a folder, and return it."""
     if request.param == "rlt":
         model = write_random_model(tmp_path_factory.mktemp("model"))
         name, words = "teacher_rlt_tiny", (*SMALL, f"model_name_or_path={model}", f"student_model={model}")
+    elif request.param == "student_sft":
+        folder = tmp_path_factory.mktemp("model")
+        model, rows = write_random_model(folder / "model"), write_rows(folder / "rows.jsonl")
+        name, words = "student_sft_tiny", (*SMALL_SFT, f"model_name_or_path={model}", f"dataset_id_or_path={rows}")
     else:
         rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
         rows.write_text("".join(json.dumps({"question": f"{i}+1", "solution": f"={i + 1}"}) + "\n" for i in range(40)))

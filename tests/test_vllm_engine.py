@@ -187,6 +187,18 @@ def test_progress_is_reported_up_to_the_last_row(generator):
     assert reports[-1] == (12, 12)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs compiled kernels")
+def test_a_cpu_compiles_nothing_while_it_samples(generator):
+    compiled = []
+
+    @torch.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    def double(x):
+        return 2 * x
+
+    generator.generate(PROMPTS, 1, range(2), lambda *_: double(torch.ones(3)))
+    assert not compiled
+
+
 @pytest.mark.parametrize("where", ["_model_forward", "_sample"])
 def test_rows_that_ran_out_of_memory_are_sampled_again_fewer_at_once(where, generator, teacher, monkeypatch):
     """Prompts of more than a block: vLLM has entered them among the cached prefixes before it computes them."""

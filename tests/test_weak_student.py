@@ -15,7 +15,7 @@ from schemas.model import ModelArgs, embedded_student_seed, is_embedded
 @pytest.fixture
 def quick(monkeypatch):
     """A student of two steps, whatever it solves."""
-    for name in ("_NUM_FACTS_STEPS", "_NUM_ANSWER_STEPS"):
+    for name in ("_NUM_FACTS_STEPS", "_NUM_SHORT_STEPS"):
         monkeypatch.setattr(student, name, 1)
     monkeypatch.setattr(student, "sampled_accuracy", lambda model, tokenizer, rows: 0.0)
 

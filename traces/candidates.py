@@ -17,6 +17,12 @@ def by_question(rows: Iterable[Row]) -> list[list[Row]]:
     return [list(group) for _, group in groupby(rows, key=lambda row: row["row"])]
 
 
+def is_usable(row: Row, *, max_tokens: int | None, malformed: bool) -> bool:
+    """Whether a candidate may be chosen: it keeps to the limits of length and, unless `malformed`, of form."""
+    is_short = max_tokens is None or row["num_tokens"] <= max_tokens
+    return is_short and (malformed or row["problem"] is None)
+
+
 def rank(candidates: Sequence[Row]) -> None:
     """Number the candidates of one question by their reward, 0 the highest; equal ones in the order of sampling."""
     ordered = sorted(candidates, key=lambda row: (-row["reward"], row["sample"]))
@@ -24,9 +30,9 @@ def rank(candidates: Sequence[Row]) -> None:
         row["rank"] = place
 
 
-def choose(candidates: Sequence[Row], choice: Choice, *, allowed: Sequence[bool], seed: int) -> None:
-    """Mark which of the ranked candidates of one question become training data: none, where none is allowed."""
-    fit = [row for row, is_allowed in zip(candidates, allowed, strict=True) if is_allowed]
+def choose(candidates: Sequence[Row], choice: Choice, *, usable: Sequence[bool], seed: int) -> None:
+    """Mark which of the ranked candidates of one question become training data: none, where none is usable."""
+    fit = [row for row, is_fit in zip(candidates, usable, strict=True) if is_fit]
     chosen: list[Row] = fit
     if fit and choice == "best":
         chosen = [min(fit, key=lambda row: row["rank"])]

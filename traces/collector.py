@@ -15,7 +15,7 @@ from rollout.types import Group, Rollout
 from schemas.data import ARITHMETIC
 from schemas.traces import TracesRunConfig
 from scoring.written import WrittenExplanationError, as_completion
-from traces.candidates import Row, by_question, choose, rank
+from traces.candidates import Row, by_question, choose, is_usable, rank
 from traces.chunks import trace_seeds
 
 
@@ -26,7 +26,6 @@ class TraceCollector:
         host: owns teacher and student.
         sampler: samples the teacher.
         scorer: the RLT reward of sampled token ids.
-        num_generations: of each question.
     """
 
     def __init__(
@@ -55,8 +54,11 @@ class TraceCollector:
         table = self._scored(rows, Rollout(groups=tuple(group for _, group in groups_in_order)))
         for candidates in by_question(table):
             rank(candidates)
-            allowed = [self._is_allowed(row) for row in candidates]
-            choose(candidates, self._config.choose, allowed=allowed, seed=seed)
+            usable = [
+                is_usable(row, max_tokens=self._config.max_trace_tokens, malformed=self._config.choose_malformed)
+                for row in candidates
+            ]
+            choose(candidates, self._config.choose, usable=usable, seed=seed)
         return table
 
     def _scored(self, rows: Sequence[int], rollout: Rollout) -> list[Row]:
@@ -92,8 +94,3 @@ class TraceCollector:
         except WrittenExplanationError as error:
             return str(error)
         return None
-
-    def _is_allowed(self, row: Row) -> bool:
-        limit = self._config.max_trace_tokens
-        is_short = limit is None or row["num_tokens"] <= limit
-        return is_short and (self._config.choose_malformed or row["problem"] is None)

@@ -9,10 +9,11 @@ import pyarrow
 import pyarrow.parquet
 
 from data.formats import PromptFormat
-from runs.files import replaced_file, write_whole
+from runs.files import replaced_file
 from traces.candidates import Row
 
 ALL_FILE, CHOSEN_FILE, CARD_FILE = "traces.parquet", "traces.jsonl", "README.md"
+DATASET_FILES = (ALL_FILE, CHOSEN_FILE, CARD_FILE)
 
 
 def write_traces(run: Path, table: pyarrow.Table, prompt_format: PromptFormat) -> None:
@@ -35,10 +36,6 @@ def student_row(row: Row, prompt_format: PromptFormat) -> dict[str, Any]:
         "reward": row["reward"],
         "messages": prompt_format.student_messages(question, solution, trace),
     }
-
-
-def write_card(run: Path, card: str) -> None:
-    write_whole(run / CARD_FILE, card)
 
 
 def rows_of(table: pyarrow.Table) -> Sequence[Row]:

@@ -15,11 +15,14 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from runs.summary import memory_table
-from traces.candidates import Row, by_question
+from traces.candidates import Row, by_question, is_usable
 
+JUDGED = "judge_log_prob_mean"
+"""Column of the solution's mean log-prob per token under `judge_model`."""
 COMPARED = {
     "reward": "reward",
-    "unprocessed_answer_log_prob_mean": "student's solution log-prob per token (nats)",
+    "unprocessed_answer_log_prob_mean": "solution log-prob per token, student that ranks (nats)",
+    JUDGED: "solution log-prob per token, judge_model (nats)",
     "num_tokens": "tokens per explanation",
 }
 """Figures of which the best of n and a random one are compared -> what they are called."""
@@ -41,9 +44,10 @@ class TracesReport:
 TRACES_REPORT = TracesReport()
 
 
-def summarise_traces(table: Sequence[Row], is_allowed: Callable[[Row], bool]) -> dict[str, Any]:
+def summarise_traces(table: Sequence[Row], *, max_tokens: int | None, malformed: bool) -> dict[str, Any]:
     """Figures of every candidate of a collection; the rows of a question follow each other."""
     questions = by_question(table)
+    usable = [[row for row in rows if is_usable(row, max_tokens=max_tokens, malformed=malformed)] for rows in questions]
     chosen = [row for row in table if row["chosen"]]
     num_samples = max(len(candidates) for candidates in questions)
     return {
@@ -52,16 +56,21 @@ def summarise_traces(table: Sequence[Row], is_allowed: Callable[[Row], bool]) ->
         "traces": len(table),
         "chosen": len(chosen),
         "questions_without_a_trace": sum(not any(row["chosen"] for row in rows) for rows in questions),
+        "usable": sum(map(len, usable)),
         "problems": dict(Counter(_kind_of_problem(row) for row in table if row["problem"] is not None).most_common()),
-        "too_long": sum(row["problem"] is None and not is_allowed(row) for row in table),
+        "too_long": sum(max_tokens is not None and row["num_tokens"] > max_tokens for row in table),
         "kinds": _shares(table),
         "kinds_of_chosen": _shares(chosen),
         "reward_by_rank": [
             mean(row["reward"] for rows in questions for row in rows if row["rank"] == place)
             for place in range(num_samples)
         ],
-        "best_of_n": _best_against_random(questions, is_allowed),
+        "best_of_n": _best_against_random([rows for rows in usable if rows]),
     }
+
+
+def label_of(figure: str) -> str:
+    return COMPARED.get(figure, "share of honest explanations")
 
 
 def _kind_of_problem(row: Row) -> str:
@@ -74,14 +83,15 @@ def _shares(rows: Sequence[Row]) -> dict[str, float]:
     return {kind: count / len(rows) for kind, count in sorted(counts.items())}
 
 
-def _best_against_random(questions: Sequence[Sequence[Row]], is_allowed: Callable[[Row], bool]) -> dict[str, Any]:
-    """Means over questions: of the best candidate, and of all of them, which is what a random choice gives on average.
+def _best_against_random(usable: Sequence[Sequence[Row]]) -> dict[str, Any]:
+    """Means over questions: of the best usable one, and of all of them, which is what a random choice gives on average.
 
     The interval is that of the mean of the Q differences (95 %, normal).
     """
-    usable = [fit for rows in questions if (fit := [row for row in rows if is_allowed(row)])]
-    figures: dict[str, Callable[[Row], float]] = {key: itemgetter(key) for key in COMPARED}
-    if usable and "kind" in usable[0][0]:
+    if not usable:
+        return {}
+    figures: dict[str, Callable[[Row], float]] = {key: itemgetter(key) for key in COMPARED if key in usable[0][0]}
+    if "kind" in usable[0][0]:
         figures["honest"] = lambda row: float(row["kind"] == "honest")
     found = {}
     for name, value in figures.items():
@@ -103,11 +113,10 @@ def _shares_table(summary: dict[str, Any]) -> Table:
     table = Table(title=f"{summary['chosen']} traces of {summary['questions']} questions", title_justify="left")
     for column in ("explanations", "all", "chosen"):
         table.add_column(column, justify="left" if column == "explanations" else "right")
-    num_traces, problems = summary["traces"], summary["problems"]
-    num_whole = num_traces - sum(problems.values()) - summary["too_long"]
+    num_traces = summary["traces"]
     table.add_row("written", f"{num_traces}", f"{summary['chosen']}")
-    table.add_row("well formed, not too long", f"{num_whole / num_traces:.1%}", "")
-    for name, count in {**problems, "longer than max_trace_tokens": summary["too_long"]}.items():
+    table.add_row("may be chosen", f"{summary['usable'] / num_traces:.1%}", "")
+    for name, count in {**summary["problems"], "longer than max_trace_tokens": summary["too_long"]}.items():
         if count:
             table.add_row(name, f"{count / num_traces:.1%}", "")
     for kind, share in summary["kinds"].items():
@@ -129,6 +138,5 @@ def _best_table(summary: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     for name, found in summary["best_of_n"].items():
         interval = f"{found['best'] - found['random']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
-        label = COMPARED.get(name, "share of honest explanations")
-        table.add_row(label, f"{found['best']:.3f}", f"{found['random']:.3f}", interval)
+        table.add_row(label_of(name), f"{found['best']:.3f}", f"{found['random']:.3f}", interval)
     return table

@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import utils as tiles
 
 from core.types import Phase
 from models.evaluation import evaluation_mode
@@ -30,17 +31,22 @@ from schemas.methods import method_of
 from schemas.sft import SupervisedRunConfig
 from trainers.base import RunTrainer
 
+_TILE_COLUMNS = tiles._CHUNKED_LOGPROB_CHUNK_SIZE
 _NOT_LEARNED = -100
 """TRL's label of a position whose next token is not learned."""
 
 
 def learned_rows(rows: Iterable[Mapping[str, Any]]) -> list[ScoringRow]:
-    """Rows of the dataset: everything behind the prompt is learned; rows of one prompt have it in common."""
+    """Rows of the dataset: everything behind the prompt is learned.
+
+    Rows of one prompt have it in common but for its last token: TRL labels a position with one token, and what the rows
+    learn first differs.
+    """
     return [
         ScoringRow(
             token_ids=row["input_ids"],
             spans=((row["prompt_len"], len(row["input_ids"])),),
-            prefix_len=row["prompt_len"],
+            prefix_len=row["prompt_len"] - 1,
         )
         for row in rows
     ]
@@ -105,6 +111,8 @@ class SupervisedTrainer(RunTrainer, SFTTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        # TRL's head works on tiles of this many columns; of a smaller vocabulary the rest would be pages of nothing.
+        tiles._CHUNKED_LOGPROB_CHUNK_SIZE = min(_TILE_COLUMNS, self.model.config.get_text_config().vocab_size)
         for name, parameter in self.model.named_parameters():
             if name in trained:  # TRL casts the adapter of a quantised base to bfloat16, where small updates vanish
                 parameter.data = trained[name]

@@ -46,6 +46,24 @@ def train_supervised(
     prepare_loggers(config.sft.report_to, Path(config.sft.output_dir))
     build_sft_args(config, use_cpu=device.type == "cpu")
     check_adapter(config.model_args)
+    prepared = prepare_rows(config)
+    folder = open_run_folder(values, config.sft.output_dir, config.resume)
+    trainer = build_supervised_trainer(config, plan, device, *prepared, folder)
+    trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint is not None else None)
+    trainer.finish()
+    report = method_of(config).report.object
+    summary = summarise(folder.path, memory_by_phase(plan, trainer.meter), report)
+    finished = FinishedRun(folder=folder.path, summary=summary, report=report)
+    on_results(finished)
+    return finished
+
+
+def prepare_rows(config: SupervisedRunConfig) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset | None]:
+    """The tokenizer, the rows to train on and those that are held out.
+
+    Raises:
+        UserError: as `prepare_supervised`, or there are fewer rows than a step takes.
+    """
     tokenizer = load_tokenizer(config.model_name_or_path, config.model_args)
     prompt_format = PromptFormat.from_config(config)
     train_dataset, eval_dataset = prepare_supervised(config, tokenizer, prompt_format, config.sft.seed)
@@ -55,15 +73,7 @@ def train_supervised(
             expected="at least one step's worth of rows",
             remedy="more data, or a smaller train_batch_size",
         )
-    folder = open_run_folder(values, config.sft.output_dir, config.resume)
-    trainer = build_supervised_trainer(config, plan, device, tokenizer, train_dataset, eval_dataset, folder)
-    trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint is not None else None)
-    trainer.finish()
-    report = method_of(config).report.object
-    summary = summarise(folder.path, memory_by_phase(plan, trainer.meter), report)
-    finished = FinishedRun(folder=folder.path, summary=summary, report=report)
-    on_results(finished)
-    return finished
+    return tokenizer, train_dataset, eval_dataset
 
 
 def build_sft_args(

@@ -14,6 +14,7 @@ from planner.fit import levers
 from planner.plan import MemoryPlan
 from runs.run_folder import last_checkpoint
 from schemas.any_run import AnyRunConfig
+from schemas.methods import as_training
 from schemas.run import ConfigError
 
 _NUM_LEVERS = 3
@@ -50,6 +51,12 @@ def goes_on_from(output_dir: Path, resume: str, *, changed: bool = False) -> str
     return f"{command} continues from {checkpoint}{with_changes}"
 
 
+def _continues(config: AnyRunConfig, *, changed: bool = False) -> str:
+    if as_training(config) is None:
+        return "the same command goes on after what is saved"
+    return goes_on_from(Path(config.arguments.output_dir), config.resume, changed=changed)
+
+
 def _out_of_memory(error: Exception, config: AnyRunConfig, values: Mapping[str, Any], plan: MemoryPlan) -> StoppedError:
     failed = phase_of(error)
     phase = failed.phase if failed is not None else Phase.LOAD
@@ -60,7 +67,7 @@ def _out_of_memory(error: Exception, config: AnyRunConfig, values: Mapping[str, 
         f"out of memory ({phase}){retries}: {first_line(error)}",
         expected=f"{format_gb(plan.peak_bytes(phase))} by the plan in this phase{measured}{gpu}",
         remedy=_what_saves(values, phase),
-        continues=goes_on_from(Path(config.arguments.output_dir), config.resume, changed=True),
+        continues=_continues(config, changed=True),
     )
 
 
@@ -87,7 +94,7 @@ def _disk(fault: str, config: AnyRunConfig) -> StoppedError:
         expected="folders that can be written, and room in them; free: " + ", ".join(free),
         remedy="make room, or point output_dir, TMPDIR, HF_HOME or XDG_CACHE_HOME elsewhere; save_total_limit=1 keeps "
         "one checkpoint",
-        continues=goes_on_from(Path(config.arguments.output_dir), config.resume),
+        continues=_continues(config),
     )
 
 

@@ -33,10 +33,17 @@ def generate_rows(num_rows: int, seed: int, split: Split) -> list[dict[str, str]
         question = _draw_question(rng)
         if (zlib.crc32(question.encode()) % _HELD_OUT_ONE_IN == 0) == (split == "eval"):
             questions[question] = None
-    return [
-        {"question": question, "solution": solve(question), "reasoning_trace": explain(question, "honest", rng)}
-        for question in questions
-    ]
+    return [_row(question, rng) for question in questions]
+
+
+def generate_short_rows(num_rows: int, seed: int) -> list[dict[str, str]]:
+    """Rows as those of `generate_rows`, of one or two operations instead of `NUM_OPERATIONS`; some occur twice."""
+    rng = random.Random(f"short {seed}")
+    return [_row(_draw_question(rng, rng.choice((1, 2))), rng) for _ in range(num_rows)]
+
+
+def _row(question: str, rng: random.Random) -> dict[str, str]:
+    return {"question": question, "solution": solve(question), "reasoning_trace": explain(question, "honest", rng)}
 
 
 def generate_facts() -> list[tuple[str, str]]:
@@ -90,8 +97,8 @@ def classify_explanation(question: str, solution: str, text: str) -> Style | Lit
     return "skip" if all(step in remaining for step in steps) else "wrong"
 
 
-def _draw_question(rng: random.Random) -> str:
-    digits = [str(rng.randrange(10)) for _ in range(NUM_OPERATIONS + 1)]
+def _draw_question(rng: random.Random, num_operations: int = NUM_OPERATIONS) -> str:
+    digits = [str(rng.randrange(10)) for _ in range(num_operations + 1)]
     return digits[0] + "".join(rng.choice("+-") + digit for digit in digits[1:])
 
 

@@ -58,6 +58,12 @@ PANELS = (
         unit="nats per token",
         lines=(("eval_nll_bound", "held-out"),),
     ),
+    Panel(
+        section=_LEARNING,
+        title="Negative log-likelihood of what is learned",
+        unit="nats per token",
+        lines=(("eval_loss", "held-out"),),
+    ),
     Panel(section=_LEARNING, title="Held-out exact match", unit="share", lines=(("eval_exact_match", "held-out"),)),
     Panel(
         section=_TEXTS, title="Kinds of held-out explanations", unit="share", lines=(("eval_share/*", "*"),)
@@ -82,6 +88,12 @@ PANELS = (
             ("eval_format_rate", "format kept, held-out"),
             ("completions/clipped_ratio", "cut off"),
         ),
+    ),
+    Panel(
+        section=_TEXTS,
+        title="Learned tokens that are the likeliest ones",
+        unit="share",
+        lines=(("mean_token_accuracy", "training"),),
     ),
     Panel(section=_TEXTS, title="Entropy of the policy", unit="nats per token", lines=(("entropy", "entropy"),)),
     Panel(

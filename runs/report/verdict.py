@@ -34,6 +34,7 @@ HELD_OUT = (
     ),
     Measure(key="eval_nll_bound", name="held-out bound of the negative log-likelihood", unit="nats per token",
             higher_is_better=False),
+    Measure(key="eval_loss", name="held-out negative log-likelihood", unit="nats per token", higher_is_better=False),
 )  # fmt: skip
 TRAINING = (
     Measure(key="reward", name="reward", unit=""),

@@ -88,6 +88,17 @@ DIFFUSION = Program(
     (*_DIFFUSION, *_SMALL),
     (*_POINTS, "trainers.masked_diffusion:MaskedDiffusionTrainer.compute_loss"),
 )
+_SUPERVISED = ("train_batch_size=4", "per_device_train_batch_size=2", "max_length=64")
+STUDENT = Program(
+    "student",
+    ("--config-name=student_sft_tiny", *_SUPERVISED, *_SMALL),
+    (*_POINTS, "rollout.logprobs:score_spans", "trl.trainer.sft_trainer:SFTTrainer.compute_loss"),
+)
+WARM_UP = Program(
+    "warm-up",
+    ("--config-name=teacher_sft_tiny", *_SUPERVISED, *_SMALL),
+    (*_POINTS, "rollout.logprobs:score_spans", "trl.trainer.sft_trainer:SFTTrainer.compute_loss"),
+)
 
 
 @dataclass(frozen=True)
@@ -168,7 +179,7 @@ class Lab:
         (base / "consoles").mkdir(parents=True)
         self.starter = Starter(base / "consoles")
         self.starter.call_function(tiny_run.write_random_model, base / "model")
-        rows = [{"question": f"{i}+{i}", "solution": f"={2 * i}"} for i in range(12)]
+        rows = [{"question": f"{i}+{i}", "solution": f"={2 * i}", "reasoning_trace": f"{i};"} for i in range(12)]
         self.rows = base / "rows.jsonl"
         self.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self._references: dict[str, Reference] = {}
@@ -179,7 +190,9 @@ class Lab:
         """Model and data, which lie where this lab is."""
         words = [f"dataset_id_or_path={self.rows}"]
         if program is not DIFFUSION:
-            words += [f"model_name_or_path={self.base / 'model'}", f"student_model={self.base / 'model'}"]
+            words.append(f"model_name_or_path={self.base / 'model'}")
+        if program in (TRANSFORMERS, VLLM):
+            words.append(f"student_model={self.base / 'model'}")
         return words
 
     def random(self, what: str) -> random.Random:

@@ -31,6 +31,9 @@ BASE_RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
         "llada_tiny",
         ("max_steps=2", "eval_strategy=no", "save_steps=1", "num_eval_prompts=4", "sampling_steps=4"),
     ),
+    "teacher_sft": ("teacher_sft_tiny", ("max_steps=2", "eval_strategy=no", "save_steps=1", "num_eval_prompts=4")),
+    "student_sft": ("student_sft_tiny", ("max_steps=2", "eval_strategy=no", "save_steps=1", "num_eval_prompts=4")),
+    "collect_traces": ("collect_traces_tiny", ("num_questions=4", "num_samples=2")),
 }
 """Method -> the run configuration that is mutated and what makes it small."""
 

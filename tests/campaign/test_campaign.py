@@ -19,7 +19,7 @@ from tests.campaign import (
     signals,
     surroundings,
 )
-from tests.campaign.lab import DIFFUSION, TRANSFORMERS, VLLM, Lab, Program, differences
+from tests.campaign.lab import DIFFUSION, STUDENT, TRANSFORMERS, VLLM, WARM_UP, Lab, Program, differences
 from tests.campaign.tally import Tally
 
 
@@ -44,6 +44,8 @@ CAMPAIGNS = [
     Campaign("kills", kills.kill_and_continue, TRANSFORMERS, 80, sample=4),
     Campaign("kills", kills.kill_and_continue, VLLM, 24),
     Campaign("kills", kills.kill_and_continue, DIFFUSION, 24),
+    Campaign("kills", kills.kill_and_continue, STUDENT, 24, sample=6),
+    Campaign("kills", kills.kill_and_continue, WARM_UP, 24, sample=6),
     Campaign("damaged files", damage.damage_and_continue, TRANSFORMERS, 48, sample=4),
     Campaign("damaged files", damage.damage_and_continue, DIFFUSION, 24),
     Campaign("full disks", disk_full.fill_and_continue, TRANSFORMERS, 14, sample=2),

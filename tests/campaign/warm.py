@@ -17,7 +17,13 @@ import io
 with contextlib.redirect_stderr(io.StringIO()):  # what libraries say of their versions
     for _name in (
         *("hydra.main", "hydra._internal.utils", "preflight.inputs", "schemas.compose", "tests.campaign.child"),
-        *("trainers.start", "trainers.sweep", "trainers.teacher_run", "trainers.masked_diffusion_run"),
+        *(
+            "trainers.start",
+            "trainers.sweep",
+            "trainers.teacher_run",
+            "trainers.masked_diffusion_run",
+            "trainers.sft_run",
+        ),
         *("pandas", "pyarrow.parquet", "bitsandbytes", "tests.helpers.tiny_run", "generation.vllm_engine"),
     ):
         importlib.import_module(_name)
@@ -28,7 +34,7 @@ with contextlib.redirect_stderr(io.StringIO()):  # what libraries say of their v
 from schemas.compose import compose_run_config
 from schemas.trl_fields import arguments_model
 
-for _arguments in ("GRPOConfig", "TrainingArguments"):
+for _arguments in ("GRPOConfig", "TrainingArguments", "SFTConfig"):
     arguments_model(_arguments)
 compose_run_config("teacher_rlt_tiny", ["output_dir=unused"])
 

@@ -15,32 +15,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from optimization.bitsandbytes_patches import release_int8_activations
 from optimization.fp8_optim import quantise_to_fp8
 from optimization.int8_matmul import multiply_in_16_bits
-from planner.teacher import TeacherSettings
+from planner.settings import PlanSettings
 
 
-def build_model(settings: TeacherSettings, device: str = "meta") -> nn.Module:
+def build_model(settings: PlanSettings, device: str = "meta") -> nn.Module:
     """The teacher with random weights: quantised base, LoRA adapter, checkpointing as the settings say.
 
     In fp8 it is a frozen model that is scored, without an adapter.
     """
     shape = settings.teacher
-    model_type = "qwen3" if shape.qk_norm else "qwen2" if shape.attention_bias else "llama"
-    config = AutoConfig.for_model(
-        model_type,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab,
-        tie_word_embeddings=shape.tied_embeddings,
-        max_position_embeddings=shape.max_positions,
-        layer_types=["full_attention"] * shape.num_layers,
-    )
     with torch.device(device):
-        implementation = "eager" if settings.attention == "eager" else "sdpa"
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=implementation)
+        model = random_causal_lm(settings, torch.bfloat16)
         model.requires_grad_(False)
         if settings.precision == "fp8":
             quantise_to_fp8(model)
@@ -68,7 +53,28 @@ def build_model(settings: TeacherSettings, device: str = "meta") -> nn.Module:
     return peft_model
 
 
-def _quantised(linear: nn.Linear, settings: TeacherSettings) -> nn.Module:
+def random_causal_lm(settings: PlanSettings, dtype: torch.dtype) -> Any:
+    """transformers' own architecture of the shape, on the current device."""
+    shape = settings.teacher
+    model_type = "qwen3" if shape.qk_norm else "qwen2" if shape.attention_bias else "llama"
+    config = AutoConfig.for_model(
+        model_type,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab,
+        tie_word_embeddings=shape.tied_embeddings,
+        max_position_embeddings=shape.max_positions,
+        layer_types=["full_attention"] * shape.num_layers,
+    )
+    implementation = "eager" if settings.attention == "eager" else "sdpa"
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=implementation)
+
+
+def _quantised(linear: nn.Linear, settings: PlanSettings) -> nn.Module:
     """bitsandbytes quantises while a weight moves from the CPU to its device."""
     n, k = linear.weight.shape
     device, weight, has_bias = linear.weight.device, linear.weight.data.cpu(), linear.bias is not None
@@ -85,7 +91,7 @@ def _quantised(linear: nn.Linear, settings: TeacherSettings) -> nn.Module:
     return quantised
 
 
-def _quantised_on_meta(linear: nn.Linear, settings: TeacherSettings) -> nn.Module:
+def _quantised_on_meta(linear: nn.Linear, settings: PlanSettings) -> nn.Module:
     """The layer with everything that quantising would have allocated."""
     n, k = linear.weight.shape
     has_bias = linear.bias is not None
