@@ -29,7 +29,7 @@ from core.types import Role
 from data.embedded.tokenizer import build_tokenizer
 from data.formats import PromptFormat, encode
 from rollout.batches import input_len, make_batch, row_batches
-from rollout.logprobs import DEFAULT_MAX_BATCH_TOKENS, PADDED_BATCH_TOKENS_ON_CPU, score_spans
+from rollout.logprobs import DEFAULT_MAX_BATCH_TOKENS, cpu_batch_tokens, score_spans
 from rollout.packed_attention import Layout, pack_sequences
 from rollout.scoring import RolloutScorer
 from rollout.types import Completion, Group, Rollout, ScoringRow
@@ -122,9 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="0.1b")
     parser.add_argument("--groups", type=int, default=4, help="questions, with 16 completions each")
-    parser.add_argument(
-        "--max-tokens", type=int, default=DEFAULT_MAX_BATCH_TOKENS, help="tokens of one forward of ours"
-    )
+    parser.add_argument("--max-tokens", type=int, default=DEFAULT_MAX_BATCH_TOKENS, help="of one forward")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--published", action="store_true", help="also with the published code's gc.collect() (slow)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[name for name in WAYS if not WAYS[name].collect])
@@ -206,7 +204,9 @@ def compare(models: dict[Role, PreTrainedModel], words: argparse.Namespace) -> N
         table.add_column(column, justify="right" if column else "left")
     for name, side_s in seconds.items():
         way = WAYS[name]
-        at_once = min(max_tokens, PADDED_BATCH_TOKENS_ON_CPU) if way.layout == "padded" else max_tokens
+        at_once = max_tokens
+        if way.layout is not None:
+            at_once = max(cpu_batch_tokens(rows[role], max_tokens, way.layout) for role in way.roles)
         done = sum(multiply_adds(models[role], rows[role], way.layout, at_once) for role in way.roles)
         padding = max(padded_share(rows[role], way.layout, at_once) for role in way.roles) if way.layout else 0.0
         forwards = max(forwards_per_token(rows[role], way.layout, at_once) for role in way.roles)
