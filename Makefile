@@ -3,11 +3,12 @@
 # make test-gpu   the tests that need a GPU, and vLLM's, each engine in a process of its own
 # make campaign   the fault campaign (docs/reliability.md), under half an hour; CAMPAIGN_SEED=7 CAMPAIGN_SCALE=2 ARGS="-k kills"
 # make gpu        measure this GPU (benchmarks/gpu); ARGS="--part a", ARGS="--shape tiny" without a GPU
+# make bench      ours against plain and stock on this CPU, under 10 minutes (benchmarks/); ARGS="score step" for some
 # make newest     every test with the newest packages that pyproject.toml allows, in an environment of its own; ARGS="tests/test_X.py"
 PYTHON ?= python3
 VENV := .venv/bin
 
-.PHONY: install lint test test-fast test-gpu campaign gpu newest
+.PHONY: install lint test test-fast test-gpu campaign gpu bench newest
 
 install:
 	$(PYTHON) scripts/setup_env.py --dev
@@ -32,6 +33,9 @@ campaign: install
 
 gpu: install
 	$(VENV)/python -m benchmarks.gpu $(ARGS)
+
+bench: install
+	$(VENV)/python -m benchmarks $(ARGS)
 
 newest:
 	$(PYTHON) scripts/newest.py $(ARGS)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -28,7 +29,7 @@ from core.types import Role
 from data.embedded.tokenizer import build_tokenizer
 from data.formats import PromptFormat, encode
 from rollout.batches import input_len, make_batch, row_batches
-from rollout.logprobs import score_spans
+from rollout.logprobs import DEFAULT_MAX_BATCH_TOKENS, cpu_batch_tokens, score_spans
 from rollout.packed_attention import Layout, pack_sequences
 from rollout.scoring import RolloutScorer
 from rollout.types import Completion, Group, Rollout, ScoringRow
@@ -100,17 +101,30 @@ def multiply_adds(model: PreTrainedModel, rows: Sequence[ScoringRow], layout: La
 
 
 def padded_share(rows: Sequence[ScoringRow], layout: Layout, max_tokens: int) -> float:
+    return max(0.0, 1 - sum(input_len(row) for row in rows) / computed_tokens(rows, layout, max_tokens))
+
+
+def computed_tokens(rows: Sequence[ScoringRow], layout: Layout | None, max_tokens: int) -> int:
+    """Tokens that a model's forwards compute in a layout, padding included; None: one row after the other."""
+    if layout is None:
+        return sum(len(row.token_ids) for row in rows)
     batches = [[rows[i] for i in members] for members in row_batches(rows, max_tokens, layout)]
-    computed = sum(make_batch(batch, layout).num_tokens for batch in batches)
-    return max(0.0, 1 - sum(input_len(row) for row in rows) / computed)
+    return sum(make_batch(batch, layout).num_tokens for batch in batches)
+
+
+def forwards_per_token(rows: Sequence[ScoringRow], layout: Layout | None, max_tokens: int) -> float:
+    """How often a model computes each token on average; a prompt that a group has in common is one text."""
+    distinct = computed_tokens(rows, "shared_prefix", sum(len(row.token_ids) for row in rows))
+    return computed_tokens(rows, layout, max_tokens) / distinct
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="0.1b")
     parser.add_argument("--groups", type=int, default=4, help="questions, with 16 completions each")
-    parser.add_argument("--max-tokens", type=int, default=4096, help="tokens of one forward of ours")
+    parser.add_argument("--max-tokens", type=int, default=DEFAULT_MAX_BATCH_TOKENS, help="of one forward")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--published", action="store_true", help="also with the published code's gc.collect() (slow)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=[name for name in WAYS if not WAYS[name].collect])
     words = parser.parse_args()
     configure_logging("WARNING")
@@ -171,7 +185,8 @@ def compare(models: dict[Role, PreTrainedModel], words: argparse.Namespace) -> N
         )
         return lambda: rewards(rollout).breakdown.reward
 
-    sides = {name: side(way) for name, way in WAYS.items() if name in {"plain", *words.ways}}
+    wanted = {"plain", *words.ways, *(name for name in WAYS if words.published and WAYS[name].collect)}
+    sides = {name: side(way) for name, way in WAYS.items() if name in wanted}
     rewards: dict[str, Tensor] = {}
 
     def keeping(name: str) -> Callable[[], None]:
@@ -182,15 +197,23 @@ def compare(models: dict[Role, PreTrainedModel], words: argparse.Namespace) -> N
     for name in {"padded", "packed", "shared prefix"} & set(sides):
         torch.testing.assert_close(rewards[name], rewards["plain"], atol=1e-4, rtol=1e-4)
     of_plain = sum(multiply_adds(models[role], rows[role], None, max_tokens) for role in rows)
+    num_tokens = sum(len(completion.token_ids) for completion in rollout.completions)
     console.print(f"{len(rollout.rows)} completions, {sum(len(r.token_ids) for r in rollout.rows)} tokens with prompts")
-    console.print(f"{'':36}CPU s    plain / this  multiply-adds plain / this  padding")
+    table = Table(box=None, padding=(0, 1))
+    for column in ("", "CPU s", "tokens/s", "plain / this", "multiply-adds", "padding", "forwards a token"):
+        table.add_column(column, justify="right" if column else "left")
     for name, side_s in seconds.items():
         way = WAYS[name]
-        done = sum(multiply_adds(models[role], rows[role], way.layout, max_tokens) for role in way.roles)
-        padding = max(padded_share(rows[role], way.layout, max_tokens) for role in way.roles) if way.layout else 0.0
-        console.print(
-            f"{name:36}{side_s:7.2f}  {seconds['plain'] / side_s:12.2f}  {of_plain / done:26.2f}  {padding:7.3f}"
-        )
+        at_once = max_tokens
+        if way.layout is not None:
+            at_once = max(cpu_batch_tokens(rows[role], max_tokens, way.layout) for role in way.roles)
+        done = sum(multiply_adds(models[role], rows[role], way.layout, at_once) for role in way.roles)
+        padding = max(padded_share(rows[role], way.layout, at_once) for role in way.roles) if way.layout else 0.0
+        forwards = max(forwards_per_token(rows[role], way.layout, at_once) for role in way.roles)
+        ratios = f"{seconds['plain'] / side_s:.2f}", f"{of_plain / done:.2f}"
+        table.add_row(name, f"{side_s:.2f}", f"{num_tokens / side_s:.0f}", *ratios, f"{padding:.3f}", f"{forwards:.2f}")
+    console.print(table)
+    console.print("plain / this: in seconds; multiply-adds: the same ratio of the work that is left")
 
 
 if __name__ == "__main__":

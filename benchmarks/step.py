@@ -96,8 +96,9 @@ def measure(folder: Path, words: argparse.Namespace) -> None:
     stock_share = 1 - sum(lengths) / (len(lengths) * (longest_p + longest_c))
     console.print(f"{len(lengths)} rows of {min(lengths)} to {max(lengths)} tokens; layout {layout}")
     console.print(f"padded share: ours {ours_share:.3f}, stock {stock_share:.3f}")
+    num_tokens = sum(len(c.token_ids) for c in completions)
     for name, side_s in seconds.items():
-        console.print(f"{name}: {side_s:.2f} CPU s per step")
+        console.print(f"{name}: {side_s:.2f} CPU s per step, {num_tokens / side_s:.0f} completion tokens/s")
     console.print(f"ratio stock / ours: {seconds['stock TRL'] / seconds['ours']:.2f}")
 
 
@@ -128,17 +129,24 @@ def draw_groups(ours: Any, num_prompts: int) -> list[Group]:
     return groups
 
 
-def make_stock(
-    ours: Any, model: Path, folder: Path, groups: list[Group], completions: list[Completion], num_rows: int
-) -> GRPOTrainer:
-    """TRL's trainer with the same completions, the same reward, and micro-batches of `MICRO_ROWS` rows."""
+def scored_one_by_one(ours: Any) -> Any:
+    """The RLT reward of a trainer of ours, its rows scored as the published code does it."""
 
     def one_by_one(role: Role, rows: Sequence[ScoringRow], _: float) -> Any:
         with ours.host.acting_as(role) as scored:
             return plain_score(scored, rows, collect=False)
 
-    plain_scorer = copy.copy(ours.scorer)
-    plain_scorer._score = one_by_one
+    scorer = copy.copy(ours.scorer)
+    scorer._score = one_by_one
+    return scorer
+
+
+def make_stock(
+    ours: Any, model: Path, folder: Path, groups: list[Group], completions: list[Completion], num_rows: int
+) -> GRPOTrainer:
+    """TRL's trainer with the same completions, the same reward, and micro-batches of `MICRO_ROWS` rows."""
+
+    plain_scorer = scored_one_by_one(ours)
 
     def reward(completions: list[str], **_: Any) -> list[float]:
         return plain_scorer(Rollout(groups=tuple(groups))).breakdown.reward.tolist()

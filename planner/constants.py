@@ -8,6 +8,9 @@ from typing import Literal
 
 from core.errors import UserError
 
+MAX_CPU_AUTO_BYTES = 4_000_000_000
+"""`device_map: auto` falls back to the CPU only for runs that plan to stay below this: a 7B run there takes months."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:

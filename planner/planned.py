@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import RenderableType
+from rich.table import Table
 
 from core.gpu import find_gpu
 from core.shown import Shown
 from core.units import format_gb
+from planner.constants import MAX_CPU_AUTO_BYTES
 from planner.fit import own_card_bytes, resolve_auto, why_not
 from planner.plan import MemoryPlan, plan_run
-from planner.rates import Rates, rates_for_memory, rates_of_gpu
+from planner.rates import Rates, rates_for_memory, rates_of_gpu, saved_cpu_rates
 from planner.report import plan_table, summary_lines
 from planner.time import Lengths, TimePlan, plan_time, time_table
 from schemas.compose import compose_run_config
@@ -55,11 +57,16 @@ class Planned(Shown):
         return [plan for plan in plans if plan is not None]
 
     def time_shown(self) -> list[RenderableType]:
+        """On the GPU of the plan, and on this machine's CPU where the run would fall back to it."""
         plans = self.time_plans(rates_for_plan(self.plan.gpu_bytes or 0))
         if not plans:
             return []
-        title = f"time on {plans[0].rates.words}; predicted, not measured"
-        return [time_table(plans, title=title), f"  {plans[0].lengths.source}; or every row as long as allowed"]
+        shown: list[RenderableType] = [_time_table(plans)]
+        if find_gpu() is None and self.plan.max_bytes <= MAX_CPU_AUTO_BYTES:
+            cpu = saved_cpu_rates()
+            not_measured = "  time on this CPU: python -m optimization.rates measures what the plan needs, in seconds"
+            shown.append(not_measured if cpu is None else _time_table(self.time_plans(cpu)))
+        return [*shown, f"  {plans[0].lengths.source}; or every row as long as allowed"]
 
     def verdict(self) -> str:
         card = format_gb(self.plan.gpu_bytes or 0)
@@ -91,6 +98,10 @@ def plan_on_own_card(name: str) -> Planned:
     """
     values = compose_run_config(name)
     return _plan(name, values, own_card_bytes(values))
+
+
+def _time_table(plans: Sequence[TimePlan]) -> Table:
+    return time_table(plans, title=f"time on {plans[0].rates.words}; predicted")
 
 
 def rates_for_plan(gpu_bytes: int) -> Rates:

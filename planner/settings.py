@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "bf16", "fp8", "int8", "int8_groups", "nf4"]
 Checkpointing = Literal["none", "layers", "layers_offloaded"]
+SequenceLayout = Literal["shared_prefix", "packed", "padded"]
 Attention = Literal["flash", "masked_sdpa", "eager"]
 
 ATTENTION: dict[str, Attention] = {
@@ -91,7 +92,7 @@ class PlanSettings(ABC):
     """`flash`: no mask is needed, since rows are padded at their ends (sdpa's flash kernel, or Flash Attention);
     `masked_sdpa`: sdpa with a [rows, length, length] mask and keys repeated per query head (packed samples)."""
     expandable_segments: bool = False
-    sequence_layout: Literal["shared_prefix", "packed", "padded"] = "shared_prefix"
+    sequence_layout: SequenceLayout = "shared_prefix"
     """How rows are laid out in a forward (rollout/batches.py); time alone depends on it."""
     num_steps: int | None = None
     """Optimizer steps of the run; None: as many as the dataset makes."""
@@ -175,7 +176,7 @@ def common_settings(config: AnyRunConfig, shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _sequence_layout(config: AnyRunConfig) -> Literal["shared_prefix", "packed", "padded"]:
+def _sequence_layout(config: AnyRunConfig) -> SequenceLayout:
     """`auto` is `shared_prefix` where attention is transformers' sdpa (models/load.py)."""
     asked = config.model_args.sequence_layout
     if asked != "auto":

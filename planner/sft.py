@@ -3,8 +3,8 @@
 A row may be learned almost whole, so the worst step has as many learned tokens as a forward has.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from core.types import Phase
 from planner.activations import dynamic_components, forward_bytes, train_activation_bytes
@@ -18,8 +18,11 @@ from planner.components import (
 from planner.constants import CUDA_CONTEXT_BYTES, HEAD_TILE_COLUMNS
 from planner.masked_diffusion import kept_per_token, optimizer_state_bytes
 from planner.plan import MemoryPlan, memory_plan
+from planner.rates import Rates
 from planner.settings import Change, Described, PlanSettings, common_settings
 from planner.shapes import ModelShape, load_shape
+from planner.time import Lengths
+from planner.work import Rows, Work, training_work
 from schemas.sft import SupervisedRunConfig
 
 
@@ -37,6 +40,29 @@ class SupervisedSettings(PlanSettings):
 
     def plan(self, gpu_bytes: int | None) -> MemoryPlan:
         return memory_plan(self, supervised_components(self), gpu_bytes=gpu_bytes)
+
+    def step_work(self, lengths: Lengths, rates: Rates) -> Mapping[Phase, Sequence[Work]]:
+        """With an adapter; the gradients of all weights are one more product of each."""
+        rows = Rows(
+            num_rows=self.train_batch,
+            group=1,
+            prefix_len=0.0,
+            own_len=lengths.prompt + lengths.completion,
+            scored_len=lengths.completion,
+            pads=True,
+        )
+        learned = training_work(
+            self.teacher,
+            self.precision,
+            rows,
+            batch_tokens=self.micro_batch_tokens,
+            recomputes=self.checkpointing != "none",
+            lora_r=0 if self.trains_all else self.lora_r,
+        )
+        if self.trains_all:
+            products = 2.0 * self.teacher.num_params * rows.num_tokens
+            learned = replace(learned, flop=learned.flop + products)
+        return {Phase.TRAIN: [learned]}
 
     def described(self) -> Described:
         return Described(
@@ -135,7 +161,7 @@ def train_all_activation_bytes(settings: SupervisedSettings) -> float:
     head_weight = (
         4 * vocabulary + (2 * vocabulary if width == 2 else 0) + (2 * HEAD_TILE_COLUMNS.value * h if casts else 0)
     )
-    head = kept + tile + head_weight + 7.0 * width * h * num_tokens
+    head = kept + tile + head_weight + (14.0 if width == 2 else 17.0) * h * num_tokens
     # The gradients of head and embedding; where they are one matrix, their sum too.
     embedding_gradients = float((3 if shape.tied_embeddings else 2) * width * vocabulary)
     return max(layers, head, embedding_gradients)

@@ -29,12 +29,12 @@ OPTIMIZER_OPS_PER_MATRIX = 8.0
 def teacher_work(settings: "TeacherSettings", lengths: Lengths, rates: Rates) -> Mapping[Phase, Sequence[Work]]:
     """What every phase of a step computes; a rollout's share where it serves several steps."""
     share = 1 / settings.steps_per_rollout
-    return {
+    rollout = {
         Phase.SYNC: [part.times(share) for part in _sync(settings)],
         Phase.GENERATE: [part.times(share) for part in _generate(settings, lengths, rates)],
         Phase.SCORE: [part.times(share) for part in _score(settings, lengths)],
-        Phase.TRAIN: _train(settings, lengths),
     }
+    return rollout | ({Phase.TRAIN: _train(settings, lengths)} if settings.trains else {})
 
 
 def _teacher_rows(settings: "TeacherSettings", lengths: Lengths) -> Rows:

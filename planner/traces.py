@@ -42,4 +42,5 @@ def traces_settings(config: TracesRunConfig, *, allow_download: bool = False) ->
         train_batch=config.questions_per_chunk * config.num_samples,
         num_generations=config.num_samples,
         num_questions=config.num_questions,
+        num_steps=None if config.num_questions is None else -(-config.num_questions // config.questions_per_chunk),
     )

@@ -15,14 +15,12 @@ from core.packages import is_installed
 from core.units import format_gb
 from optimization.cuda_optim import switch_cudnn_attention_off
 from optimization.gpu import gpu_bytes, has_gpu, memory_of, num_gpus, pick_device
+from planner.constants import MAX_CPU_AUTO_BYTES
 from planner.fit import resolve_auto
 from planner.plan import MemoryPlan, plan_run
 from preflight.inputs import check_hub
 from schemas.methods import as_training
 from schemas.run import AnyRunConfig, load_run_config
-
-MAX_CPU_AUTO_BYTES = 4_000_000_000
-"""`device_map: auto` falls back to the CPU only for runs that plan to stay below this: a 7B run there takes months."""
 
 _ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 

@@ -57,6 +57,20 @@ def largest_batch_tokens(rows: Sequence[ScoringRow], max_tokens: int, layout: La
     return max((make_batch([rows[i] for i in batch], layout).num_tokens for batch in batches), default=0)
 
 
+def largest_group_tokens(rows: Sequence[ScoringRow], layout: Layout) -> int:
+    """Tokens of the largest group of rows that have a prefix in common, it counted once; else of the longest row."""
+    lengths = [input_len(row) for row in rows]
+    if layout == "padded":
+        return max(lengths, default=0)
+    return max(
+        (
+            prefix_len + sum(lengths[i] - prefix_len for i in members)
+            for prefix_len, members in _groups(rows, lengths, layout)
+        ),
+        default=0,
+    )
+
+
 def _groups(rows: Sequence[ScoringRow], lengths: Sequence[int], layout: Layout) -> list[tuple[int, list[int]]]:
     """(prefix length, indices of the rows that have this prefix in common), without rows of no length."""
     groups: dict[tuple[int, ...], list[int]] = {}

@@ -14,14 +14,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rollout.batches import make_batch, row_batches
+from rollout.batches import largest_group_tokens, make_batch, row_batches
 from rollout.packed_attention import Layout, layout_of
 from rollout.types import ScoringRow
 
 DEFAULT_MAX_BATCH_TOKENS = 16384
 DEFAULT_LOGIT_CHUNK_LEN = 256
-PADDED_BATCH_TOKENS_ON_CPU = 1024
-"""Larger padded batches only pad more there: rows one after another are as fast (docs/measurements.md)."""
+CPU_BATCH_TOKENS: dict[Layout, int] = {"padded": 1024, "packed": 2048, "shared_prefix": 4096}
+"""Larger batches are slower on a CPU: their activations leave its caches (docs/measurements.md)."""
 
 
 @torch.no_grad()
@@ -46,8 +46,8 @@ def score_spans(
     """
     results: list[tuple[Tensor, ...]] = [tuple(torch.empty(0) for _ in row.spans) for row in rows]
     layout = layout or layout_of(model)
-    if layout == "padded" and model.device.type == "cpu":
-        max_batch_tokens = min(max_batch_tokens, PADDED_BATCH_TOKENS_ON_CPU)
+    if model.device.type == "cpu":
+        max_batch_tokens = cpu_batch_tokens(rows, max_batch_tokens, layout)
     for batch in row_batches(rows, max_batch_tokens, layout):
         batch_rows = [rows[i] for i in batch]
         logprobs_N, _ = span_logprobs(
@@ -57,6 +57,11 @@ def score_spans(
         for index in batch:
             results[index] = tuple(next(pieces) for _ in rows[index].spans)
     return results
+
+
+def cpu_batch_tokens(rows: Sequence[ScoringRow], max_batch_tokens: int, layout: Layout) -> int:
+    """What a forward on a CPU takes of `max_batch_tokens`: no more than is good there, but whole groups."""
+    return min(max_batch_tokens, max(CPU_BATCH_TOKENS[layout], largest_group_tokens(rows, layout)))
 
 
 def span_logprobs(

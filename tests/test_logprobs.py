@@ -11,7 +11,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from rollout.logprobs import score_spans, span_logprobs
+from rollout.batches import largest_group_tokens, row_batches
+from rollout.logprobs import CPU_BATCH_TOKENS, cpu_batch_tokens, score_spans, span_logprobs
 from rollout.types import ScoringRow
 from tests.helpers.families import SIZES, make_model
 
@@ -140,3 +141,21 @@ def test_bf16_logits_are_kept_in_float32_on_the_gpu() -> None:
 def test_span_outside_of_the_row_is_refused(span: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         score_spans(make_model(CONFIGS["qwen2"]), [ScoringRow(token_ids=[1, 2, 3, 4], spans=(span,))])
+
+
+def test_a_forward_on_a_cpu_is_small_but_never_splits_a_group() -> None:
+    def rows(num: int, own_len: int) -> list[ScoringRow]:
+        return [
+            ScoringRow(token_ids=[1] * 100 + [2 + i] * own_len, spans=((100, 100 + own_len),), prefix_len=100)
+            for i in range(num)
+        ]
+
+    assert cpu_batch_tokens(rows(4, 50), 16384, "shared_prefix") == CPU_BATCH_TOKENS["shared_prefix"]
+    assert cpu_batch_tokens(rows(4, 50), 512, "shared_prefix") == 512  # what memory allows goes first
+    large = rows(100, 50)
+    limit = cpu_batch_tokens(large, 16384, "shared_prefix")
+    assert (
+        limit == largest_group_tokens(large, "shared_prefix") == 100 + 100 * 49
+    )  # the last token of a row is not read
+    assert len(row_batches(large, limit, "shared_prefix")) == 1
+    assert cpu_batch_tokens(large, 16384, "padded") == CPU_BATCH_TOKENS["padded"]

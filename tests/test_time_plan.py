@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 
 from core.types import Phase
 from optimization.rates import count_ops
@@ -28,8 +30,10 @@ from planner.time import Lengths, TimePlan, plan_time
 from planner.work import OPS_PER_FORWARD, OPS_PER_LAYER, OPS_PER_SEGMENT, Rows, Work, forward_work, training_work
 from rollout.logprobs import span_logprobs
 from rollout.types import ScoringRow
+from runs.metrics import METRICS_FILE, append_metrics
 from runs.summary import time_table
 from tests.helpers.tiny_run import make_trainer, write_random_model
+from trainers.time_plan import time_beside_plan
 
 GPU = Rates(copy_bytes_per_s=2e12, matmul_flop_per_s=4e14, op_s=1e-9, name="a GPU")
 CPU = Rates(
@@ -221,6 +225,34 @@ def test_the_table_at_the_end_sets_the_plan_beside_the_measured_time() -> None:
         ["1.5", "0.5", "2"],
         ["75%", "25%", "100%"],
     ]
+
+
+def test_the_summary_holds_the_median_step_beside_its_plan(
+    run: PlanSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines count two steps each; the first, with what is done once, is left out."""
+    monkeypatch.setattr("trainers.time_plan.rates_here", lambda device, measures=True: GPU)
+    for seconds in (100.0, 4.0, 6.0, 8.0):
+        figures = {f"time/{phase}_s": seconds for phase in ("generate", "score", "train", "sync")}
+        lengths = {"completions/mean_length": 200.0, "completions/max_length": 400.0}
+        append_metrics(tmp_path / METRICS_FILE, 1, figures | lengths)
+    append_metrics(tmp_path / METRICS_FILE, 8, {"train_runtime": 1.0})
+    rows = Dataset.from_list([{"prompt_ids": [1] * 100, "solution": "x" * 40}] * 3)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(output_dir=str(tmp_path), logging_steps=2, max_steps=8),
+        meter=SimpleNamespace(device=torch.device("cpu")),
+        plan=SimpleNamespace(settings=run),
+        train_dataset=rows,
+        processing_class=lambda texts, add_special_tokens: {"input_ids": [list(text) for text in texts]},
+    )
+    seconds = time_beside_plan(trainer)
+    expected = planned(run)
+    assert {name: phase["measured_s"] for name, phase in seconds["phases"].items()} == dict.fromkeys(
+        ("sync", "generate", "score", "train"), 3.0
+    )
+    for phase, planned_s in expected.seconds.items():
+        assert seconds["phases"][str(phase)]["planned_s"] == pytest.approx(planned_s)
+    assert seconds["tokens_per_s"] == pytest.approx(run.train_batch * 200 / 12)
 
 
 @pytest.fixture(scope="module")
