@@ -5,7 +5,7 @@ Letters: N seeds, Q questions, R resamplings.
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from runs.run_folder import SUMMARY_FILE
 from schemas.pipeline import PipelineConfig
 
 MARKDOWN_FILE = "summary.md"
-SAMPLES_FILE = "samples.parquet"
+SAMPLES_FILE, TRACES_FILE = "samples.parquet", "traces.jsonl"
+"""What an evaluation and a collection of traces leave; a job is one of them where it has left that."""
 _NUM_RESAMPLINGS = 4000
 _COVERAGE_FRAC = 0.95
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -37,12 +38,15 @@ _BEST_OF_N = {
 def summarise_pipeline(pipeline: PipelineConfig, jobs: Mapping[str, Job], folder: Path) -> list[Table]:
     """Write `summary.json` and `summary.md` into the pipeline's folder; the tables that they hold."""
     summary: dict[str, Any] = {"seeds": pipeline.seeds, "jobs": len(jobs)}
+    evaluations = [job for job in jobs.values() if (job.folder / SAMPLES_FILE).is_file()]
     summary["evaluations"] = {
-        stage: evaluation_summary([job for job in jobs.values() if job.stage == stage], jobs)
-        for stage in dict.fromkeys(job.stage for job in jobs.values() if job.config.method == "evaluate")
+        stage: evaluation_summary([job for job in evaluations if job.stage == stage], jobs)
+        for stage in dict.fromkeys(job.stage for job in evaluations)
     }
-    summary["held_out_log_prob"] = _by_stage_and_arm(jobs, "student_sft", _held_out_log_prob)
-    summary["traces"] = _by_stage_and_arm(jobs, "collect_traces", _traces_of)
+    evaluated = dict.fromkeys(name for job in evaluations for name in job.inputs)
+    summary["held_out_log_prob"] = _by_arm([jobs[name] for name in evaluated], _held_out_log_prob)
+    traces = [job for job in jobs.values() if (job.folder / TRACES_FILE).is_file()]
+    summary["traces"] = _by_arm(traces, _traces_of)
     write_whole(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     tables = list(_tables(summary))
     write_whole(folder / MARKDOWN_FILE, _markdown(pipeline, tables))
@@ -132,19 +136,19 @@ def _with_interval(values_NQ: Sequence[np.ndarray]) -> dict[str, float]:
 # Traces and training
 
 
-def _by_stage_and_arm(jobs: Mapping[str, Job], method: str, figures: Any) -> dict[str, dict[str, Any]]:
-    """Arm -> figure -> mean over seeds, of every job of a method."""
+def _by_arm(jobs: Sequence[Job], figures: Callable[[Job], Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Arm -> figure -> mean over seeds."""
     found: dict[str, dict[str, list[float]]] = {}
-    for job in jobs.values():
-        if job.config.method == method:
-            for key, value in figures(job).items():
-                found.setdefault(job.arm or job.stage, {}).setdefault(key, []).append(value)
+    for job in jobs:
+        for key, value in figures(job).items():
+            found.setdefault(job.arm or job.stage, {}).setdefault(key, []).append(value)
     return {arm: {key: float(np.mean(values)) for key, values in keys.items()} for arm, keys in found.items()}
 
 
 def _held_out_log_prob(job: Job) -> Mapping[str, float]:
     """Of the answers that students are to give, in nats per token, at the end of the training."""
-    losses = [line["eval_loss"] for line in read_metrics(job.folder / METRICS_FILE) if "eval_loss" in line]
+    file = job.folder / METRICS_FILE
+    losses = [line["eval_loss"] for line in (read_metrics(file) if file.exists() else []) if "eval_loss" in line]
     return {"log_prob": -losses[-1]} if losses else {}
 
 
