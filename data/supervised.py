@@ -27,7 +27,8 @@ def prepare_supervised(
     """Training and held-out rows: `input_ids` (prompt and completion) and `prompt_len`, of which nothing is learned.
 
     Rows without a trace are unusable. Rows with a prompt above `max_prompt_length`, or above `max_length` in all, are
-    left out, counted and reported; none is cut. No held-out question occurs in training.
+    left out, counted and reported; none is cut. No held-out question occurs in training. Of the others the first
+    `num_train_rows` stay.
 
     Raises:
         UserError: an unreadable dataset, too many unusable rows, or no row that fits.
@@ -35,7 +36,7 @@ def prepare_supervised(
     train_rows, eval_rows = split_rows(
         config, prompt_format.tags, seed, lambda rows, name: _fit(rows, config, tokenizer, prompt_format, name)
     )
-    return _as_dataset(train_rows), _as_dataset(eval_rows) if eval_rows else None
+    return _as_dataset(train_rows[: config.num_train_rows]), _as_dataset(eval_rows) if eval_rows else None
 
 
 def texts_of_row(

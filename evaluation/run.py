@@ -122,14 +122,13 @@ def _answer(
         for chunk in chunks:
             rows: list[dict[str, Any]] = []
             for decoding, settings, num_samples in passes:
-                before = progress.tasks[task].completed
                 with meter.phase(Phase.GENERATE):
                     engine.generator.sampling = settings
                     completions = engine.generator.generate(
                         [prompts[i] for i in chunk],
                         num_samples,
                         _seeds(config, chunk, num_samples),
-                        on_progress=partial(_advance, progress, task, before),
+                        on_progress=partial(_show, progress, task, progress.tasks[task].completed),
                     )
                 rows += [
                     {
@@ -143,8 +142,8 @@ def _answer(
             save(chunk, {name: [row[name] for row in rows] for name in rows[0]})
 
 
-def _advance(progress: Progress, task: TaskID, before: float, num_done: int, num_rows: int) -> None:
-    progress.update(task, completed=before + num_done)
+def _show(progress: Progress, task: TaskID, num_before: float, num_done: int, num_rows: int) -> None:
+    progress.update(task, completed=num_before + num_done)
 
 
 def _seeds(config: EvaluateRunConfig, chunk: range, num_samples: int) -> list[int]:

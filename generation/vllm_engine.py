@@ -334,6 +334,9 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
     if config.max_lora_rank is not None:
         adapters = {"enable_lora": True, "max_loras": 1, "max_lora_rank": config.max_lora_rank}
         adapters["enable_sleep_mode"] = config.on_gpu
+    eager = config.enforce_eager or not config.on_gpu
+    if not eager:
+        batching["compilation_config"] = {"cudagraph_capture_sizes": graph_sizes(config.rows_per_call)}
     with _weights(config) as weights:
         return LLM(
             model=config.base.checkpoint,
@@ -346,7 +349,7 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
             kv_cache_memory_bytes=config.kv_cache_bytes,
             kv_cache_dtype=config.kv_cache_dtype,
             gpu_memory_utilization=gpu_memory_utilization,
-            enforce_eager=config.enforce_eager or not config.on_gpu,
+            enforce_eager=eager,
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
@@ -355,6 +358,16 @@ def _start_engine(config: VLLMEngineConfig) -> Any:
             **batching,
             **weights,
         )
+
+
+def graph_sizes(rows_per_call: int) -> list[int]:
+    """Numbers of rows that vLLM captures CUDA graphs for: 1, 2, 4, multiples of 8 (above 256 of 16), and all of a call.
+
+    Rows decode in the smallest graph that holds them. vLLM's own choice goes on to twice the rows of a call, which no
+    step of decoding has, and ends at 512, above which there would be none.
+    """
+    sizes = {1, 2, 4, *range(8, min(rows_per_call, 256), 8), *range(256, rows_per_call, 16)}
+    return sorted(size for size in sizes | {rows_per_call} if size <= rows_per_call)
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ class Board:
         self._all = self._progress.add_task("pipeline", total=num_jobs, state="")
         self._tasks: dict[str, TaskID] = {}
         self._read_at: dict[str, float] = {}
-        self._left = ""
+        self._left, self._num_done = "", 0
 
     def __enter__(self) -> "Board":
         self._progress.start()
@@ -58,17 +58,21 @@ class Board:
             log.info("%s: started", job.title)
 
     def finished(self, job: Job, seconds: float) -> None:
-        log.info("%s: finished in %s%s", job.title, format_duration(seconds), self._left and f"; {self._left}")
+        left = (
+            f"{self._num_done} of {self._num_jobs} jobs; {self._left}"
+            if self._num_done < self._num_jobs
+            else "the last"
+        )
+        log.info("%s: finished in %s (%s)", job.title, format_duration(seconds), left)
 
     def update(self, running: "Sequence[Running]", to_do: Sequence[Job], known: Known) -> None:
         """Show where the jobs are."""
         self._left = time_left(
             [(one.job, one.seconds) for one in running], to_do, known, self._jobs_at_once, self._expected_s
         )
-        num_done = self._num_jobs - len(running) - len(to_do)
-        self._progress.update(
-            self._all, completed=num_done, state=f"{num_done} of {self._num_jobs} jobs finished, {self._left}"
-        )
+        self._num_done = self._num_jobs - len(running) - len(to_do)
+        state = f"{self._num_done} of {self._num_jobs} jobs finished, {self._left}"
+        self._progress.update(self._all, completed=self._num_done, state=state)
         at_work = {one.job.name for one in running}
         for name in self._tasks.keys() - at_work:
             self._progress.remove_task(self._tasks.pop(name))

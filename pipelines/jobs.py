@@ -10,7 +10,7 @@ from typing import Any
 from planner.fit import resolve_auto
 from schemas.any_run import AnyRunConfig
 from schemas.compose import compose_run_config, setting_words
-from schemas.pipeline import REFERENCE, PipelineConfig, StageConfig, merged
+from schemas.pipeline import REFERENCE, PipelineConfig, StageConfig
 from schemas.run import ConfigError, load_run_config, resolved_values
 
 _NO_PART_OF_IT = {"output_dir", "resume", "run_name"}
@@ -60,26 +60,20 @@ def jobs_of(pipeline: PipelineConfig) -> dict[str, Job]:
     """Name -> job, inputs before what reads them; seeds together, so that the first results come early.
 
     Raises:
-        ConfigError: a stage's configuration cannot be composed or is not valid; every one is listed.
+        ConfigError: a stage's configuration is not valid; the stage is named.
         HydraException: there is none of that name.
     """
     jobs: dict[str, Job] = {}
-    problems: dict[str, None] = {}
     for seed in pipeline.seeds if pipeline.seeds is not None else [None]:
         for stage_name, stage in pipeline.stages.items():
             for arm in stage.arms or [None]:
                 try:
                     job = _job(pipeline, stage_name, stage, arm, seed, jobs)
-                    jobs[job.name] = job
                 except ConfigError as error:
-                    for line in str(error).splitlines():
-                        problems[f"{line} [stage {stage_name}{f', arm {arm}' if arm else ''}]"] = None
-                    return _refuse(problems)
+                    where = f"[stage {stage_name}{f', arm {arm}' if arm else ''}]"
+                    raise ConfigError("\n".join(f"{line} {where}" for line in str(error).splitlines())) from error
+                jobs[job.name] = job
     return jobs
-
-
-def _refuse(problems: Mapping[str, None]) -> dict[str, Job]:
-    raise ConfigError("\n".join(problems))
 
 
 def _job(
@@ -91,7 +85,7 @@ def _job(
     earlier: Mapping[str, Job],
 ) -> Job:
     references = _References(pipeline, arm, seed)
-    settings = references.resolve(merged(stage.settings, (stage.arms.get(arm) or {}) if arm else {}))
+    settings = references.resolve(stage.settings_of(arm))
     folder = Path(pipeline.output_dir, job_name(stage_name, arm, seed))
     composed = compose_run_config(stage.config, setting_words({**settings, "output_dir": str(folder)}))
     config = load_run_config(resolve_auto(composed, None))

@@ -90,7 +90,8 @@ class PipelineRunner:
             elif not self._running:
                 break
             time.sleep(_POLL_S)
-            for running in [one for one in self._running if one.process.poll() is not None]:
+            ended = [one for one in self._running if one.process.poll() is not None]
+            for running in ended:
                 self._running.remove(running)
                 status = self._ended(running)
                 if status == 0:
@@ -99,6 +100,9 @@ class PipelineRunner:
                     failure = status
                     self._signal_all(signal.SIGTERM)  # the others save what they have
             self.board.update(self._running, to_do, self._known)
+            for running in ended:
+                if running.job.name in done:
+                    self.board.finished(running.job, self._known[running.job.name]["seconds"])
         if self._num_signals:
             log.warning("interrupted; the same command goes on with the jobs that are not finished")
             return _INTERRUPTED
@@ -148,7 +152,6 @@ class PipelineRunner:
         if status == 0:
             self._known[job.name]["seconds"] = round(running.seconds, 1)
             write_whole(self.folder / JOBS_FILE, json.dumps(self._known, indent=1) + "\n")
-            self.board.finished(job, running.seconds)
         elif not self._num_signals:
             self._explain(job, status)
         return status if status in (0, 2, _INTERRUPTED) else 1

@@ -26,6 +26,12 @@ _COVERAGE_FRAC = 0.95
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _FIGURES = {"pass@1": "sampled", "greedy": "greedy"}
 """Figure -> value of the column `decoding` that it is the mean of."""
+_BEST_OF_N = {
+    "reward": "reward",
+    "unprocessed_answer_log_prob_mean": "student's solution log-prob",
+    "honest": "honest",
+}
+"""Figures of a collection of traces -> how they are called."""
 
 
 def summarise_pipeline(pipeline: PipelineConfig, jobs: Mapping[str, Job], folder: Path) -> list[Table]:
@@ -47,10 +53,15 @@ def summarise_pipeline(pipeline: PipelineConfig, jobs: Mapping[str, Job], folder
 
 
 def evaluation_summary(evaluations: Sequence[Job], jobs: Mapping[str, Job]) -> dict[str, Any]:
-    """Model -> figures over all seeds with intervals, and of each seed; models at checkpoints as curves."""
+    """Model -> figures over all seeds with intervals, and of each seed; models at checkpoints as curves.
+
+    `minus`: sampled pass@1 minus that of the first arm, question by question.
+    """
     answers = {job.seed: _answers(job, jobs) for job in evaluations}
     models = list(dict.fromkeys(model for found in answers.values() for model in found))
     finals = [model for model in models if model[1] is None]
+    trained = {job.arm or job.stage for job in jobs.values()}
+    first = next((model for model in finals if model[0] in trained), None)
     figures: dict[str, Any] = {}
     for model in finals:
         per_seed = {seed: found[model] for seed, found in answers.items() if model in found}
@@ -59,6 +70,10 @@ def evaluation_summary(evaluations: Sequence[Job], jobs: Mapping[str, Job]) -> d
             for figure in _FIGURES
             if (values := [found[figure] for found in per_seed.values() if figure in found])
         } | {"seeds": {str(seed): {f: float(v.mean()) for f, v in found.items()} for seed, found in per_seed.items()}}
+        if first is not None and model != first:
+            pairs = [(found[model], found[first]) for found in answers.values() if {model, first} <= found.keys()]
+            differences = [own["pass@1"] - others["pass@1"] for own, others in pairs]
+            figures[model[0]]["minus"] = {first[0]: _with_interval(differences)} if differences else {}
     return {"models": figures, "curves": _curves(models, answers)}
 
 
@@ -135,11 +150,11 @@ def _held_out_log_prob(job: Job) -> Mapping[str, float]:
 
 def _traces_of(job: Job) -> Mapping[str, float]:
     summary = json.loads((job.folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-    figures = {"traces": float(summary["chosen"])}
+    figures = {"traces": float(summary["chosen"]), "of each question": float(summary["samples_per_question"])}
     if "honest" in summary.get("kinds_of_chosen", {}):
         figures["honest"] = summary["kinds_of_chosen"]["honest"]
     for name, found in summary.get("best_of_n", {}).items():
-        figures |= {f"{name}, best": found["best"], f"{name}, random": found["random"]}
+        figures |= {f"best {name}": found["best"], f"random {name}": found["random"]}
     return figures
 
 
@@ -154,18 +169,28 @@ def _tables(summary: Mapping[str, Any]) -> Iterator[Table]:
             yield _curves_table(found["curves"])
     if summary["traces"]:
         yield _traces_table(summary["traces"])
+        if (table := _best_table(summary["traces"])) is not None:
+            yield table
 
 
 def _models_table(stage: str, models: Mapping[str, Any], log_probs: Mapping[str, Any]) -> Table:
     """One row for each arm."""
-    table = _table(f"{stage}: share of right answers", ["model", "sampled pass@1", "greedy", "of each seed, sampled"])
-    table.add_column("held-out log-prob per token", justify="right")
+    table = _table(f"{stage}: share of right answers", ["model", "sampled pass@1", "greedy", "sampled, by seed"])
+    first = next((name for found in models.values() for name in found.get("minus", {})), "")
+    for column in (*([f"minus {first}"] if first else []), "held-out log-prob"):
+        table.add_column(column, justify="right")
     for name, found in models.items():
         each = " ".join(f"{figures['pass@1']:.2f}" for figures in found["seeds"].values() if "pass@1" in figures)
         log_prob = log_probs.get(name, {}).get("log_prob")
         intervals = [_interval(found[figure]) if figure in found else "" for figure in _FIGURES]
-        table.add_row(name, *intervals, each, "" if log_prob is None else f"{log_prob:.3f}")
-    table.caption = f"intervals: {_COVERAGE_FRAC:.0%}, bootstrap over seeds and questions"
+        minus = found.get("minus", {}).get(first)
+        difference = [f"{minus['mean']:+.2f} [{minus['low']:+.2f}, {minus['high']:+.2f}]" if minus else ""]
+        table.add_row(
+            name, *intervals, each, *(difference if first else []), "" if log_prob is None else f"{log_prob:.3f}"
+        )
+    table.caption = (
+        f"intervals: {_COVERAGE_FRAC:.0%}, bootstrap over seeds and questions; log-prob: of right answers, per token"
+    )
     return table
 
 
@@ -182,10 +207,23 @@ def _curves_table(curves: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _traces_table(traces: Mapping[str, Mapping[str, float]]) -> Table:
-    keys = list(dict.fromkeys(key for figures in traces.values() for key in figures))
-    table = _table("traces: chosen ones, and the best of each question against a random one", ["arm", *keys])
+    table = _table("traces that were chosen", ["arm", "traces", "honest"])
     for arm, figures in traces.items():
-        table.add_row(arm, *(f"{figures[key]:.3f}".removesuffix(".000") if key in figures else "" for key in keys))
+        table.add_row(arm, f"{figures['traces']:.0f}", f"{figures['honest']:.3f}" if "honest" in figures else "")
+    return table
+
+
+def _best_table(traces: Mapping[str, Mapping[str, float]]) -> Table | None:
+    """What ranking by the reward gains, of the arms that have several traces of a question."""
+    several = {arm: figures for arm, figures in traces.items() if figures["of each question"] > 1}
+    shown = {key: name for key, name in _BEST_OF_N.items() if any(f"best {key}" in f for f in several.values())}
+    if not shown:
+        return None
+    columns = [f"{name}, {which}" for name in shown.values() for which in ("best", "random")]
+    table = _table("best of n by reward, against a random one of them", ["arm", "n", *columns])
+    for arm, figures in several.items():
+        cells = [f"{figures[f'{which} {key}']:.3f}" for key in shown for which in ("best", "random")]
+        table.add_row(arm, f"{figures['of each question']:.0f}", *cells)
     return table
 
 

@@ -161,7 +161,7 @@ def train_all_activation_bytes(settings: SupervisedSettings) -> float:
     head_weight = (
         4 * vocabulary + (2 * vocabulary if width == 2 else 0) + (2 * HEAD_TILE_COLUMNS.value * h if casts else 0)
     )
-    head = kept + tile + head_weight + 7.0 * width * h * num_tokens
+    head = kept + tile + head_weight + (14.0 if width == 2 else 17.0) * h * num_tokens
     # The gradients of head and embedding; where they are one matrix, their sum too.
     embedding_gradients = float((3 if shape.tied_embeddings else 2) * width * vocabulary)
     return max(layers, head, embedding_gradients)

@@ -36,6 +36,10 @@ class StageConfig:
     expected_minutes: PositiveFloat | None = None
     """How long a job takes, for the time that is left until one of the stage has finished; null: not known before."""
 
+    def settings_of(self, arm: str | None) -> dict[str, Any]:
+        """What the jobs of an arm set, references as they stand."""
+        return merged(self.settings, (self.arms[arm] if arm is not None else None) or {})
+
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
@@ -63,12 +67,12 @@ class PipelineConfig:
             raise ValueError(f"`seeds` names one twice: {self.seeds}. Name each once.")
         names = list(self.stages)
         for place, (name, stage) in enumerate(self.stages.items()):
-            for arm in (*stage.arms, None) if not stage.arms else stage.arms:
-                settings = merged(stage.settings, stage.arms.get(arm) or {} if arm else {})
-                for text in _texts(settings):
-                    self._check_references(name, arm, text, earlier=names[:place])
+            for arm in stage.arms or [None]:
+                settings = stage.settings_of(arm)
+                for text, in_list in _texts(settings):
+                    self._check_references(name, arm, text, in_list, earlier=names[:place])
 
-    def _check_references(self, stage: str, arm: str | None, text: str, earlier: list[str]) -> None:
+    def _check_references(self, stage: str, arm: str | None, text: str, in_list: bool, earlier: list[str]) -> None:
         where = f"`stages.{stage}.settings`" if arm is None else f"`stages.{stage}` with arm {arm}"
         for found in _BRACES.finditer(text):
             reference = REFERENCE.fullmatch(found[0])
@@ -78,6 +82,8 @@ class PipelineConfig:
                     "{folders:STAGE}."
                 )
             named = reference[2] or reference[4]
+            if reference[4] and not in_list:
+                raise ValueError(f"{where} says {found[0]} outside of a list. Use [{found[0]}], or {{folder:{named}}}.")
             if reference[1] == "seed" and self.seeds is None:
                 raise ValueError(f"{where} says {{seed}}, and `seeds` is null. Set seeds=[0], or leave it out.")
             if reference[1] == "arm" and arm is None:
@@ -126,10 +132,10 @@ def merged(settings: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, 
     return result
 
 
-def _texts(value: Any) -> list[str]:
-    """All texts in a setting."""
+def _texts(value: Any, in_list: bool = False) -> list[tuple[str, bool]]:
+    """All texts in a setting, and whether each is an element of a list."""
     if isinstance(value, Mapping):
-        return [text for inner in value.values() for text in _texts(inner)]
+        return [found for inner in value.values() for found in _texts(inner)]
     if isinstance(value, list):
-        return [text for inner in value for text in _texts(inner)]
-    return [value] if isinstance(value, str) else []
+        return [found for inner in value for found in _texts(inner, in_list=True)]
+    return [(value, in_list)] if isinstance(value, str) else []

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from schemas.any_run import TrainingRunConfig
 from schemas.model import ModelArgs, check_trained_weights
 from schemas.optimization import OptimizationConfig
-from schemas.values import Name
+from schemas.values import Name, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,8 @@ class SupervisedConfig:
     """A LoRA adapter on frozen weights, or every weight (not with quantised ones)."""
     use_muon: bool = False
     """Train the blocks' matrices with Muon and the rest with AdamW, instead of `optim`; the embedded task needs it."""
+    num_train_rows: PositiveInt | None = None
+    """Learn at most the first so many rows, so that runs on several datasets learn from as many; null: all."""
     model_args: ModelArgs = field(default_factory=ModelArgs)
     """How the model is loaded."""
 

@@ -31,7 +31,7 @@ class TracesConfig:
     choose: Literal["best", "random", "first", "all"] = "best"
     """Which of a question's become training data: the one of the highest reward, any one, the first one, or each."""
     choose_malformed: bool = False
-    """Choose also among explanations that were cut off, are empty, or hold a tag or a special token."""
+    """Choose also among explanations that were cut off, are empty, or hold a tag, a special token or broken bytes."""
     max_trace_tokens: PositiveInt | None = None
     """Longer explanations are never chosen; null: none is too long (`max_completion_length` cuts them off)."""
     num_questions: PositiveInt | None = None

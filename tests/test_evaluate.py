@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,10 +18,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 import evaluation.run
 from core.errors import UserError
+from data.embedded.task import STUDENT_SYSTEM_SHORT
 from data.formats import PromptFormat
 from data.layouts import BadRowError
 from evaluation.answers import final_answer, is_right, last_boxed, stated_letter
@@ -30,8 +33,11 @@ from evaluation.statistics import bootstrap, pass_at_k, which_k
 from generation.base import SamplingSettings
 from generation.transformers_engine import TransformersGenerator
 from models.load import load_tokenizer
+from models.trained import open_model
+from planner.evaluate import base_of
 from planner.planned import plan_config
 from planner.shapes import load_shape
+from preflight.inputs import check_inputs
 from schemas.compose import compose_run_config
 from schemas.model import ModelArgs
 from schemas.run import ConfigError, load_run_config
@@ -248,10 +254,16 @@ def test_the_plan_is_that_of_the_largest_model_and_its_cache():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> list[Path]:
-    """A base, a run with an adapter on it, and a run of all weights that has only a checkpoint so far."""
+    """A base, a run with an adapter on it, and a run of all weights."""
     folder = tmp_path_factory.mktemp("models")
     base = write_random_model(folder / "base")
-    settings = ("max_steps=1", "eval_strategy=no", "learning_rate=0.05", "model_args.torch_dtype=float32")
+    settings = (
+        "max_steps=1",
+        "save_steps=1",
+        "eval_strategy=no",
+        "learning_rate=0.05",
+        "model_args.torch_dtype=float32",
+    )
     trainer = make_trainer(base, folder / "rlt", *settings, "model_args.load_in_8bit=false")
     trainer.train()
     trainer.finish()
@@ -321,6 +333,17 @@ def test_the_likeliest_token_does_not_depend_on_the_seed(models):
     assert len({tuple(c.token_ids) for c in first + second}) == 1
     generator.sampling = SamplingSettings(temperature=1.0, max_new_tokens=5, stop_token_ids=())
     assert len({tuple(c.token_ids) for c in generator.generate([[5, 6, 7]], 4, [1, 2, 3, 4])}) > 1
+
+
+def test_a_run_that_has_only_a_checkpoint_so_far_may_be_evaluated_and_not_trained_from(models, tmp_path):
+    (tmp_path / "config.yaml").write_text((models[1] / "config.yaml").read_text())
+    (tmp_path / "checkpoint-1").symlink_to(models[1] / "checkpoint-1")
+    check_inputs(compose_run_config("evaluate_tiny", [f"models=[{tmp_path}]"]))
+    found = open_model(tmp_path, ModelArgs())
+    assert found.adapter == tmp_path / "checkpoint-1" and found.weights == str(models[0])
+    assert base_of(str(tmp_path)) == base_of(str(models[1])) == str(models[0])
+    with pytest.raises(UserError, match="holds no model"):
+        check_inputs(compose_run_config("teacher_rlt_tiny", [f"model_name_or_path={tmp_path}"]))
 
 
 class Killed(BaseException):
@@ -418,3 +441,31 @@ def test_an_evaluation_that_is_killed_five_times_ends_as_one_that_was_not(tmp_pa
     assert files[0] == files[1]
     tables = [pd.read_parquet(folder / "samples.parquet") for folder in (tmp_path / "run", whole.folder)]
     pd.testing.assert_frame_equal(*tables)
+
+
+# What the documents say
+
+
+def test_the_calls_in_the_documents_are_valid():
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    calls = re.findall(r"^python train.py --config-name=(\w+) (.*?)(?: {2,}#.*)?$", text, re.MULTILINE)
+    assert len(calls) == 2
+    for name, words in calls:
+        assert load(*words.split(), name=name).models[1].startswith("results/student_sft")
+    groups = re.findall(r"^\| `(\w+)` \| (?:`([\w/.-]+)`|held-out)", text, re.MULTILINE)
+    shipped = {name: load(f"data_cfg={name}").dataset_id_or_path for name, _ in groups}
+    assert [shipped[name] for name, _ in groups] == ["arithmetic", *(dataset for _, dataset in groups[1:])]
+    assert len(groups) == 4
+
+
+def test_the_task_for_another_harness_asks_as_a_student_is_asked():
+    task = yaml.safe_load((ROOT / "examples" / "lm_eval" / "embedded.yaml").read_text())
+    tokenizer, question = load_tokenizer("tiny", ModelArgs()), "1+0+5+5+2"
+    messages = [{"role": "system", "content": STUDENT_SYSTEM_SHORT}, {"role": "user", "content": question}]
+    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert chat + task["gen_prefix"] == FORMAT.student_head_text(tokenizer, question)
+    answer = "1+0=1;" + FORMAT.student_tail(tokenizer, question, "=3").text
+    (until,) = task["generation_kwargs"]["until"]
+    (pattern,) = (f["regex_pattern"] for f in task["filter_list"][0]["filter"] if f["function"] == "regex")
+    assert re.findall(pattern, answer.partition(until)[0]) == ["=3"]
+    assert STUDENT_SYSTEM_SHORT in (ROOT / "docs" / "evaluation.md").read_text()

@@ -19,7 +19,7 @@ from core.log import log
 from generation import SamplingSettings, adapter_folder, make_generator, prepare_base, trainer_precision
 from generation.adapter_folder import AdapterFolder
 from generation.transformers_engine import TransformersGenerator
-from generation.vllm_engine import _start_engine
+from generation.vllm_engine import _start_engine, graph_sizes
 from planner.constants import lora_rank_slot
 from schemas.generation import GenerationConfig
 from tests.helpers.planted_outliers import load_quantised, word_tokenizer, write_planted_model
@@ -178,3 +178,25 @@ def test_vllm_finds_expandable_segments_under_the_name_that_its_versions_read(na
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80, 85))
     _start_engine(mock.Mock(on_gpu=True, gpu_memory_utilization=0.5, base=mock.Mock(shared_base=None)))
     assert seen == ["expandable_segments:True"]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 24, 96, 128, 300, 1024])
+def test_as_many_rows_as_a_call_has_and_fewer_decode_in_a_cuda_graph_of_about_their_number(rows):
+    sizes = graph_sizes(rows)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == rows
+    for num_rows in range(1, rows + 1):
+        padded = min(size for size in sizes if size >= num_rows) - num_rows
+        assert padded < (2 if num_rows < 4 else 8 if num_rows <= 256 else 16)
+
+
+@pytest.mark.parametrize(("on_gpu", "enforce_eager"), [(True, False), (True, True), (False, False)])
+def test_vllm_captures_graphs_of_the_runs_rows_where_it_captures_any(on_gpu, enforce_eager, monkeypatch):
+    seen = []
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **settings: seen.append(settings)))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80, 85))
+    base = mock.Mock(shared_base=None)
+    config = {"on_gpu": on_gpu, "enforce_eager": enforce_eager, "rows_per_call": 48, "max_model_len": 64}
+    _start_engine(mock.Mock(gpu_memory_utilization=0.5, base=base, **config))
+    captures = on_gpu and not enforce_eager
+    assert seen[0]["enforce_eager"] == (not captures)
+    assert seen[0].get("compilation_config") == ({"cudagraph_capture_sizes": graph_sizes(48)} if captures else None)

@@ -99,6 +99,7 @@ def test_a_fingerprint_follows_settings_and_inputs_and_not_the_folder(jobs):
         (with_settings("third", {"x": "{folder:second}"}), "has the arms a, b, not None"),
         (with_settings("third", {"x": "{folder:second/c}"}), "has the arms a, b, not c"),
         (with_settings("second", {"x": "{folder:first/a}"}), "stage first has no arms"),
+        (with_settings("third", {"x": "{folders:second}"}), "outside of a list. Use [{folders:second}]"),
         (with_settings("first", {"x": "{arm}"}), "the stage has no arms"),
         (with_settings("first", {"x": "{sed}"}), "says {sed}. Use {seed}"),
         (toy_pipeline(seeds=None), "`seeds` is null"),

@@ -51,7 +51,6 @@ def test_the_intervals_of_base_and_rl_do_not_overlap(models):
 
 def test_the_best_of_four_by_reward_teach_more_than_one_that_was_not_chosen(summary, models):
     traces = summary["traces"]["rl_best_of_4"]
-    log_prob = "student's solution log-prob per token (nats)"
-    assert traces[f"{log_prob}, best"] > traces[f"{log_prob}, random"]
+    assert traces["best unprocessed_answer_log_prob_mean"] > traces["random unprocessed_answer_log_prob_mean"]
     held_out = summary["held_out_log_prob"]
     assert held_out["rl_best_of_4"]["log_prob"] > held_out["rl"]["log_prob"]

@@ -78,7 +78,13 @@ def test_a_students_answer_has_the_tokens_that_the_reward_scores(rows):
     assert row["input_ids"] == opened + tail
 
 
-def test_rows_that_are_too_long_are_left_out_and_counted_once(rows, caplog, monkeypatch):
+def test_of_several_rows_the_first_ones_are_learned(rows):
+    every, first = prepared("student", rows), prepared("student", rows, "num_train_rows=3")
+    assert first["input_ids"] == every["input_ids"][:3] and len(every) > 3
+    assert len(prepared("student", rows, "num_train_rows=10000")) == len(every)
+
+
+def test_rows_that_are_too_long_are_left_out_and_counted(rows, caplog, monkeypatch):
     whole = prepared("student", rows, "max_length=4096")
     lengths = sorted({len(row["input_ids"]) for row in whole})
     limit = lengths[len(lengths) // 2]
@@ -87,7 +93,7 @@ def test_rows_that_are_too_long_are_left_out_and_counted_once(rows, caplog, monk
         kept = prepared("student", rows, f"max_length={limit}")
     num_out = len(whole) - len(kept)
     assert num_out > 0 and max(len(row["input_ids"]) for row in kept) == limit
-    (message,) = [record.getMessage() for record in caplog.records if "max_length" in record.getMessage()]
+    (message,) = {record.getMessage() for record in caplog.records if "max_length" in record.getMessage()}
     assert f"{num_out} of 40 rows" in message and f"above {limit} in all" in message
 
 

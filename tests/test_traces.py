@@ -207,13 +207,11 @@ def test_the_students_chat_is_the_text_that_the_reward_scores():
 
 
 def test_the_plan_is_that_of_the_teachers_run_without_training():
-    teacher = plan_run(load_run_config(compose_run_config("teacher_rlt_mono_85gb")), int(85e9))
-    traces_plan = plan_run(
-        load_run_config(
-            compose_run_config("collect_traces_85gb", ["num_samples=16", "generation_aggregation_steps=3"])
-        ),
-        int(85e9),
-    )
+    def planned(*words):
+        return plan_run(load_run_config(compose_run_config(*words)), int(85e9))
+
+    teacher = planned("teacher_rlt_mono_85gb", ["sync_ref_model=false"])
+    traces_plan = planned("collect_traces_85gb", ["num_samples=16", "generation_aggregation_steps=3"])
     assert traces_plan.peak_bytes(Phase.TRAIN) == 0 < teacher.peak_bytes(Phase.TRAIN)
     for phase in (Phase.GENERATE, Phase.SCORE):
         ours, theirs = traces_plan.components[phase], dict(teacher.components[phase])
@@ -322,9 +320,9 @@ def test_a_collection_leaves_its_traces_card_and_summary(whole):
     for figure in ("unprocessed_answer_log_prob_mean", "judge_log_prob_mean", "honest"):
         found = summary["best_of_n"][figure]
         assert found["best"] > found["random"], figure
-    # The judge is the student that ranks here: both read the same log-probs.
-    same = table["unprocessed_answer_log_prob_mean"] - table["judge_log_prob_mean"]
-    assert same.abs().max() < 1e-3
+    # The judge is the student that ranks here. It reads the text: a few were not sampled in the text's own tokens.
+    apart = (table["unprocessed_answer_log_prob_mean"] - table["judge_log_prob_mean"]).abs()
+    assert (apart < 1e-3).mean() > 0.9
 
 
 @pytest.mark.slow

@@ -89,6 +89,8 @@ class TraceCollector:
             return "never closed"
         if not explanation.strip():
             return "empty"
+        if "\ufffd" in explanation:
+            return "bytes that are no text"
         try:
             as_completion(explanation, solution, self._scorer.format, self._special_tokens)
         except WrittenExplanationError as error:

@@ -69,12 +69,16 @@ def summarise_traces(table: Sequence[Row], *, max_tokens: int | None, malformed:
     }
 
 
+_NAMED = ("never closed", "empty", "bytes that are no text")
+"""Problems that go by their own name; the others name a tag or a special token."""
+
+
 def label_of(figure: str) -> str:
     return COMPARED.get(figure, "share of honest explanations")
 
 
 def _kind_of_problem(row: Row) -> str:
-    return row["problem"] if row["problem"] in ("never closed", "empty") else "tags or special tokens inside"
+    return row["problem"] if row["problem"] in _NAMED else "tags or special tokens inside"
 
 
 def _shares(rows: Sequence[Row]) -> dict[str, float]:
