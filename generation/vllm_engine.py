@@ -81,7 +81,7 @@ class VLLMGenerator:
         self.weights, self.shares_trainer_weights = config.base.weights, config.base.shares_trainer_weights
         self.sampling = sampling
         self._rows_per_call, self._retries = config.rows_per_call, retries
-        self._on_gpu = config.on_gpu
+        self._on_gpu, self._dtype = config.on_gpu, getattr(torch, config.dtype)
         self._adapter_folder = AdapterFolder()
         self._reads_trainers_base = config.base.shared_base is not None
         self._adapter_request: Any = None
@@ -127,10 +127,14 @@ class VLLMGenerator:
         )
 
     def sync_adapter(self, model: Any) -> None:
-        """See `Generator.sync_adapter`. Costs one save to shared memory and one load by vLLM."""
+        """See `Generator.sync_adapter`. Costs one save to shared memory and one load by vLLM.
+
+        In the engine's dtype, to which vLLM would round it; the base, which peft would collect too, is left out.
+        """
         adapter_name = model.active_adapter
-        state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        own = {name: parameter.detach() for name, parameter in model.named_parameters() if ".lora_" in name}
+        state = get_peft_model_state_dict(model, own, adapter_name=adapter_name, save_embedding_layers=False)
+        state = {name: tensor.to(self._dtype).cpu().contiguous() for name, tensor in state.items()}
         model.peft_config[adapter_name].save_pretrained(self._adapter_folder.save(state))
         self._load_adapter()
 

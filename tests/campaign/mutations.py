@@ -34,6 +34,7 @@ BASE_RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "teacher_sft": ("teacher_sft_tiny", ("max_steps=2", "eval_strategy=no", "save_steps=1", "num_eval_prompts=4")),
     "student_sft": ("student_sft_tiny", ("max_steps=2", "eval_strategy=no", "save_steps=1", "num_eval_prompts=4")),
     "collect_traces": ("collect_traces_tiny", ("num_questions=4", "num_samples=2")),
+    "evaluate": ("evaluate_tiny", ("num_eval_prompts=4",)),
 }
 """Method -> the run configuration that is mutated and what makes it small."""
 
@@ -190,7 +191,9 @@ def validate(mutation: Mutation, output_dir: Path) -> Outcome:
         check_inputs(values)
         with optimized(load_for_this_machine(values)) as config:
             check_hardware_and_plan(config)
-            method_of(config).build_arguments(config, use_cpu=True)
+            build_arguments = method_of(config).build_arguments
+            if build_arguments is not None:
+                build_arguments(config, use_cpu=True)
     except (UserError, ConfigError) as error:
         return Outcome("refused", str(error))
     except Exception:
