@@ -13,7 +13,7 @@ from runs.run_folder import LOG_FILE
 from runs.summary import TEACHER_REPORT, Report
 from schemas.compose import compose_run_config, run_config_names
 from schemas.methods import METHODS
-from schemas.optimization import OptimizationConfig
+from schemas.optimization import TrainingOptimizationConfig
 from schemas.run import load_run_config, resolved_values
 
 _MAX_LOG_LINES = 40
@@ -113,8 +113,8 @@ def shipped_differences(run: RunData) -> dict[str, Any] | None:
 
 def optimizations_of(run: RunData) -> dict[str, Any]:
     """Settings that ask for optimizations, and the tables that the log has of what they did."""
-    asked = {field.name: run.config.get(field.name) for field in fields(OptimizationConfig)}
-    defaults = {field.name: field.default for field in fields(OptimizationConfig)}
+    asked = {field.name: run.config.get(field.name) for field in fields(TrainingOptimizationConfig)}
+    defaults = {field.name: field.default for field in fields(TrainingOptimizationConfig)}
     settings = [[name, _shown(value)] for name, value in asked.items() if value is not None and value != defaults[name]]
     return {"settings": settings, "tables": list(_log_tables(run.log_lines, "optimizations"))}
 
