@@ -4,6 +4,7 @@ torch, transformers, TRL and vLLM make some million objects while they are impor
 all of them time and again and finds nothing: a fifth of the seconds.
 """
 
+import atexit
 import functools
 import gc
 import importlib.metadata
@@ -34,5 +35,6 @@ def importing(without: Collection[str] = ()) -> Iterator[None]:
         importlib.metadata.packages_distributions = list_distributions
         if len(sys.modules) > num_modules:
             gc.freeze()
+            atexit.register(gc.unfreeze)  # else nanobind takes what is still there at the exit for leaks, and says so
         if was_enabled:
             gc.enable()

@@ -79,3 +79,4 @@ def test_the_libraries_do_without_what_is_left_out(generator):
     assert done.returncode == 0, done.stderr
     has_vllm = generator == "auto" and importlib.util.find_spec("vllm") is not None
     assert done.stdout.split() == (["vllm"] if has_vllm else [])
+    assert "leaked" not in done.stderr, "what nanobind says of objects that no collector looks at any more"

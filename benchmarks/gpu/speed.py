@@ -1,21 +1,14 @@
 """Part d: seconds and tokens/s of each phase beside the floor that this GPU's own rates allow."""
 
-import time
-from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from benchmarks.gpu.cell import Setup, SkipCell
 from benchmarks.gpu.floors import Rates, StepWork, floor_seconds
 from benchmarks.gpu.parts import WHOLE_RUN
 from benchmarks.gpu.random_model import shape_named
 from benchmarks.gpu.runner import Figures, read_result
-from optimization.gpu import has_gpu, pick_device
-
-_COPY_BYTES = {"cuda": 4 << 30, "cpu": 64 << 20}
-_MATMUL_WIDTH = {"cuda": 8192, "cpu": 512}
-_NUM_CALLS = 10
+from optimization.gpu import has_gpu
+from optimization.rates import measured_rates
 
 
 def phases_beside_floors(setup: Setup, figures: Figures) -> None:
@@ -33,30 +26,6 @@ def phases_beside_floors(setup: Setup, figures: Figures) -> None:
     if whole_run is None or whole_run.status != "ok" or whole_run.shape != setup.shape:
         raise SkipCell(f"the rates are measured; seconds of the phases come from part a, shape {setup.shape}")
     compare_with_floors(setup, figures, rates, whole_run.figures)
-
-
-def measured_rates() -> Rates:
-    """Rates of a large copy on the device and of a large square bf16 product."""
-    device = pick_device("auto").type
-    source = torch.empty(_COPY_BYTES[device], dtype=torch.uint8, device=device).fill_(1)
-    target, width = torch.empty_like(source), _MATMUL_WIDTH[device]
-    a = torch.randn(width, width, device=device).bfloat16()
-    return Rates(
-        copy_bytes_per_s=2 * source.nbytes / _seconds_of(lambda: target.copy_(source)),
-        matmul_flop_per_s=2.0 * width**3 / _seconds_of(lambda: a @ a),
-    )
-
-
-def _seconds_of(call: Callable[[], Any]) -> float:
-    """The fastest of some calls: a rate is what the device can do."""
-    seconds = []
-    for _ in range(3 + _NUM_CALLS):
-        started = time.perf_counter()
-        call()
-        if has_gpu():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
 
 
 def compare_with_floors(setup: Setup, figures: Figures, rates: Rates, whole_run: dict[str, Any]) -> None:
