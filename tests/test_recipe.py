@@ -1,7 +1,7 @@
 """The whole recipe on the embedded task: students of the teacher that was trained beat those of the untrained one.
 
-The seeds here are none of those with which the pipeline was set up (docs/recipe.md). A quarter of an hour on two cores: the
-arms with a warm-up and the curves, which the claim does not ask for, are left out.
+The seeds here are none of those with which the pipeline was set up (docs/recipe.md). A quarter of an hour on two cores:
+the arms with a warm-up and the curves, which the claim does not ask for, are left out.
 """
 
 import json
