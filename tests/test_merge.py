@@ -106,8 +106,8 @@ def test_the_bound_is_half_of_what_the_adapter_does_or_rounding():
     def check(mean: float, adapter: float | None) -> None:
         merge_check.LogprobCheck(num_tokens=9, mean_nats=mean, largest_nats=mean, adapter_nats=adapter).require()
 
-    check(0.09, None), check(0.09, 2.0), check(0.019, 0.0), check(0.04, 0.1)
-    for mean, adapter in ((0.11, None), (0.11, 2.0), (0.06, 0.1), (0.021, 0.0), (float("nan"), None)):
+    check(0.09, None), check(0.09, 2.0), check(0.039, 0.0), check(0.045, 0.1)
+    for mean, adapter in ((0.11, None), (0.11, 2.0), (0.06, 0.1), (0.041, 0.0), (float("nan"), None)):
         with pytest.raises(UserError, match="nats per token in the mean"):
             check(mean, adapter)
 

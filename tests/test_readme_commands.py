@@ -39,6 +39,7 @@ WALKED = {
     "./launch_mono.sh": Expected(0, "after 2 steps", added="max_steps=2"),
     "python test_config_85gb.py": Expected(0, "ready"),
     "python test_config_85gb.py --gpu-gb 24 --all": Expected(1, "teacher_rlt_mono_85gb does not fit a GPU of 24.0 GB"),
+    "python -m planner.contexts --gpu-gb 24": Expected(0, "longest context that fits"),
     "./launch_mono.sh teacher_rlt_mono_85gb max_steps=300 logging_steps=2": NO_GPU,
     "python train.py --config-name=teacher_rlt_mono_85gb learning_rate=2e-5": NO_GPU,
     "./optimize.sh --all": Expected(0, "to train with it:"),
@@ -65,7 +66,7 @@ END""": Expected(0, ""),
     ),
 }
 NOT_WALKED = {
-    "./launch_mono.sh pipeline_tiny": "half an hour; tests/test_recipe.py runs it with other seeds",
+    "./launch_mono.sh pipeline_tiny": "20 minutes; tests/test_recipe.py runs it with other seeds",
     "make test": "the tests themselves",
     "python -m vllm.entrypoints.openai.api_server --model ~/.cache/rlt/arithmetic-qwen2-v4 "
     "--enable-lora --max-lora-rank 16 --lora-modules teacher=results/teacher_rlt_tiny "

@@ -299,7 +299,7 @@ def _compare_tables(ours: Path, theirs: Path, tolerance: float) -> str | None:
 
 def _compare_summaries(ours: Path, theirs: Path, tolerance: float) -> str | None:
     a, b = (json.loads(file.read_text()) for file in (ours, theirs))
-    keys = (a.keys() | b.keys()) - {"memory"}
+    keys = (a.keys() | b.keys()) - {"memory", "time"}
     other = [key for key in keys if a.get(key) != pytest.approx(b.get(key), abs=tolerance)]
     return f"other {', '.join(sorted(other))}" if other else None
 
