@@ -16,7 +16,7 @@ MAX_MEAN_NATS = 0.1
 """Above the mean difference of two 16-bit computations of one model (docs/measurements.md), below that of other weights
 on a trained model."""
 _ROUNDING_NATS = 0.04
-"""Means below this are rounding (0.022 on the embedded model in bf16): an adapter that does no more is not told from none."""
+"""Means below this are rounding (0.022 on the embedded model in bf16): what an adapter does must be more to be told."""
 _NUM_NEW_TOKENS, _NUM_ROWS = 48, 4
 
 

@@ -6,6 +6,7 @@ A CPU's are kept in the cache folder, so that a plan of time (planner/time.py) f
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -41,9 +42,14 @@ def rates_here(device: torch.device, *, measures: bool = True) -> Rates | None:
         return saved
     rates = measured_cpu_rates()
     file = cpu_rates_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(rates_as_json(rates), encoding="utf-8")
-    log.info("measured how fast this CPU is, for the plan of time: %s", file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.{os.getpid()}")  # two runs may measure at once
+        partial.write_text(rates_as_json(rates), encoding="utf-8")
+        partial.replace(file)
+        log.info("measured how fast this CPU is, for the plan of time: %s", file)
+    except OSError as error:  # a cache that cannot be written costs the next run some seconds, and this one nothing
+        log.warning("how fast this CPU is could not be kept for the next run's plan of time: %s", error)
     return rates
 
 

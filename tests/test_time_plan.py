@@ -9,7 +9,8 @@ import torch
 from datasets import Dataset
 
 from core.types import Phase
-from optimization.rates import count_ops
+from optimization import rates as measuring
+from optimization.rates import count_ops, rates_here
 from planner import contexts
 from planner.planned import plan_config
 from planner.rates import (
@@ -19,6 +20,7 @@ from planner.rates import (
     MEASUREMENTS,
     Rates,
     cpu_name,
+    cpu_rates_file,
     num_threads,
     rates_as_json,
     rates_for_memory,
@@ -290,3 +292,16 @@ def test_operations_of_a_block_are_those_that_were_counted(counted: dict[tuple[s
     assert OPS_PER_SEGMENT[kind] == pytest.approx((many - few) / 12, rel=0.2)  # type: ignore[index]
     assert OPS_PER_LAYER[kind] == pytest.approx(few - 5 * (many - few) / 12, rel=0.2)  # type: ignore[index]
     assert pytest.approx(counted["rest", 0], rel=0.3) == OPS_PER_FORWARD
+
+
+def test_rates_that_cannot_be_kept_are_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("a file where the cache folder should be")
+    monkeypatch.setenv("RLT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(measuring, "measured_cpu_rates", lambda: CPU)
+    assert rates_here(torch.device("cpu")) is CPU
+    assert "could not be kept" in caplog.text
+    monkeypatch.setenv("RLT_CACHE", str(tmp_path / "other"))
+    assert rates_here(torch.device("cpu")) is CPU and saved_cpu_rates() is not None
+    assert [file.name for file in (tmp_path / "other").iterdir()] == [cpu_rates_file().name]
