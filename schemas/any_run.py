@@ -92,6 +92,18 @@ class AnyRunConfig(DataConfig, MachineConfig, OptimizationConfig, ABC):
 class TrainingRunConfig(TrainerConfig, TrainingOptimizationConfig, AnyRunConfig, ABC):
     """One run that trains weights; its `arguments` are those of a trainer."""
 
+    def check_whole_accumulation(self) -> None:
+        """
+        Raises:
+            ValueError: a step is not made of whole micro-batches.
+        """
+        micro = self.arguments.per_device_train_batch_size
+        if self.train_batch_size % micro:
+            raise ValueError(
+                f"`train_batch_size` {self.train_batch_size} is not a multiple of `per_device_train_batch_size` "
+                f"{micro}: gradient accumulation must be whole. Use a divisor of {self.train_batch_size}."
+            )
+
     @property
     def gradient_accumulation_steps(self) -> int:
         return self.train_batch_size // self.arguments.per_device_train_batch_size

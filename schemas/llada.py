@@ -116,12 +116,7 @@ class MaskedDiffusionRunConfig(MaskedDiffusionConfig, TrainingRunConfig):
         OptimizationConfig.__post_init__(self)
         _check_model(self)
         _check_lengths(self)
-        micro = self.args.per_device_train_batch_size
-        if self.train_batch_size % micro:
-            raise ValueError(
-                f"`train_batch_size` {self.train_batch_size} is not a multiple of `per_device_train_batch_size` "
-                f"{micro}: gradient accumulation must be whole. Use a divisor of {self.train_batch_size}."
-            )
+        self.check_whole_accumulation()
 
     @property
     def arguments(self) -> Any:

@@ -39,12 +39,7 @@ class SupervisedRunConfig(SupervisedConfig, TrainingRunConfig, ABC):
             raise ValueError(
                 "`max_length` is null; the memory plan needs the longest row. Set max_length=TOKENS, such as 16384."
             )
-        micro = self.sft.per_device_train_batch_size
-        if self.train_batch_size % micro:
-            raise ValueError(
-                f"`train_batch_size` {self.train_batch_size} is not a multiple of `per_device_train_batch_size` "
-                f"{micro}: gradient accumulation must be whole. Use a divisor of {self.train_batch_size}."
-            )
+        self.check_whole_accumulation()
 
     @property
     def arguments(self) -> Any:

@@ -111,18 +111,27 @@ def student_accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase
     return hit_BT.all(dim=1).float().mean().item()
 
 
-def teacher_honest_frac(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> float:
-    """Share of `rows` for which the teacher, sampled at temperature 1, writes the honest explanation."""
-    prompts = [EMBEDDED_FORMAT.teacher_prompt_text(tokenizer, row["question"], row["solution"]) for row in rows]
-    prompt_ids_BT = torch.tensor([encode(tokenizer, prompt) for prompt in prompts])  # all prompts have one length
-    sampled_BT = model.generate(
+def sampled_ids(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int
+) -> torch.Tensor:
+    """[B, T] tokens that a model samples at temperature 1 behind prompts of one length."""
+    prompt_ids_BT = torch.tensor([encode(tokenizer, prompt) for prompt in prompts])
+    sampled_BT: torch.Tensor = model.generate(
         prompt_ids_BT,
         attention_mask=torch.ones_like(prompt_ids_BT),
-        max_new_tokens=_MAX_NEW_TOKENS,
+        max_new_tokens=max_new_tokens,
         do_sample=True,
         top_k=0,
     )
-    completions = tokenizer.batch_decode(sampled_BT[:, prompt_ids_BT.shape[1] :], skip_special_tokens=True)
+    return sampled_BT[:, prompt_ids_BT.shape[1] :]
+
+
+def teacher_honest_frac(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> float:
+    """Share of `rows` for which the teacher, sampled at temperature 1, writes the honest explanation."""
+    prompts = [EMBEDDED_FORMAT.teacher_prompt_text(tokenizer, row["question"], row["solution"]) for row in rows]
+    completions = tokenizer.batch_decode(
+        sampled_ids(model, tokenizer, prompts, _MAX_NEW_TOKENS), skip_special_tokens=True
+    )
     num_honest = 0
     for row, completion in zip(rows, completions, strict=True):
         explanation = completion.partition(EMBEDDED_FORMAT.tags.explanation.closing)[0]

@@ -13,11 +13,10 @@ import torch
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 from core.log import log
-from data.embedded.model import Row, ensure_folder, model_config, student_example
+from data.embedded.model import Row, ensure_folder, model_config, sampled_ids, student_example
 from data.embedded.task import generate_facts, generate_rows, generate_short_rows
 from data.embedded.tokenizer import EMBEDDED_FORMAT, build_tokenizer
 from data.embedded.training import Example, optimize
-from data.formats import encode
 
 STUDENT_FOLDER = "arithmetic-student-v2"
 """Folder name in the cache, followed by the seed. The number changes with anything that changes the weights."""
@@ -70,16 +69,7 @@ def build_weak_student(folder: Path, seed: int) -> None:
 @torch.no_grad()
 def sampled_accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> float:
     """Share of `rows` that the student solves by itself, thought and answer sampled at temperature 1."""
-    prompt_ids_BT = torch.tensor(  # all questions have one length
-        [encode(tokenizer, EMBEDDED_FORMAT.student_head_text(tokenizer, row["question"])) for row in rows]
-    )
-    sampled_BT = model.generate(
-        prompt_ids_BT,
-        attention_mask=torch.ones_like(prompt_ids_BT),
-        max_new_tokens=_MAX_NEW_TOKENS,
-        do_sample=True,
-        top_k=0,
-    )
-    answers = tokenizer.batch_decode(sampled_BT[:, prompt_ids_BT.shape[1] :])
+    prompts = [EMBEDDED_FORMAT.student_head_text(tokenizer, row["question"]) for row in rows]
+    answers = tokenizer.batch_decode(sampled_ids(model, tokenizer, prompts, _MAX_NEW_TOKENS))
     wanted = [EMBEDDED_FORMAT.tags.solution.wrap(row["solution"]) for row in rows]
     return sum(text in answer for text, answer in zip(wanted, answers, strict=True)) / len(rows)
